@@ -1,14 +1,13 @@
-"""Every objective as a pure function of log-probs, rewards and values: tensors in, one loss per pair (or token) out, the caller reduces.
+"""Every objective as a pure function of log-probs, rewards and values: tensors in, one loss per pair out, no reduction.
 
-    loss = LOSSES["sigmoid"]                                   # or get_loss(name), which names the known ones when it fails
-    per_pair = loss(PreferenceBatch(...), beta=0.1)            # (M,)
-    total, parts = preference_loss(batch, ["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0], vars(args))      # (M,), {name: (M,)}
+    per_pair = get_loss("sigmoid")(PreferenceBatch(...), beta=0.1)  # (M,)
+    total, parts = preference_loss(batch, ["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0], vars(args))  # (M,), {...}
 
-To add a loss: write `def my_loss(batch, *, beta=0.1, my_gamma=2.0)`, register it in LOSSES with what it needs, and describe
-`my_gamma` in FLAGS. Its keyword-only arguments are its hyper-parameters, and their names are the flags of train_dpo.py.
+To add a loss: write `def my_loss(batch, *, beta=0.1, my_gamma=2.0)`, register it in LOSSES with what it needs, and
+describe `my_gamma` in FLAGS. Its keyword-only arguments are its hyper-parameters and, by name, flags of train_dpo.py.
 
-Notation of the comments: v image, q prompt, w chosen, l rejected, πθ policy, πref reference, σ logistic, r(y) = β log πθ(y)/πref(y),
-Δ = log πθ(w)/πref(w) - log πθ(l)/πref(l).   Shapes: M pairs, T answer tokens (padded), B rollouts.
+Notation of the comments: v image, q prompt, w chosen, l rejected, πθ policy, πref reference, σ logistic,
+r(y) = β log πθ(y)/πref(y), Δ = log πθ(w)/πref(w) - log πθ(l)/πref(l). Shapes: M pairs, T answer tokens, B rollouts.
 """
 
 import inspect
@@ -26,9 +25,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceBatch:
-    """M pairs, seen by the policy and by the reference. The first block is always there, each other block only if a loss needs it.
+    """M pairs, seen by the policy and by the reference. The first block is always there, others if a loss needs them.
 
-    Log-probs are natural logarithms, summed over the answer's tokens (its end token included) unless the name says per_token.
+    Log-probs are natural logarithms, summed over the answer's tokens (its end token included) unless named per_token.
     Gradients flow through what has no `ref_` in front. The reference fields may stay None for reference-free losses.
     """
 
@@ -85,9 +84,9 @@ class PreferenceLoss:
 
 
 def f_divergence_score(logratios: Tensor, f_divergence_type: str, f_alpha_divergence_coef: float) -> Tensor:
-    """f'(u) at u = πθ/πref up to a constant that cancels in a pair: the implicit reward under an f-divergence, same shape.
+    """f'(u) at u = πθ/πref up to a constant that cancels in a pair: the implicit reward under an f-divergence.
 
-    f-DPO, 2309.16240, table 1. reverse_kl is DPO.
+    Same shape as logratios = log u. f-DPO, 2309.16240, table 1. reverse_kl is DPO.
     """
     if f_divergence_type == "reverse_kl":
         return logratios  # log u
@@ -146,7 +145,7 @@ def hinge(
     f_divergence_type: str = "reverse_kl",
     f_alpha_divergence_coef: float = 0.5,
 ) -> Tensor:
-    """SLiC's calibration loss on the normalised likelihood, 2305.10425 eq. 1 in the form of RSO, 2309.06657 eq. 11: [1 - βΔ]₊."""
+    """[1 - βΔ]₊, SLiC's calibration loss (2305.10425) on the DPO margin, as RSO (2309.06657) writes it."""
     chosen, rejected = _scores(batch, f_divergence_type, f_alpha_divergence_coef)
     return torch.relu(1 - beta * (chosen - rejected))  # (M,)
 
@@ -160,7 +159,7 @@ def ipo(
 ) -> Tensor:
     """IPO, 2310.12036 eq. 17, β in the place of τ: (Δ - 1/2β)².
 
-    Departure: 1. each log-ratio is a mean over its answer's tokens, as TRL does on the authors' word; the predecessor used sums.
+    Departure: 1. each log-ratio is a mean over its answer's tokens, as in TRL on the authors' word (predecessor: sums).
     """
     chosen, rejected = _scores(batch, f_divergence_type, f_alpha_divergence_coef)
     delta = chosen / batch.chosen_lengths.clamp(min=1) - rejected / batch.rejected_lengths.clamp(min=1)  # (M,)
@@ -204,7 +203,7 @@ def get_loss(name: str) -> PreferenceLoss:
 
 
 def combine(losses: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
-    """Weighted sum of losses of one shape; without weights each counts 1 (TRL's convention, so weights need not sum to 1)."""
+    """Weighted sum of losses of one shape. Without weights each counts 1, TRL's convention: they need not sum to 1."""
     weights = [1.0] * len(losses) if weights is None else weights
     if len(weights) != len(losses):
         raise ValueError(f"loss_weights has {len(weights)} values for {len(losses)} losses; give one for each loss.")
@@ -217,7 +216,7 @@ def preference_loss(
     loss_weights: Sequence[float] | None = None,
     hyperparameters: Mapping[str, object] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mixture (M,) and its unweighted parts {name: (M,)}. Each loss picks the hyper-parameters that it knows by name."""
+    """The mixture (M,) and its unweighted parts {name: (M,)}. Each loss picks its hyper-parameters by name."""
     given = hyperparameters or {}
     parts = {}
     for name in loss_types:
