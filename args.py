@@ -1,0 +1,252 @@
+"""Command-line arguments: one dataclass per concern, and the helpers with which every script starts and ends.
+
+`parse(ModelArguments, DataArguments, LoraArguments, DPOConfig)` reads the command line and, with `--config file.yaml`, a YAML file whose
+values the command line overrides. The `*Config` classes add their algorithm's flags to transformers' `TrainingArguments`.
+"""
+
+import base.compat  # isort: skip  # must come before transformers
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+from trl import TrlParser
+
+from base.errors import InputError
+
+__all__ = ["DPOConfig", "DataArguments", "LoraArguments", "ModelArguments", "SFTConfig", "parse", "run", "write_run_json"]
+
+
+@dataclass
+class ModelArguments:
+    """Which checkpoint to train and how to load it."""
+
+    model_name_or_path: str = field(metadata={"help": "Hub id, checkpoint folder or LoRA adapter folder to start from."})
+    use_flash_attention_2: bool = field(
+        default=False, metadata={"help": "FlashAttention-2. Packed rows need a 4-D mask and use sdpa whatever is set."}
+    )
+    torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Precision of the loaded weights; auto is bfloat16 with --bf16, else float32."}
+    )
+    freeze_vision_tower: bool = field(
+        default=True, metadata={"help": "Keep the vision encoder fixed; its features are then shared by every pass."}
+    )
+    q_lora: bool = field(default=False, metadata={"help": "Load the base in --bits and train LoRA on it (needs --use_lora)."})
+    bits: Literal[4, 8] = field(default=4, metadata={"help": "With --q_lora: 4 (NF4, double quantisation) or 8."})
+
+
+@dataclass
+class LoraArguments:
+    """LoRA through peft."""
+
+    use_lora: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
+    lora_r: int = field(default=64, metadata={"help": "Rank."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scale: the update is multiplied by alpha / r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the adapter's input."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["auto"],
+        metadata={"help": "auto: the family's language-model targets. Names are looked up in the language model only."},
+    )
+    lora_bias: Literal["none", "all", "lora_only"] = field(default="none", metadata={"help": "Which biases train."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained in full and saved beside the adapter, e.g. lm_head."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which rows to train on. See docs/data.md for the formats."""
+
+    dataset_name: str = field(metadata={"help": "A name of data.DATASET_MAP, a hub id or a path; several joined by commas."})
+    data_path: str | None = field(default=None, metadata={"help": "File or folder of the data set; one per name."})
+    image_root: str | None = field(default=None, metadata={"help": "Folder that image names in the rows are relative to."})
+    dataset_weights: str | None = field(default=None, metadata={"help": "Mixing weights of several sets: .7,.3"})
+    data_ratio: float = field(default=1.0, metadata={"help": "Use this share of the rows, drawn with --seed."})
+    eval_ratio: float = field(default=0.0, metadata={"help": "Hold out this share for evaluation; never trained on."})
+    eval_data_path: str | None = field(default=None, metadata={"help": "Evaluate on this file instead of a share."})
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes for reading and checking the rows."})
+    on_bad_row: Literal["error", "drop"] = field(
+        default="error", metadata={"help": "Stop at a bad row, or drop it and write it to bad_rows.jsonl."}
+    )
+    allow_outside_image_root: bool = field(default=False, metadata={"help": "Accept image paths that leave --image_root."})
+    pairs: Literal["best_worst", "all", "adjacent", "score_margin"] = field(
+        default="all", metadata={"help": "Which ordered pairs of a row with more than two responses enter the loss."}
+    )
+    score_margin: float | None = field(
+        default=None, metadata={"help": "Keep pairs whose scores differ by this much; -1 keeps the largest gap only."}
+    )
+    max_length: int | None = field(default=None, metadata={"help": "Longest prompt + response, in tokens. Responses are cut."})
+    max_prompt_length: int | None = field(default=None, metadata={"help": "Longest prompt, image tokens included. Never cut."})
+    max_target_length: int | None = field(default=None, metadata={"help": "Longest response, in tokens. Cut at the end."})
+    overlong: Literal["drop", "error"] = field(
+        default="drop", metadata={"help": "What to do with a row whose prompt alone is too long."}
+    )
+    train_on: Literal["all", "last"] = field(
+        default="all", metadata={"help": "SFT: the loss covers all assistant turns, or the last one only."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("data_ratio", "eval_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"--{name} is a share between 0 and 1, not {getattr(self, name)}.")
+
+
+@dataclass
+class _Config(TrainingArguments):
+    """What the four algorithms share on top of transformers' TrainingArguments."""
+
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "wandb, tensorboard, ...; none by default."})
+    logging_steps: float = field(default=1, metadata={"help": "Log every N steps, or a share of all steps if below 1."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: the collator reads the raw rows."})
+    share_prefix: bool = field(
+        default=True,
+        metadata={"help": "Compute the prompt once per row and let its K responses share it. False: one row per response."},
+    )
+    project_name: str | None = field(default=None, metadata={"help": "wandb project."})
+    group_name: str | None = field(default=None, metadata={"help": "wandb group."})
+    log_image_sensitivity: bool = field(
+        default=False,
+        metadata={"help": "At each evaluation, log how much response log-probs change when the images are swapped."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.project_name:
+            os.environ["WANDB_PROJECT"] = self.project_name
+        if self.group_name:
+            os.environ["WANDB_RUN_GROUP"] = self.group_name
+        if (self.project_name or self.group_name) and self.report_to == "none":
+            raise InputError("--project_name and --group_name name a wandb run: add --report_to wandb, or leave them out.")
+        if self.remove_unused_columns:
+            raise InputError("--remove_unused_columns True would drop the images: leave it out.")
+        super().__post_init__()
+        if self.resume_from_checkpoint in ("True", "true", "False", "false"):
+            self.resume_from_checkpoint = self._last_checkpoint() if self.resume_from_checkpoint in ("True", "true") else None
+
+    def _last_checkpoint(self) -> str | None:
+        # Nothing saved yet is a start from the beginning, so that one command line serves a job and its restarts.
+        return get_last_checkpoint(self.output_dir) if os.path.isdir(self.output_dir) else None
+
+
+@dataclass
+class SFTConfig(_Config):
+    """Supervised fine-tuning on conversations: token-mean cross-entropy of the assistant's turns."""
+
+    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
+
+
+@dataclass
+class DPOConfig(_Config):
+    """Direct preference optimisation and its relatives (losses.py)."""
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate; with LoRA 10 times this is usual."})
+    beta: float = field(default=0.1, metadata={"help": "Strength of the pull towards the reference (DPO eq. 7)."})
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"], metadata={"help": "One or more names of losses.LOSSES; several are summed."}
+    )
+    loss_weights: list[float] | None = field(default=None, metadata={"help": "One weight per --loss_type; 1 by default."})
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "Share of pairs assumed mislabelled (conservative DPO, eq. 3 of its note)."}
+    )
+
+
+def parse(*classes: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """Read the command line (or `argv`) and `--config file.yaml` into one instance per dataclass.
+
+    Raises:
+        InputError: unknown flags, a missing or malformed config file, flags that contradict each other.
+    """
+    argv = [*(sys.argv[1:] if argv is None else argv)]
+    base.compat.init_deepspeed_on_cpu(argv)
+    if "--config" in argv:
+        path = Path(argv[argv.index("--config") + 1]) if argv[-1] != "--config" else Path()
+        if not path.is_file():
+            raise InputError(f"Config file {path} does not exist: give --config the path of a YAML file.")
+    try:
+        parsed = TrlParser(classes).parse_args_and_config(argv)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    _refuse_contradictions(parsed)
+    return parsed
+
+
+def _refuse_contradictions(parsed: Sequence[Any]) -> None:
+    """A flag that would silently do nothing beside another is refused."""
+    flags = {f.name: getattr(p, f.name) for p in parsed for f in dataclasses.fields(p)}
+    if flags.get("q_lora") and not flags.get("use_lora"):
+        raise InputError("--q_lora trains an adapter on a quantised base: add --use_lora True.")
+    if not flags.get("use_lora"):
+        defaults = {f.name: (f.default_factory() if f.default is dataclasses.MISSING else f.default) for f in dataclasses.fields(LoraArguments)}
+        for name, default in defaults.items():
+            if flags.get(name, default) != default:
+                raise InputError(f"--{name} needs --use_lora True: without it all weights are trained.")
+    if flags.get("eval_data_path") and flags.get("eval_ratio"):
+        raise InputError("--eval_data_path and --eval_ratio both say what to evaluate on: give one of them.")
+    if flags.get("pairs") == "score_margin" and flags.get("score_margin") is None:
+        raise InputError("--pairs score_margin needs --score_margin.")
+    if "loss_weights" in flags and flags["loss_weights"] and len(flags["loss_weights"]) != len(flags["loss_type"]):
+        raise InputError(
+            f"--loss_weights has {len(flags['loss_weights'])} numbers for {len(flags['loss_type'])} --loss_type names: "
+            "give one weight per loss."
+        )
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Call a script's main: wrong input ends in one sentence on stderr and exit status 2, anything else in its traceback."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(_fail(error))
+
+
+def _fail(error: InputError) -> int:
+    print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    return 2
+
+
+def write_run_json(output_dir: str | Path, *parsed: Any, **facts: Any) -> Path:
+    """Write `run.json`: argv, resolved arguments, git commit, versions, seed, device, and `facts` (data fingerprint, counts).
+
+    Called on the main process when training starts, so that a run that dies is described too.
+    """
+    packages = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets", "pillow")
+    training = next(p for p in parsed if isinstance(p, TrainingArguments))
+    info = {
+        "argv": sys.argv,
+        "arguments": {
+            type(p).__name__: p.to_dict() if isinstance(p, TrainingArguments) else dataclasses.asdict(p) for p in parsed
+        },
+        "git": _git_state(),
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
+        "seed": training.seed,
+        "device": str(training.device),
+        "world_size": training.world_size,
+        **facts,
+    }
+    if training.device.type == "cuda":
+        info["gpu"] = torch.cuda.get_device_name(training.device)
+    path = Path(output_dir) / "run.json"
+    if training.process_index == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(info, indent=2, default=str) + "\n")
+    return path
+
+
+def _git_state() -> dict[str, Any]:
+    def git(*command: str) -> str | None:
+        done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=Path(__file__).parent)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(status) if status is not None else None}
