@@ -1,9 +1,10 @@
 """Tiny random checkpoints, one builder per family, so that every test runs offline and in milliseconds.
 
-`checkpoint("llava")` is the folder of a model with about 0.1 M random weights and its processor, saved as the hub would hold it: vanilla key
-names, vanilla `architectures`, a tokenizer of the family's kind and the family's published chat template (each template names its source; the
-words of the templates are ours, what they render is not). Two things are unlike a hub checkpoint, on purpose: weights are larger than a fresh
-initialisation, and the gates that start at zero (Gemma 3's projection, Mllama's cross-attention) are open, so that images change the output.
+`checkpoint("llava")` is the folder of a model with about 0.1 M random weights and its processor, saved as the hub
+would hold it: vanilla key names, vanilla `architectures`, a tokenizer of the family's kind and the family's published
+chat template (each template names its source; the words of the templates are ours, what they render is not). Two
+things are unlike a hub checkpoint, on purpose: weights are larger than a fresh initialisation, and the gates that
+start at zero (Gemma 3's projection, Mllama's cross-attention) are open, so that images change the output.
 """
 
 import atexit
@@ -13,13 +14,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import base.compat  # noqa: F401  (must come before transformers)
+import base.compat  # noqa: F401 isort: skip  (must come before transformers)
 
 import numpy as np
 import torch
 import transformers as tf
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 SENTENCES = [
     "USER: What is in this image? ASSISTANT: A red square and a blue circle on the table.",
@@ -50,12 +51,14 @@ def family(build: Callable[[], Parts]) -> Callable[[], Parts]:
     return build
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------------
-# Tokenizers of the three kinds that the families use. The kind matters: it decides what happens at the border of prompt and response.
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers of the three kinds that the families use. The kind matters: it decides what happens at the border of
+# prompt and response.
 
 
 def byte_tokenizer(special: Sequence[str], named: dict[str, str] | None = None, **kwargs) -> tf.PreTrainedTokenizerFast:
-    """Byte-level BPE (Qwen, Llama 3, SmolLM, Tekken): text splits at spaces, a space belongs to the word that follows."""
+    """Byte-level BPE (Qwen, Llama 3, SmolLM, Tekken): text splits at spaces, a space belongs to the word that
+    follows."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -65,8 +68,8 @@ def byte_tokenizer(special: Sequence[str], named: dict[str, str] | None = None, 
 def sentencepiece_tokenizer(
     special: Sequence[str], named: dict[str, str] | None = None, prefix: bool = True, **kwargs
 ) -> tf.PreTrainedTokenizerFast:
-    """SentencePiece BPE. `prefix=True`: Llama 2, Vicuna, Mistral, which put a space before every piece of text, also after a special token.
-    `prefix=False`: Gemma, which does not."""
+    """SentencePiece BPE. `prefix=True`: Llama 2, Vicuna, Mistral, which put a space before every piece of text, also
+    after a special token. `prefix=False`: Gemma, which does not."""
     core = Tokenizer(models.BPE(unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")  # for training only: merges stay inside words
     alphabet = [chr(code) for code in range(33, 127)] + ["\n", "▁"]
@@ -117,11 +120,21 @@ def token_ids(tokenizer: tf.PreTrainedTokenizerFast) -> dict[str, int]:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
+CHATML = dict(bos=None, eos="<|im_end|>", pad="<|endoftext|>", add_bos=False)  # Qwen's tokenizers have no BOS
+
+
+def _stops_at(model: tf.PreTrainedModel, tokenizer: tf.PreTrainedTokenizerFast, *tokens: str) -> tf.PreTrainedModel:
+    """Adds end-of-turn tokens beside the tokenizer's EOS, as the generation_config.json of these families does."""
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list(tokens))]
+    return model
+
+
 # Families. Each template renders what its source publishes; contents are lists of parts, as the sources expect.
 
-# llava-hf/llava-1.5-7b-hf, model card: "USER: <image>\n<prompt> ASSISTANT:"; images first, one space after every text. The card's template
-# writes no end token after an answer; the original code (haotian-liu/LLaVA, conversation.py, vicuna_v1) writes </s>.
+# llava-hf/llava-1.5-7b-hf, model card: "USER: <image>\n<prompt> ASSISTANT:"; images first, one space after every text.
+# The card's template writes no end token after an answer; the original code (haotian-liu/LLaVA, conversation.py,
+# vicuna_v1) writes </s>.
 LLAVA_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'].upper() + ': ' }}{% endif %}"
     "{% for part in m['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
@@ -151,13 +164,15 @@ def llava() -> Parts:
     return tf.LlavaForConditionalGeneration(config), processor
 
 
-# mistralai/Pixtral-12B-2409, model card of mistral-community/pixtral-12b: "<s>[INST]Describe the images.\n[IMG][IMG][/INST]": parts in their
-# order, no spaces inside the tags, the answer follows the tag and ends in </s>.
+# mistralai/Pixtral-12B-2409, model card of mistral-community/pixtral-12b: "<s>[INST]Describe the
+# images.\n[IMG][IMG][/INST]": parts in their order, no spaces inside the tags, the answer follows the tag and ends in
+# </s>.
 PIXTRAL_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST]' }}{% endif %}"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
     "{% if part['type'] == 'image' %}{{ '[IMG]' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
-    "{% if m['role'] == 'user' %}{{ '[/INST]' }}{% elif m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if m['role'] == 'user' %}{{ '[/INST]' }}{% elif m['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
 )
 
 
@@ -183,11 +198,488 @@ def pixtral() -> Parts:
     return tf.LlavaForConditionalGeneration(config), processor
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------------
+# llava-hf/llava-v1.6-mistral-7b-hf, model card "[INST] <image>\n<prompt> [/INST]" and chat_template.json, whose
+# answers end in a mistyped `<\s> ` instead of </s>: kept, because checkpoints on the hub have it and the labels must
+# not learn it.
+LLAVA_NEXT_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}"
+    "{{ '<<SYS>>\n' + m['content'][0]['text'] + '\n<</SYS>>\n\n' }}"
+    "{% elif m['role'] == 'user' %}{{ '[INST] ' }}"
+    "{% for part in m['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in m['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{{ ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'][0]['text'] + '<\\\\s> ' }}{% endif %}{% endfor %}"
+)
+
+
+@family
+def llava_next() -> Parts:
+    """LLaVA-NeXT (1.6) with a Mistral decoder: a base view and up to four tiles, so images of different shape give
+    different token counts."""
+    tokenizer = sentencepiece_tokenizer(["<image>"], {"image_token": "<image>"})
+    grids = [[28, 56], [56, 28], [56, 56]]
+    processor = tf.LlavaNextProcessor(
+        tf.LlavaNextImageProcessor(size={"shortest_edge": 28}, crop_size=SQUARE, image_grid_pinpoints=grids),
+        tokenizer,
+        patch_size=7,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=LLAVA_NEXT_TEMPLATE,
+    )
+    config = tf.LlavaNextConfig(
+        vision_config=tf.CLIPVisionConfig(**VISION, projection_dim=WIDTH),
+        text_config=tf.MistralConfig(**TEXT, **token_ids(tokenizer)),
+        image_token_index=tokenizer.image_token_id,
+        image_grid_pinpoints=grids,
+    )
+    return tf.LlavaNextForConditionalGeneration(config), processor
+
+
+# llava-hf/llava-onevision-qwen2-7b-ov-hf, chat_template.json: "<|im_start|>user
+# <image>\n<prompt><|im_end|><|im_start|>assistant\n": a space after the role, no newline after <|im_end|>; a rendered
+# answer starts with " \n", a generation prompt with "\n".
+LLAVA_ONEVISION_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ' ' }}"
+    "{% for part in m['content'] if part['type'] == 'image' %}{{ '<image>' }}{% endfor %}"
+    "{% for part in m['content'] if part['type'] == 'text' %}{{ '\n' + part['text'] }}{% endfor %}"
+    "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@family
+def llava_onevision() -> Parts:
+    """LLaVA-OneVision: SigLIP tower, Qwen2 decoder, anyres tiles."""
+    named = {"image_token": "<image>", "video_token": "<video>"}
+    tokenizer = byte_tokenizer(["<|im_start|>", *named.values()], named, **CHATML)
+    grids = [[28, 28], [28, 56], [56, 28], [56, 56]]
+    processor = tf.LlavaOnevisionProcessor(
+        tf.LlavaOnevisionImageProcessor(size=SQUARE, image_grid_pinpoints=grids),
+        tokenizer,
+        tf.LlavaOnevisionVideoProcessor(size=SQUARE),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        chat_template=LLAVA_ONEVISION_TEMPLATE,
+    )
+    config = tf.LlavaOnevisionConfig(
+        vision_config=tf.SiglipVisionConfig(**VISION, vision_use_head=False),
+        text_config=tf.Qwen2Config(**TEXT, **token_ids(tokenizer)),
+        image_token_index=tokenizer.image_token_id,
+        video_token_index=tokenizer.video_token_id,
+        image_grid_pinpoints=grids,
+    )
+    return tf.LlavaOnevisionForConditionalGeneration(config), processor
+
+
+@family
+def instructblip() -> Parts:
+    """InstructBLIP with a Vicuna decoder: four query tokens per image stand before BOS (32 in the released models);
+    the Q-Former reads the instruction through a BERT tokenizer of its own. The checkpoints have no chat template: the
+    paper prompts with the bare instruction."""
+    tokenizer = sentencepiece_tokenizer(["<image>"])  # the processor fails on a tokenizer whose image token has a name
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", *letters, *("##" + letter for letter in letters)]
+    bert = Tokenizer(models.WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    bert.normalizer = normalizers.BertNormalizer()
+    bert.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    qformer_tokenizer = tf.PreTrainedTokenizerFast(
+        tokenizer_object=bert,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        bos_token="[DEC]",
+    )
+    processor = tf.InstructBlipProcessor(
+        tf.BlipImageProcessor(size=SQUARE), tokenizer, qformer_tokenizer, num_query_tokens=4
+    )
+    config = tf.InstructBlipConfig(
+        vision_config=dict(**VISION, initializer_range=0.02),
+        qformer_config=dict(
+            vocab_size=len(qformer_tokenizer),
+            hidden_size=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            encoder_hidden_size=WIDTH,
+        ),
+        text_config=tf.LlamaConfig(**TEXT, **token_ids(tokenizer)).to_dict(),
+        num_query_tokens=4,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    return tf.InstructBlipForConditionalGeneration(config), processor
+
+
+# Qwen/Qwen2-VL-7B-Instruct and Qwen/Qwen2.5-VL-7B-Instruct, chat_template.json (default system message);
+# Qwen/Qwen3-VL-8B-Instruct (none).
+QWEN_TEMPLATE = (
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' and default_system %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}{% else %}"
+    "{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+QWEN_SPECIAL = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+# mrope_section counts frequencies per axis (time, height, width) and must sum to half the head size
+QWEN_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+
+
+def _qwen(
+    processor_class: type[tf.ProcessorMixin], video_class: type, default_system: bool
+) -> tuple[tf.ProcessorMixin, dict[str, int]]:
+    """Processor and token ids of the Qwen-VL line: 4 to 16 tokens per image here, by its size."""
+    tokenizer = byte_tokenizer(QWEN_SPECIAL, **CHATML)
+    pixels = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
+    processor = processor_class(
+        tf.Qwen2VLImageProcessor(size=pixels, patch_size=7, temporal_patch_size=2, merge_size=2),
+        tokenizer,
+        video_class(patch_size=7),
+        chat_template="{% set default_system = " + str(default_system).lower() + " %}" + QWEN_TEMPLATE,
+    )
+    names = dict(
+        image="<|image_pad|>", video="<|video_pad|>", vision_start="<|vision_start|>", vision_end="<|vision_end|>"
+    )
+    return processor, {f"{key}_token_id": tokenizer.convert_tokens_to_ids(token) for key, token in names.items()}
+
+
+@family
+def qwen2_vl() -> Parts:
+    """Qwen2-VL: native resolution, M-RoPE."""
+    processor, special = _qwen(tf.Qwen2VLProcessor, tf.Qwen2VLVideoProcessor, default_system=True)
+    config = tf.Qwen2VLConfig(
+        vision_config=dict(depth=2, embed_dim=WIDTH, hidden_size=WIDTH, num_heads=4, patch_size=7, mlp_ratio=2),
+        text_config=dict(**TEXT, **token_ids(processor.tokenizer), rope_parameters=QWEN_ROPE),
+        **special,
+    )
+    return tf.Qwen2VLForConditionalGeneration(config), processor
+
+
+@family
+def qwen2_5_vl() -> Parts:
+    """Qwen2.5-VL: as Qwen2-VL, with window attention in the tower."""
+    processor, special = _qwen(tf.Qwen2_5_VLProcessor, tf.Qwen2VLVideoProcessor, default_system=True)
+    vision = dict(depth=2, hidden_size=WIDTH, out_hidden_size=WIDTH, intermediate_size=64, num_heads=4, patch_size=7)
+    config = tf.Qwen2_5_VLConfig(
+        vision_config=dict(**vision, window_size=28, fullatt_block_indexes=[1]),
+        text_config=dict(**TEXT, **token_ids(processor.tokenizer), rope_parameters=QWEN_ROPE),
+        **special,
+    )
+    return tf.Qwen2_5_VLForConditionalGeneration(config), processor
+
+
+@family
+def qwen3_vl() -> Parts:
+    """Qwen3-VL: interleaved M-RoPE, tower features added to the first decoder layers (deepstack)."""
+    processor, special = _qwen(tf.Qwen3VLProcessor, tf.Qwen3VLVideoProcessor, default_system=False)
+    vision = dict(depth=3, hidden_size=WIDTH, out_hidden_size=WIDTH, intermediate_size=64, num_heads=4, patch_size=7)
+    config = tf.Qwen3VLConfig(
+        vision_config=dict(**vision, num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
+        text_config=dict(
+            **{**TEXT, "num_hidden_layers": 3},
+            **token_ids(processor.tokenizer),
+            head_dim=8,
+            rope_parameters=QWEN_ROPE | {"mrope_interleaved": True},
+        ),
+        **special,
+    )
+    return tf.Qwen3VLForConditionalGeneration(config), processor
+
+
+# OpenGVLab/InternVL3-8B-hf, chat_template.jinja; the rendered example is in transformers' own integration test of
+# InternVL.
+INTERNVL_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['content'] is string %}"
+    "{{ m['content'] }}{% else %}"
+    "{% for part in m['content'] %}{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\n' }}{% else %}"
+    "{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@family
+def internvl() -> Parts:
+    """InternVL3: tiles of 4 tokens each (256 in the released models) between <img> and </img>."""
+    named = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
+    tokenizer = byte_tokenizer(["<|im_start|>", *named.values()], named, **CHATML)
+    processor = tf.InternVLProcessor(
+        tf.GotOcr2ImageProcessor(size=SQUARE, crop_to_patches=True, min_patches=1, max_patches=2),
+        tokenizer,
+        tf.InternVLVideoProcessor(size=SQUARE),
+        image_seq_length=4,
+        chat_template=INTERNVL_TEMPLATE,
+    )
+    config = tf.InternVLConfig(
+        vision_config=VISION | {"image_size": [28, 28], "patch_size": [7, 7]},
+        text_config=tf.Qwen2Config(**TEXT, **token_ids(tokenizer)),
+        image_token_id=tokenizer.context_image_token_id,
+        image_seq_length=4,
+        downsample_ratio=0.5,
+        tie_word_embeddings=False,
+    )
+    return tf.InternVLForConditionalGeneration(config), processor
+
+
+# HuggingFaceM4/Idefics3-8B-Llama3 and HuggingFaceTB/SmolVLM-Instruct, chat_template.json: the same but for the first
+# token; no space after the colon when a turn starts with an image.
+IDEFICS_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] | capitalize }}"
+    "{% if m['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
+    "{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}{{ '<image>' }}"
+    "{% endif %}{% endfor %}"
+    "{{ '<end_of_utterance>\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+IDEFICS_SPECIAL = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"]
+IDEFICS_TILES = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+IDEFICS_SIZE = dict(size={"longest_edge": 56}, max_image_size={"longest_edge": 28}, do_image_splitting=True)
+
+
+@family
+def idefics3() -> Parts:
+    """Idefics3 (Llama 3): tiles of 28 pixels and a global view, 4 tokens each, with row and column marks between."""
+    tokenizer = byte_tokenizer(
+        IDEFICS_SPECIAL + IDEFICS_TILES, bos="<|begin_of_text|>", eos="<|end_of_text|>", pad="<|finetune_right_pad_id|>"
+    )
+    processor = tf.Idefics3Processor(
+        tf.Idefics3ImageProcessor(**IDEFICS_SIZE),
+        tokenizer,
+        image_seq_len=4,
+        chat_template="{{ '<|begin_of_text|>' }}" + IDEFICS_TEMPLATE,
+    )
+    config = tf.Idefics3Config(
+        vision_config=VISION,
+        text_config=tf.LlamaConfig(**TEXT, **token_ids(tokenizer)),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+    )
+    return _stops_at(tf.Idefics3ForConditionalGeneration(config), tokenizer, "<end_of_utterance>"), processor
+
+
+@family
+def smolvlm() -> Parts:
+    """SmolVLM: Idefics3's layout around SmolLM2."""
+    named = {
+        "image_token": "<image>",
+        "fake_image_token": "<fake_token_around_image>",
+        "end_of_utterance_token": "<end_of_utterance>",
+        "global_image_token": "<global-img>",
+    }
+    tokenizer = byte_tokenizer(
+        [*named.values(), *IDEFICS_TILES, "<video>"],
+        named,
+        bos="<|im_start|>",
+        eos="<end_of_utterance>",
+        pad="<|im_end|>",
+        add_bos=False,
+    )
+    processor = tf.SmolVLMProcessor(
+        tf.SmolVLMImageProcessor(**IDEFICS_SIZE),
+        tokenizer,
+        tf.SmolVLMVideoProcessor(),
+        image_seq_len=4,
+        chat_template="{{ '<|im_start|>' }}" + IDEFICS_TEMPLATE,
+    )
+    config = tf.SmolVLMConfig(
+        vision_config=VISION,
+        text_config=tf.LlamaConfig(**TEXT, **token_ids(tokenizer)),
+        image_token_id=tokenizer.image_token_id,
+        scale_factor=2,
+    )
+    return tf.SmolVLMForConditionalGeneration(config), processor
+
+
+@family
+def paligemma() -> Parts:
+    """PaliGemma: the prompt is a prefix with attention both ways, "<image>... <bos>prompt\\n". No chat template on the
+    hub."""
+    tokenizer = sentencepiece_tokenizer(
+        ["<image>"], {"image_token": "<image>"}, prefix=False, bos="<bos>", eos="<eos>", add_bos=False
+    )
+    image_processor = tf.SiglipImageProcessor(size=SQUARE)
+    image_processor.image_seq_length = 16
+    processor = tf.PaliGemmaProcessor(image_processor, tokenizer)  # adds 1,152 location and segmentation tokens
+    config = tf.PaliGemmaConfig(
+        vision_config=tf.SiglipVisionConfig(**VISION, vision_use_head=False),
+        text_config=tf.GemmaConfig(**TEXT, head_dim=8, **token_ids(tokenizer)),
+        image_token_index=tokenizer.image_token_id,
+        projection_dim=WIDTH,
+        hidden_size=WIDTH,
+        vocab_size=len(tokenizer),
+    )
+    return tf.PaliGemmaForConditionalGeneration(config), processor
+
+
+# google/gemma-3-4b-it, chat_template.json: system text opens the first user turn, texts are trimmed, the assistant is
+# called model.
+GEMMA3_TEMPLATE = (
+    "{{ bos_token }}{% set ns = namespace(system='') %}"
+    "{% if messages[0]['role'] == 'system' %}"
+    "{"
+    "%"
+    " "
+    "s"
+    "e"
+    "t"
+    " "
+    "n"
+    "s"
+    "."
+    "s"
+    "y"
+    "s"
+    "t"
+    "e"
+    "m"
+    " = (messages[0]['content'] if messages[0]['content'] is string else messages[0]['content'][0]['text']) + '\n\n' %}"
+    "{% set messages = messages[1:] %}{% endif %}"
+    "{% for m in messages %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{"
+    "{"
+    " "
+    "'"
+    "<"
+    "s"
+    "t"
+    "art_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + (ns.system if loop.first else '') }}"
+    "{% if m['content'] is string %}{{ m['content'] | trim }}{% else %}{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<start_of_image>' }}{% else %}{{ part['text'] | trim }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+
+@family
+def gemma3() -> Parts:
+    """Gemma 3: one sliding-window layer (24 positions, so that tests pass its edge) and one global; image blocks
+    attend both ways."""
+    named = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    tokenizer = sentencepiece_tokenizer(
+        ["<start_of_turn>", "<end_of_turn>", *named.values()], named, prefix=False, bos="<bos>", eos="<eos>"
+    )
+    processor = tf.Gemma3Processor(
+        tf.Gemma3ImageProcessor(size=SQUARE), tokenizer, chat_template=GEMMA3_TEMPLATE, image_seq_length=4
+    )
+    config = tf.Gemma3Config(
+        vision_config=tf.SiglipVisionConfig(**VISION, vision_use_head=False),
+        text_config=tf.Gemma3TextConfig(
+            **TEXT,
+            **token_ids(tokenizer),
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=24,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        mm_tokens_per_image=4,
+        boi_token_index=tokenizer.boi_token_id,
+        eoi_token_index=tokenizer.eoi_token_id,
+        image_token_index=tokenizer.image_token_id,
+    )
+    return _stops_at(tf.Gemma3ForConditionalGeneration(config), tokenizer, "<end_of_turn>"), processor
+
+
+# mistralai/Mistral-Small-3.1-24B-Instruct-2503, chat_template.json, without its default system message, which holds
+# the day's date: "<s>[INST]...[/INST]answer</s>", a system message between [SYSTEM_PROMPT] and [/SYSTEM_PROMPT].
+MISTRAL3_TEMPLATE = PIXTRAL_TEMPLATE.replace(
+    "{% if m['role'] == 'user' %}{{ '[INST]' }}{% endif %}",
+    "{% if m['role'] == 'system' %}{{ '[SYSTEM_PROMPT]' }}{% elif m['role'] == 'user' %}{{ '[INST]' }}{% endif %}",
+).replace(
+    "{% if m['role'] == 'user' %}{{ '[/INST]' }}",
+    "{% if m['role'] == 'system' %}{{ '[/SYSTEM_PROMPT]' }}{% elif m['role'] == 'user' %}{{ '[/INST]' }}",
+)
+
+
+@family
+def mistral3() -> Parts:
+    """Mistral Small 3.1: a Pixtral tower whose patches are merged two by two."""
+    marks = ["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+    tokenizer = byte_tokenizer(marks)
+    processor = tf.PixtralProcessor(
+        tf.PixtralImageProcessor(size={"longest_edge": 56}, patch_size={"height": 7, "width": 7}),
+        tokenizer,
+        patch_size=7,
+        spatial_merge_size=2,
+        chat_template=MISTRAL3_TEMPLATE,
+    )
+    config = tf.Mistral3Config(
+        vision_config=tf.PixtralVisionConfig(**VISION | {"image_size": 56}),
+        text_config=tf.MistralConfig(**TEXT, head_dim=8, **token_ids(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+        spatial_merge_size=2,
+        tie_word_embeddings=False,
+    )
+    return tf.Mistral3ForConditionalGeneration(config), processor
+
+
+# meta-llama/Llama-3.2-11B-Vision-Instruct, chat_template.json: prompts without an image get a system block with dates
+# (the template's own fallback date here, so that the tests of every day agree); a system message beside an image is
+# refused.
+MLLAMA_TEMPLATE = (
+    "{{ bos_token }}{% set ns = namespace(images=false, system='') %}"
+    "{% if messages[0]['role'] == 'system' %}{% set ns.system = messages[0]['content'][0]['text'] | trim %}"
+    "{% set messages = messages[1:] %}{% endif %}"
+    "{% for m in messages %}{% for part in m['content'] if part['type'] == 'image' %}{% set ns.images = true %}"
+    "{% endfor %}{% endfor %}"
+    "{% if ns.images and ns.system %}"
+    "{{ raise_exception('Prompting with images is incompatible with system messages.') }}{% endif %}"
+    "{% if not ns.images %}{{ '<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+    "Today Date: 26 Jul 2024\n\n' + ns.system + '<|eot_id|>' }}{% endif %}"
+    "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<|image|>' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{ '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+
+@family
+def mllama() -> Parts:
+    """Llama 3.2 Vision: the image enters by cross-attention in the second of three layers; one token in the text, up
+    to two tiles."""
+    marks = ["<|start_header_id|>", "<|end_header_id|>", "<|image|>", "<|python_tag|>"]
+    tokenizer = byte_tokenizer(marks, bos="<|begin_of_text|>", eos="<|eot_id|>", pad="<|finetune_right_pad_id|>")
+    processor = tf.MllamaProcessor(
+        tf.MllamaImageProcessor(size=SQUARE, max_image_tiles=2), tokenizer, chat_template=MLLAMA_TEMPLATE
+    )
+    text = {key: value for key, value in TEXT.items() if key != "max_position_embeddings"}
+    config = tf.MllamaConfig(
+        vision_config=dict(
+            hidden_size=WIDTH,
+            num_hidden_layers=2,
+            num_global_layers=1,
+            attention_heads=4,
+            intermediate_size=64,
+            vision_output_dim=2 * WIDTH,
+            image_size=28,
+            patch_size=7,
+            max_num_tiles=2,
+            intermediate_layers_indices=[0],
+            supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
+        ),
+        text_config=dict(
+            **text | {"num_hidden_layers": 3},
+            **token_ids(tokenizer),
+            cross_attention_layers=[1],
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<|image|>"),
+    )
+    return tf.MllamaForConditionalGeneration(config), processor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def build(family: str, directory: str | Path, seed: int = 0) -> Path:
-    """Builds one family's tiny checkpoint and processor into `directory` and returns the path; the same seed gives the same weights.
+    """Builds one family's tiny checkpoint and processor into `directory` and returns the path; the same seed gives the
+    same weights.
+
 
     Raises:
         KeyError: for a family without a builder.
@@ -221,7 +713,8 @@ def _root() -> Path:
 
 @functools.cache
 def checkpoint(family: str, seed: int = 0) -> str:
-    """The folder of a tiny checkpoint, built once per process and removed at its end. For reading only: copy it before changing it."""
+    """The folder of a tiny checkpoint, built once per process and removed at its end. For reading only: copy it before
+    changing it."""
     return str(build(family, _root() / f"{family}-{seed}", seed))
 
 
