@@ -24,24 +24,38 @@ from trl import TrlParser
 
 from base.errors import InputError
 
-__all__ = ["DPOConfig", "DataArguments", "LoraArguments", "ModelArguments", "SFTConfig", "parse", "run", "write_run_json"]
+__all__ = [
+    "DPOConfig",
+    "DataArguments",
+    "LoraArguments",
+    "ModelArguments",
+    "SFTConfig",
+    "parse",
+    "run",
+    "write_run_json",
+]
 
 
 @dataclass
 class ModelArguments:
     """Which checkpoint to train and how to load it."""
 
-    model_name_or_path: str = field(metadata={"help": "Hub id, checkpoint folder or LoRA adapter folder to start from."})
+    model_name_or_path: str = field(
+        metadata={"help": "Hub id, checkpoint folder or LoRA adapter folder to start from."}
+    )
     use_flash_attention_2: bool = field(
         default=False, metadata={"help": "FlashAttention-2. Packed rows need a 4-D mask and use sdpa whatever is set."}
     )
     torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "Precision of the loaded weights; auto is bfloat16 with --bf16, else float32."}
+        default="auto",
+        metadata={"help": "Precision of the loaded weights; auto is bfloat16 with --bf16, else float32."},
     )
     freeze_vision_tower: bool = field(
         default=True, metadata={"help": "Keep the vision encoder fixed; its features are then shared by every pass."}
     )
-    q_lora: bool = field(default=False, metadata={"help": "Load the base in --bits and train LoRA on it (needs --use_lora)."})
+    q_lora: bool = field(
+        default=False, metadata={"help": "Load the base in --bits and train LoRA on it (needs --use_lora)."}
+    )
     bits: Literal[4, 8] = field(default=4, metadata={"help": "With --q_lora: 4 (NF4, double quantisation) or 8."})
 
 
@@ -67,27 +81,41 @@ class LoraArguments:
 class DataArguments:
     """Which rows to train on. See docs/data.md for the formats."""
 
-    dataset_name: str = field(metadata={"help": "A name of data.DATASET_MAP, a hub id or a path; several joined by commas."})
+    dataset_name: str = field(
+        metadata={"help": "A name of data.DATASET_MAP, a hub id or a path; several joined by commas."}
+    )
     data_path: str | None = field(default=None, metadata={"help": "File or folder of the data set; one per name."})
-    image_root: str | None = field(default=None, metadata={"help": "Folder that image names in the rows are relative to."})
+    image_root: str | None = field(
+        default=None, metadata={"help": "Folder that image names in the rows are relative to."}
+    )
     dataset_weights: str | None = field(default=None, metadata={"help": "Mixing weights of several sets: .7,.3"})
     data_ratio: float = field(default=1.0, metadata={"help": "Use this share of the rows, drawn with --seed."})
     eval_ratio: float = field(default=0.0, metadata={"help": "Hold out this share for evaluation; never trained on."})
     eval_data_path: str | None = field(default=None, metadata={"help": "Evaluate on this file instead of a share."})
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes for reading and checking the rows."})
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes for reading and checking the rows."}
+    )
     on_bad_row: Literal["error", "drop"] = field(
         default="error", metadata={"help": "Stop at a bad row, or drop it and write it to bad_rows.jsonl."}
     )
-    allow_outside_image_root: bool = field(default=False, metadata={"help": "Accept image paths that leave --image_root."})
+    allow_outside_image_root: bool = field(
+        default=False, metadata={"help": "Accept image paths that leave --image_root."}
+    )
     pairs: Literal["best_worst", "all", "adjacent", "score_margin"] = field(
         default="all", metadata={"help": "Which ordered pairs of a row with more than two responses enter the loss."}
     )
     score_margin: float | None = field(
         default=None, metadata={"help": "Keep pairs whose scores differ by this much; -1 keeps the largest gap only."}
     )
-    max_length: int | None = field(default=None, metadata={"help": "Longest prompt + response, in tokens. Responses are cut."})
-    max_prompt_length: int | None = field(default=None, metadata={"help": "Longest prompt, image tokens included. Never cut."})
-    max_target_length: int | None = field(default=None, metadata={"help": "Longest response, in tokens. Cut at the end."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt + response, in tokens. Responses are cut."}
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt, image tokens included. Never cut."}
+    )
+    max_target_length: int | None = field(
+        default=None, metadata={"help": "Longest response, in tokens. Cut at the end."}
+    )
     overlong: Literal["drop", "error"] = field(
         default="drop", metadata={"help": "What to do with a row whose prompt alone is too long."}
     )
@@ -105,12 +133,18 @@ class DataArguments:
 class _Config(TrainingArguments):
     """What the four algorithms share on top of transformers' TrainingArguments."""
 
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "wandb, tensorboard, ...; none by default."})
+    report_to: str | list[str] | None = field(
+        default="none", metadata={"help": "wandb, tensorboard, ...; none by default."}
+    )
     logging_steps: float = field(default=1, metadata={"help": "Log every N steps, or a share of all steps if below 1."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: the collator reads the raw rows."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay False: the collator reads the raw rows."}
+    )
     share_prefix: bool = field(
         default=True,
-        metadata={"help": "Compute the prompt once per row and let its K responses share it. False: one row per response."},
+        metadata={
+            "help": "Compute the prompt once per row and let its K responses share it. False: one row per response."
+        },
     )
     project_name: str | None = field(default=None, metadata={"help": "wandb project."})
     group_name: str | None = field(default=None, metadata={"help": "wandb group."})
@@ -125,12 +159,16 @@ class _Config(TrainingArguments):
         if self.group_name:
             os.environ["WANDB_RUN_GROUP"] = self.group_name
         if (self.project_name or self.group_name) and self.report_to == "none":
-            raise InputError("--project_name and --group_name name a wandb run: add --report_to wandb, or leave them out.")
+            raise InputError(
+                "--project_name and --group_name name a wandb run: add --report_to wandb, or leave them out."
+            )
         if self.remove_unused_columns:
             raise InputError("--remove_unused_columns True would drop the images: leave it out.")
         super().__post_init__()
         if self.resume_from_checkpoint in ("True", "true", "False", "false"):
-            self.resume_from_checkpoint = self._last_checkpoint() if self.resume_from_checkpoint in ("True", "true") else None
+            self.resume_from_checkpoint = (
+                self._last_checkpoint() if self.resume_from_checkpoint in ("True", "true") else None
+            )
 
     def _last_checkpoint(self) -> str | None:
         # Nothing saved yet is a start from the beginning, so that one command line serves a job and its restarts.
@@ -148,12 +186,17 @@ class SFTConfig(_Config):
 class DPOConfig(_Config):
     """Direct preference optimisation and its relatives (losses.py)."""
 
-    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate; with LoRA 10 times this is usual."})
+    learning_rate: float = field(
+        default=1e-6, metadata={"help": "Peak learning rate; with LoRA 10 times this is usual."}
+    )
     beta: float = field(default=0.1, metadata={"help": "Strength of the pull towards the reference (DPO eq. 7)."})
     loss_type: list[str] = field(
-        default_factory=lambda: ["sigmoid"], metadata={"help": "One or more names of losses.LOSSES; several are summed."}
+        default_factory=lambda: ["sigmoid"],
+        metadata={"help": "One or more names of losses.LOSSES; several are summed."},
     )
-    loss_weights: list[float] | None = field(default=None, metadata={"help": "One weight per --loss_type; 1 by default."})
+    loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "One weight per --loss_type; 1 by default."}
+    )
     label_smoothing: float = field(
         default=0.0, metadata={"help": "Share of pairs assumed mislabelled (conservative DPO, eq. 3 of its note)."}
     )
@@ -187,7 +230,10 @@ def _refuse_contradictions(parsed: Sequence[Any]) -> None:
     if flags.get("q_lora") and not flags.get("use_lora"):
         raise InputError("--q_lora trains an adapter on a quantised base: add --use_lora True.")
     if not flags.get("use_lora"):
-        defaults = {f.name: (f.default_factory() if f.default is dataclasses.MISSING else f.default) for f in dataclasses.fields(LoraArguments)}
+        defaults = {
+            f.name: (f.default_factory() if f.default is dataclasses.MISSING else f.default)
+            for f in dataclasses.fields(LoraArguments)
+        }
         for name, default in defaults.items():
             if flags.get(name, default) != default:
                 raise InputError(f"--{name} needs --use_lora True: without it all weights are trained.")

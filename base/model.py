@@ -1,0 +1,242 @@
+"""What every model family inherits: the contract's model methods, vision features computed once, log-probs without prompt logits.
+
+An adapter mixes `VLModelMixin` in front of a transformers class:
+
+    class LlavaForRL(VLModelMixin, LlavaForConditionalGeneration): ...
+
+and overrides the small hooks (`packed_attention_mask`, `packed_position_ids`, `encode_images`, ...) where its family differs.
+"""
+
+import base.compat  # noqa: F401  isort: skip  (must come before transformers)
+import functools
+import inspect
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import GenerationMixin
+from transformers.utils import ModelOutput
+from trl.kernels import ChunkedLogProbFunction
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from base import packing
+
+# Above this many logits the vocabulary is walked in chunks, so that no more than a chunk of logits exists at a time.
+MAX_LOGITS = 1 << 27
+VOCAB_CHUNK = 8192
+
+
+@dataclass
+class CompletionOutput(ModelOutput):
+    """What `forward(completion_index=...)` returns for N positions.
+
+    Attributes:
+        hidden: (N, D) last hidden states at the positions.
+        logps: (N,) float32 log-probabilities of `completion_ids`, natural logarithm; None without `completion_ids`.
+        entropy: (N,) float32 entropies of the next-token distributions in nats, if `with_entropy`.
+    """
+
+    hidden: torch.Tensor | None = None
+    logps: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+
+
+class VLModelMixin:
+    """The contract's model methods, for any transformers vision-language model."""
+
+    default_lora_target: ClassVar[list[str]] = [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        native = next(c for c in cls.__mro__[1:] if issubclass(c, GenerationMixin) and not issubclass(c, VLModelMixin))
+        # `architectures` in a saved config.json is the class name: it must be the one that transformers knows.
+        cls.__name__ = native.__name__
+        cls.forward = _with_completions(cls.forward)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """transformers skips its checkpoint-key conversion for classes outside `transformers.*` unless this says False.
+
+        Without it a checkpoint loads with a random lm_head and only a warning.
+        """
+        return False
+
+    # -- the contract -------------------------------------------------------------------------------------------------
+
+    def get_vision_tower(self) -> nn.Module:
+        """The vision encoder."""
+        return self.get_encoder(modality="image")
+
+    def freeze_vision_tower(self) -> None:
+        """Stop gradients into the vision encoder; projector and language model keep theirs."""
+        self.get_vision_tower().requires_grad_(False)
+
+    @classmethod
+    def prepare_default_generation_kwargs(cls) -> dict[str, Any]:
+        """Generation settings of an evaluation: greedy, up to 1024 new tokens."""
+        return {"max_new_tokens": 1024, "do_sample": False, "num_beams": 1, "use_cache": True}
+
+    def lora_target_regex(self, targets: list[str] | None = None) -> str:
+        """Regular expression over full module names that matches `targets` inside the language model and nothing else.
+
+        Bare suffixes such as q_proj would also put adapters into the vision tower.
+
+        Raises:
+            ValueError: a target names no linear layer of the language model.
+        """
+        targets = list(targets or self.default_lora_target)
+        decoder = self.get_decoder()
+        prefix = next(name for name, module in self.named_modules() if module is decoder)
+        linear = [name for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]
+        for target in targets:
+            if not any(name == target or name.endswith("." + target) for name in linear):
+                known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+                raise ValueError(
+                    f"LoRA target {target} is no linear layer of the language model: choose from {', '.join(known)}."
+                )
+        return rf"{re.escape(prefix)}\.(.*\.)?({'|'.join(map(re.escape, targets))})"
+
+    # -- vision -------------------------------------------------------------------------------------------------------
+
+    def vision_trains(self) -> bool:
+        """Whether anything outside the language model (vision tower, projector, ...) receives gradients."""
+        text = {id(p) for m in (self.get_decoder(), self.get_output_embeddings()) for p in m.parameters()}
+        return any(p.requires_grad and id(p) not in text for p in self.parameters())
+
+    def encode_images(self, img_inputs: dict[str, Any]) -> dict[str, Any]:
+        """Run the vision tower once; return the keyword arguments that stand for `img_inputs` in forward and generate.
+
+        Args:
+            img_inputs: the collator's `img_input_dict`. Without images it is returned as it is.
+        """
+        if img_inputs.get("pixel_values") is None:
+            return dict(img_inputs)
+        names = set(inspect.signature(self.base_model.get_image_features).parameters)
+        features = self.get_image_features(**{k: v for k, v in img_inputs.items() if k in names}, return_dict=True)
+        # The grid is still needed for M-RoPE positions; everything else that the tower read has served.
+        rest = {k: v for k, v in img_inputs.items() if k not in names or k == "image_grid_thw"}
+        return {**rest, "mm_encoder_outputs": {"image": features}}
+
+    @property
+    def image_placeholder_ids(self) -> list[int]:
+        """Token ids that stand for image or video features and must never be generated."""
+        names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "boi_token_index")
+        ids = {getattr(self.config, name, None) for name in names}
+        return sorted(i for i in ids if isinstance(i, int) and 0 <= i < self.config.get_text_config().vocab_size)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' generate; placeholder tokens are suppressed, because a generated one has no features."""
+        kwargs["suppress_tokens"] = (
+            sorted({*(kwargs.get("suppress_tokens") or []), *self.image_placeholder_ids}) or None
+        )
+        return super().generate(*args, **kwargs)
+
+    # -- packed rows ---------------------------------------------------------------------------------------------------
+
+    def packed_inputs(
+        self, input_ids: torch.Tensor, segment_ids: torch.Tensor, img_inputs: dict[str, Any], packed: bool = True
+    ) -> dict[str, Any]:
+        """Keyword arguments of forward for rows of `packing.pack_rows`.
+
+        Args:
+            input_ids, segment_ids: (B, L).
+            img_inputs: the collator's `img_input_dict`.
+            packed: False when no row has more than one response; then an ordinary (B, L) mask serves, and flash attention can be used.
+        """
+        inputs = {"input_ids": input_ids, "use_cache": False, **img_inputs}
+        if packed:
+            inputs["attention_mask"] = self.packed_attention_mask(input_ids, segment_ids, img_inputs)
+            inputs["position_ids"] = self.packed_position_ids(input_ids, segment_ids, img_inputs)
+        else:
+            inputs["attention_mask"] = (segment_ids >= 0).long()
+        return inputs
+
+    def packed_attention_mask(
+        self, input_ids: torch.Tensor, segment_ids: torch.Tensor, img_inputs: dict[str, Any]
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Hook: the mask of packed rows, (B, 1, L, L) bool. Families with windows or bidirectional spans override it."""
+        return packing.packed_mask(segment_ids)
+
+    def packed_position_ids(
+        self, input_ids: torch.Tensor, segment_ids: torch.Tensor, img_inputs: dict[str, Any]
+    ) -> torch.Tensor:
+        """Hook: the positions of packed rows, (B, L) long. Families with M-RoPE override it."""
+        return packing.packed_positions(segment_ids)
+
+    # -- hidden states and log-probs at response positions ---------------------------------------------------------------
+
+    def last_hidden_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Hook: hidden states (B, L, D) that lm_head reads."""
+        return self.base_model(*args, **kwargs).last_hidden_state
+
+
+def _with_completions(native_forward: Any) -> Any:
+    """Give a forward the arguments `completion_index`, `completion_ids`, `temperature` and `with_entropy`.
+
+    It has to be the forward itself: DDP, DeepSpeed and peft only see what passes through it. functools.wraps keeps the native signature
+    visible, which generate validates its arguments against.
+    """
+
+    @functools.wraps(native_forward)
+    def forward(
+        self: VLModelMixin,
+        *args: Any,
+        completion_index: torch.Tensor | None = None,
+        completion_ids: torch.Tensor | None = None,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if completion_index is None:
+            return native_forward(self, *args, **kwargs)
+        kwargs = {k: v for k, v in kwargs.items() if v is not None or k == "pixel_values"}
+        hidden = self.last_hidden_state(*args, **kwargs).flatten(0, 1)[completion_index]  # (N, D)
+        if completion_ids is None:
+            return CompletionOutput(hidden=hidden)
+        logps, entropy = token_logps(self, hidden, completion_ids, temperature, with_entropy)
+        return CompletionOutput(hidden=hidden, logps=logps, entropy=entropy)
+
+    return forward
+
+
+def token_logps(
+    model: nn.Module,
+    hidden: torch.Tensor,
+    token_ids: torch.Tensor,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probability of each token, float32, without more than MAX_LOGITS logits in memory.
+
+    Args:
+        hidden: (N, D) states that predict the tokens.
+        token_ids: (N,).
+
+    Returns:
+        logps (N,) and, if asked for, the entropy of each next-token distribution (N,), in nats.
+    """
+    lm_head = model.get_output_embeddings()
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    if type(lm_head) is not nn.Linear or token_ids.numel() * lm_head.out_features <= MAX_LOGITS:
+        logits = lm_head(hidden).float()  # (N, V)
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        logits = logits / temperature
+        logps = -nn.functional.cross_entropy(logits, token_ids, reduction="none")
+        return logps, torch.distributions.Categorical(logits=logits).entropy() if with_entropy else None
+    outputs = ("entropy",) if with_entropy else ()
+    with maybe_gather_lm_head_ctx(lm_head.weight, lm_head.bias):
+        logps, entropy, *_ = ChunkedLogProbFunction.apply(
+            hidden, lm_head.weight, lm_head.bias, token_ids, temperature, VOCAB_CHUNK, softcap, 1.0, outputs
+        )
+    return logps, entropy

@@ -1,0 +1,256 @@
+"""Trainers of SFT and DPO, thin on transformers.Trainer. A paper changes one method of a subclass.
+
+VLSFTTrainer: `compute_loss`.
+VLDPOTrainer: `response_logps` -> `reference_logps` -> `preference_loss` -> `log_metrics`.
+"""
+
+import base.compat  # noqa: F401  isort: skip  (must come before transformers)
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from trl.models.utils import prepare_deepspeed
+from trl.trainer.utils import disable_dropout_in_model, use_adapter
+
+from base.errors import InputError
+from base.packing import scatter_to_responses
+from base.processor import VLProcessor
+from losses import PreferenceBatch, get_loss, preference_loss
+
+Batch = dict[str, Any]
+
+REFERENCE_ADAPTER = "ref"  # name of the frozen copy of an adapter that training continues (TRL's name)
+
+
+class VLTrainer(Trainer):
+    """What all trainers share: images encoded once per step, response log-probs, metrics averaged over steps and ranks."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        processor: VLProcessor,
+        data_collator: Any,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            model: an adapter's model, maybe wrapped by peft.
+            processor: saved with every checkpoint.
+            kwargs: go to transformers.Trainer.
+        """
+        if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
+            # Reentrant checkpointing drops the gradients of a frozen base with LoRA.
+            args.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        super().__init__(
+            model=model,
+            args=args,
+            processing_class=processor,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            **kwargs,
+        )
+        self._metrics: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+
+    # -- the model's view of a batch -------------------------------------------------------------------------------------
+
+    def base_model(self, model: nn.Module) -> nn.Module:
+        """The adapter's model inside DDP, DeepSpeed and peft wrappers."""
+        model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        return model.get_base_model() if isinstance(model, PeftModel) else model
+
+    def image_inputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
+        """What stands for the images in every forward of this step.
+
+        Features, computed once, while nothing on the vision side trains. Otherwise the pixels: they must go through the wrapped model's own
+        forward, which DDP and DeepSpeed watch, and a pass with other vision weights needs its own features.
+        """
+        core = self.base_model(model)
+        if core.vision_trains():
+            return batch["img_input_dict"]
+        with torch.no_grad(), self.accelerator.autocast():
+            return core.encode_images(batch["img_input_dict"])
+
+    def completion_logps(self, model: nn.Module, batch: Batch, image_inputs: dict[str, Any]) -> Tensor:
+        """Log-probs of all response tokens of a packed batch: (R, T) float32, zero where padded."""
+        mask = batch["completion_mask"]
+        core = self.base_model(model)
+        outputs = model(
+            **core.packed_inputs(batch["input_ids"], batch["segment_ids"], image_inputs, batch["packed"]),
+            completion_index=batch["completion_index"][mask],
+            completion_ids=batch["completion_ids"][mask],
+        )
+        return scatter_to_responses(outputs.logps, mask)
+
+    # -- metrics ------------------------------------------------------------------------------------------------------------
+
+    def store_metrics(self, metrics: dict[str, Tensor]) -> None:
+        """Keep per-sample values, (n,) each, until the next log; log averages all samples since then, over all ranks."""
+        mode = "train" if self.model.training else "eval"
+        for name, values in metrics.items():
+            values = values.detach().float().flatten()
+            # nan-safe sums are kept instead of the values: two numbers per step
+            self._metrics[mode][name].append(torch.stack([values.sum(), values.new_tensor(values.numel())]))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "eval" if any(name.startswith("eval_") for name in logs) else "train"
+        for name, sums in self._metrics[mode].items():
+            total, count = self.accelerator.reduce(torch.stack(sums).sum(0), reduction="sum").tolist()
+            logs[name if mode == "train" else f"eval_{name}"] = total / max(count, 1)
+        self._metrics[mode].clear()
+        super().log(logs, start_time)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+
+class VLSFTTrainer(VLTrainer):
+    """Cross-entropy of the assistant's tokens, averaged over all of them in the global batch."""
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            use_cache=False,
+            **self.image_inputs(model, inputs),
+            completion_index=inputs["completion_index"],
+            completion_ids=inputs["completion_ids"],
+        )
+        if num_items_in_batch is None:
+            loss = -outputs.logps.mean()
+        else:
+            # Trained tokens of the whole global batch; DDP then averages gradients over ranks.
+            loss = -outputs.logps.sum() / num_items_in_batch
+            loss = loss * (self.accelerator.num_processes if self.args.average_tokens_across_devices else 1)
+        return (loss, outputs) if return_outputs else loss
+
+
+class VLDPOTrainer(VLTrainer):
+    """Preference losses of losses.py on packed rows.
+
+    The reference is a frozen copy (`ref_model`), or, when the policy is a LoRA model, the same model with its adapter switched off.
+    """
+
+    def __init__(
+        self, model: nn.Module, args: TrainingArguments, *rest: Any, ref_model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        for name in args.loss_type:
+            try:
+                get_loss(name)
+            except ValueError as error:
+                raise InputError(str(error)) from error
+        if ref_model is None and not isinstance(model, PeftModel):
+            raise ValueError("Full fine-tuning needs ref_model, a frozen copy of the initial model.")
+        for m in (model, ref_model):
+            if m is not None:
+                disable_dropout_in_model(m.get_base_model() if isinstance(m, PeftModel) else m)
+        super().__init__(model, args, *rest, **kwargs)
+        # The loss is a mean over pairs: Trainer must divide it by the accumulation steps.
+        self.model_accepts_loss_kwargs = False
+        self.ref_model = self._prepare_reference(ref_model)
+
+    def _prepare_reference(self, ref_model: nn.Module | None) -> nn.Module | None:
+        if ref_model is None:
+            return None
+        ref_model.requires_grad_(False)
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(ref_model, self.accelerator)
+        return self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+
+    # -- the four steps that papers change -----------------------------------------------------------------------------------
+
+    def response_logps(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Policy log-probs of every response token, (R, T)."""
+        return self.completion_logps(model, batch, batch["image_inputs"])
+
+    def reference_logps(self, batch: Batch) -> Tensor:
+        """Reference log-probs of every response token, (R, T), without gradient."""
+        with torch.no_grad(), self.reference_context() as reference:
+            return self.completion_logps(reference, batch, batch["image_inputs"])
+
+    def preference_loss(
+        self, policy: Tensor, reference: Tensor | None, batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of each pair (M,), and the unweighted parts of a mixture."""
+        return preference_loss(
+            self.preference_batch(policy, reference, batch),
+            self.args.loss_type,
+            self.args.loss_weights,
+            vars(self.args),
+        )
+
+    def log_metrics(self, policy: Tensor, reference: Tensor | None, parts: dict[str, Tensor], batch: Batch) -> None:
+        """Store TRL's metrics: implicit rewards beta * log-ratio, their accuracy and margin, and log-probs."""
+        pairs = self.preference_batch(policy, reference, batch)
+        metrics = {"logps/chosen": pairs.chosen_logps, "logps/rejected": pairs.rejected_logps}
+        if reference is not None:
+            chosen = self.args.beta * (pairs.chosen_logps - pairs.ref_chosen_logps)
+            rejected = self.args.beta * (pairs.rejected_logps - pairs.ref_rejected_logps)
+            metrics |= {
+                "rewards/chosen": chosen,
+                "rewards/rejected": rejected,
+                "rewards/accuracies": chosen > rejected,
+                "rewards/margins": chosen - rejected,
+            }
+        if len(parts) > 1:
+            metrics |= {f"loss/{name}": part for name, part in parts.items()}
+        self.store_metrics(metrics)
+
+    # -------------------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def reference_context(self) -> Iterator[nn.Module]:
+        """Enter the reference: the frozen copy, the adapter as it was loaded, or the policy with its adapter switched off."""
+        if self.ref_model is not None:
+            yield self.ref_model
+            return
+        policy = self.accelerator.unwrap_model(self.model)
+        with use_adapter(policy, REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None):
+            yield self.model_wrapped
+
+    def preference_batch(self, policy: Tensor, reference: Tensor | None, batch: Batch) -> PreferenceBatch:
+        """The M pairs of a batch as losses.py reads them."""
+        chosen, rejected = batch["chosen"], batch["rejected"]
+        lengths = batch["completion_mask"].sum(1)  # (R,)
+        logps = policy.sum(1)  # (R,)
+        ref = reference.sum(1) if reference is not None else None
+        return PreferenceBatch(
+            chosen_logps=logps[chosen],
+            rejected_logps=logps[rejected],
+            chosen_lengths=lengths[chosen],
+            rejected_lengths=lengths[rejected],
+            ref_chosen_logps=ref[chosen] if ref is not None else None,
+            ref_rejected_logps=ref[rejected] if ref is not None else None,
+        )
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        batch = inputs | {"image_inputs": self.image_inputs(model, inputs)}
+        reference = (
+            None if all(get_loss(name).reference_free for name in self.args.loss_type) else self.reference_logps(batch)
+        )
+        policy = self.response_logps(model, batch)
+        per_pair, parts = self.preference_loss(policy, reference, batch)
+        self.log_metrics(policy.detach(), reference, parts, batch)
+        loss = per_pair.mean()
+        return (loss, {"policy": policy}) if return_outputs else loss

@@ -1,0 +1,252 @@
+"""Which adapter folder serves a checkpoint, and the one way to load it.
+
+To add a family: a folder with a `core_mapper`, one line in MODEL_NICKNAME_MAP (docs/CustomizedModel.md).
+"""
+
+import base.compat  # noqa: F401  isort: skip  (must come before transformers)
+import importlib
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoConfig, BitsAndBytesConfig
+from transformers.utils import cached_file
+
+from base.compat import keep_quantised_linears_trainable
+from base.errors import InputError
+from models.core_mapper import ModelCoreMapper
+
+__all__ = [
+    "FLASH_ATTN_MODELS",
+    "MODEL_NICKNAME_MAP",
+    "ModelCoreMapper",
+    "add_lora",
+    "core_mapper_for",
+    "load_for_training",
+    "load_model",
+    "reference_for",
+]
+
+# Class name in a checkpoint's config.json ("architectures") -> folder in models/
+MODEL_NICKNAME_MAP = {
+    "LlavaForConditionalGeneration": "llava",
+}
+
+# Classes that support FlashAttention-2
+FLASH_ATTN_MODELS = [
+    "LlavaForConditionalGeneration",
+]
+
+
+def base_model_path(model_name_or_path: str) -> str:
+    """The checkpoint itself or, for a LoRA adapter folder, the base that its adapter_config.json names."""
+    adapter = Path(model_name_or_path) / "adapter_config.json"
+    if not adapter.is_file():
+        return model_name_or_path
+    base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+    if not base:
+        raise InputError(
+            f"{adapter} names no base_model_name_or_path: add the checkpoint that the adapter was trained on."
+        )
+    return base
+
+
+def architecture_of(model_name_or_path: str) -> str:
+    """The class name in the checkpoint's config.json.
+
+    Raises:
+        InputError: the folder or hub id has no config.json, or the config names no architecture.
+    """
+    path = base_model_path(model_name_or_path)
+    try:
+        config_file = cached_file(path, "config.json")
+    except OSError as error:
+        raise InputError(
+            f"{path} is neither a checkpoint folder with a config.json nor a model that the hub can give: {error}"
+        ) from error
+    try:
+        architectures = json.loads(Path(config_file).read_text()).get("architectures") or []
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{config_file} is not valid JSON (line {error.lineno}, column {error.colno}): download it again."
+        ) from error
+    if len(architectures) != 1:
+        raise InputError(f"{config_file} must name one class under `architectures`, not {architectures}.")
+    return architectures[0]
+
+
+def core_mapper_for(model_name_or_path: str) -> ModelCoreMapper:
+    """The adapter of a checkpoint: a full checkpoint or a LoRA adapter folder, a local path or a hub id.
+
+    Raises:
+        InputError: no adapter serves the checkpoint's architecture.
+    """
+    architecture = architecture_of(model_name_or_path)
+    if architecture not in MODEL_NICKNAME_MAP:
+        raise InputError(
+            f"{model_name_or_path} is a {architecture}, which no folder of models/ serves. Known are "
+            f"{', '.join(sorted(MODEL_NICKNAME_MAP))}. docs/CustomizedModel.md shows how to add one."
+        )
+    return importlib.import_module(f"models.{MODEL_NICKNAME_MAP[architecture]}").core_mapper
+
+
+def load_model(
+    model_name_or_path: str,
+    *,
+    dtype: torch.dtype | str = "auto",
+    use_flash_attention_2: bool = False,
+    bits: int | None = None,
+    is_trainable: bool = False,
+    **kwargs: Any,
+) -> torch.nn.Module:
+    """Load a checkpoint, or a LoRA adapter on its base, as its adapter's class. Every weight must be found.
+
+    Args:
+        bits: 4 (NF4 with double quantisation) or 8 quantise the language model, not vision tower, projector or lm_head.
+        is_trainable: an adapter's weights require gradients.
+        kwargs: go to from_pretrained.
+
+    Raises:
+        InputError: weights are missing, unexpected or of another shape, or flash attention cannot be had.
+    """
+    path = base_model_path(model_name_or_path)
+    model_class = core_mapper_for(path).model
+    if use_flash_attention_2:
+        kwargs["attn_implementation"] = _flash_attention(path)
+    if bits is not None:
+        kwargs["quantization_config"] = _quantisation(model_class, path, bits, dtype)
+    model, info = model_class.from_pretrained(
+        path, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **kwargs
+    )
+    wrong = {
+        name: sorted(map(str, info.get(name) or ())) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
+    if any(wrong.values()):
+        listed = "; ".join(
+            f"{name.replace('_', ' ')} {', '.join(keys[:5])}" + ", ..." * (len(keys) > 5)
+            for name, keys in wrong.items()
+            if keys
+        )
+        raise InputError(
+            f"The weights of {path} do not fit {model_class.__name__}: {listed}. Save the checkpoint anew."
+        )
+    if bits is not None:
+        keep_quantised_linears_trainable(model)
+    if path != model_name_or_path:
+        model = PeftModel.from_pretrained(model, model_name_or_path, is_trainable=is_trainable)
+    return model
+
+
+def load_for_training(model_args: Any, lora_args: Any, training_args: Any) -> torch.nn.Module:
+    """Load the policy as the flags of args.py say, freeze its vision tower, add LoRA."""
+    dtype = getattr(torch, model_args.torch_dtype, None)
+    if dtype is None:  # auto: a frozen base may be bf16, trained weights keep float32 masters under autocast
+        dtype = torch.bfloat16 if training_args.bf16 and lora_args.use_lora else torch.float32
+    flash = model_args.use_flash_attention_2
+    if flash and training_args.share_prefix:
+        logging.getLogger(__name__).warning(
+            "Packed rows need a 4-D mask: using sdpa. --share_prefix False uses FlashAttention-2."
+        )
+        flash = False
+    model = load_model(
+        model_args.model_name_or_path,
+        dtype=dtype,
+        use_flash_attention_2=flash,
+        bits=model_args.bits if model_args.q_lora else None,
+        is_trainable=True,
+    )
+    if model_args.freeze_vision_tower:
+        (model.get_base_model() if isinstance(model, PeftModel) else model).freeze_vision_tower()
+    if lora_args.use_lora and not isinstance(model, PeftModel):
+        model = add_lora(model, lora_args, gradient_checkpointing=training_args.gradient_checkpointing)
+    return model
+
+
+def reference_for(
+    model: torch.nn.Module, model_args: Any, lora_args: Any, training_args: Any
+) -> torch.nn.Module | None:
+    """The frozen reference of a policy from `load_for_training`, before its first step.
+
+    All weights train: a second copy of the checkpoint. A fresh LoRA adapter: None, the base itself is the reference. A loaded adapter that
+    training continues: None, and a frozen copy of it inside the policy, under the name "ref".
+    """
+    if not isinstance(model, PeftModel):
+        return load_for_training(model_args, lora_args, training_args)
+    if base_model_path(model_args.model_name_or_path) != model_args.model_name_or_path:
+        model.load_adapter(model_args.model_name_or_path, adapter_name="ref", is_trainable=False)
+        model.set_adapter("default")
+    return None
+
+
+def add_lora(model: torch.nn.Module, lora_args: Any, gradient_checkpointing: bool = False) -> PeftModel:
+    """Wrap a model with a fresh LoRA adapter. Named targets are looked up in the language model only; a regular expression is taken as it is.
+
+    Raises:
+        InputError: a target names no linear layer of the language model.
+    """
+    targets = lora_args.lora_target_modules
+    try:
+        regex = (
+            targets[0]
+            if len(targets) == 1 and re.search(r"[*^$()\[\]|\\]", targets[0])
+            else model.lora_target_regex(None if targets == ["auto"] else targets)
+        )
+    except ValueError as error:
+        raise InputError(f"--lora_target_modules: {error}") from error
+    if getattr(model, "is_quantized", False):
+        model = prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=lora_args.lora_r,
+            lora_alpha=lora_args.lora_alpha,
+            lora_dropout=lora_args.lora_dropout,
+            target_modules=regex,
+            bias=lora_args.lora_bias,
+            modules_to_save=lora_args.modules_to_save,
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+def _flash_attention(path: str) -> str:
+    from transformers.utils import is_flash_attn_2_available
+
+    architecture = architecture_of(path)
+    if architecture not in FLASH_ATTN_MODELS:
+        raise InputError(f"{architecture} does not support FlashAttention-2: leave --use_flash_attention_2 out.")
+    if not is_flash_attn_2_available():
+        raise InputError(
+            "FlashAttention-2 is not available here (package flash-attn, a CUDA GPU): leave --use_flash_attention_2 out."
+        )
+    return "flash_attention_2"
+
+
+def _quantisation(model_class: type, path: str, bits: int, dtype: torch.dtype | str) -> BitsAndBytesConfig:
+    """Quantise the language model only. The patterns of bitsandbytes match from the start of a full module name."""
+    with torch.device("meta"):
+        empty = model_class(AutoConfig.from_pretrained(path))
+    inside = {id(module) for module in empty.get_decoder().modules()}
+    keep = [
+        name
+        for name, module in empty.named_modules()
+        if isinstance(module, torch.nn.Linear) and id(module) not in inside
+    ]
+    compute = dtype if isinstance(dtype, torch.dtype) else torch.get_default_dtype()
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=keep,
+    )

@@ -1,0 +1,26 @@
+"""The twelve classes of a model family."""
+
+from dataclasses import dataclass
+
+from base.collator import VLDPODataCollatorWithPadding, VLRMDataCollatorWithPadding, VLSFTDataCollatorWithPadding
+from base.model import VLModelMixin
+from base.processor import VLProcessor
+from base.trainer import VLDPOTrainer, VLSFTTrainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCoreMapper:
+    """What a family's folder exports. `model` and `processor` are required; the rest defaults to the base classes."""
+
+    model: type[VLModelMixin]
+    processor: type[VLProcessor]
+    dpo_collator: type = VLDPODataCollatorWithPadding
+    dpo_trainer: type = VLDPOTrainer
+    reward_model: type | None = None
+    value_model: type | None = None
+    reward_collator: type = VLRMDataCollatorWithPadding
+    reward_trainer: type | None = None
+    sft_collator: type = VLSFTDataCollatorWithPadding
+    sft_trainer: type = VLSFTTrainer
+    ppo_collator: type | None = None
+    ppo_trainer: type | None = None
