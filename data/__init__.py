@@ -1,1 +1,325 @@
-"""Data sets: every format becomes checked rows of one kind. `load_train_eval` is what the scripts call."""
+"""Data sets: every format becomes checked rows of one kind. `load_train_eval` is what the scripts call.
+
+To add a format, write a loader (data_args -> datasets.Dataset) and enter it into DATASET_MAP. A loader may return the
+columns of any kind as they are (data/rows.py); marks, texts and images are checked here.
+"""
+
+import copy
+import hashlib
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from datasets import Dataset, Features, Value, concatenate_datasets
+
+from base.errors import InputError
+from data import conversational, plain_dpo, vlquery_json
+from data.pairs import PairMode
+from data.rows import OPTIONAL, REQUIRED, Kind, features_of
+from data.source import DataArgs, image_root_of
+from data.splits import held_out, interleaved, kept
+from data.verify import Verdicts, verify
+
+__all__ = ["DATASET_MAP", "DataSplits", "load_train_eval"]
+
+logger = logging.getLogger(__name__)
+
+Loader = Callable[[DataArgs], Dataset]
+
+
+def _shapes(data_args: DataArgs) -> Dataset:
+    from data import shapes  # draws pictures: imported when asked for
+
+    return shapes.load(data_args)
+
+
+# Any other --dataset_name is a hub id or a path in TRL's conversational format.
+DATASET_MAP: dict[str, Loader] = {
+    "shapes": _shapes,
+    "plain_dpo": plain_dpo.load,
+    "vlquery_json": vlquery_json.load,
+}
+
+
+class MixArgs(DataArgs, Protocol):
+    """What `load_train_eval` reads of `args.DataArguments`."""
+
+    dataset_weights: str | None
+    data_ratio: float
+    eval_ratio: float
+    eval_data_path: str | None
+    on_bad_row: str
+    pairs: PairMode
+    score_margin: float | None
+
+
+class DataSplits(NamedTuple):
+    """train and eval (or None) are map-style data sets on disk; counts go into run.json."""
+
+    train: Dataset
+    eval: Dataset | None
+    counts: dict[str, object]
+
+
+class _Part(NamedTuple):
+    """One file of one data set after the checks."""
+
+    name: str
+    rows: Dataset  # usable rows only
+    group: np.ndarray  # (N,) int64
+    content: np.ndarray  # (N,) int64
+    counts: dict[str, object]
+    refused: list[dict[str, object]]
+
+
+def load_train_eval(
+    data_args: MixArgs, kind: Kind, seed: int, output_dir: str | os.PathLike[str] | None = None
+) -> DataSplits:
+    """All rows of `--dataset_name`, checked, split by content and interleaved.
+
+    Evaluation rows are `--eval_ratio` of the rows or those of `--eval_data_path`; a training row with the images and the
+    first question of an evaluation row is never in `train`. `--data_ratio` then keeps a share of both. Call it on the
+    main process first (`with training_args.main_process_first():`), the others read its cache.
+
+    Args:
+        kind: what the script trains on. Preference and conversation rows also serve as prompts.
+        output_dir: where `bad_rows.jsonl` is written if any row is refused or skipped.
+
+    Raises:
+        InputError: an unreadable file, bad rows with `--on_bad_row error`, flags that do not fit together, no rows left.
+    """
+    if data_args.eval_ratio and data_args.eval_data_path:
+        raise InputError("--eval_ratio and --eval_data_path both say what to evaluate on: give one of them.")
+    if data_args.data_ratio <= 0:
+        raise InputError("--data_ratio 0 leaves no rows: give a share above 0.")
+    weights = _weights(data_args)
+    parts = [_load_part(args, kind, data_args) for args in _per_name(data_args, "data_path")]
+    eval_parts = [
+        _load_part(args, kind, data_args) for args in _per_name(data_args, "eval_data_path") if args.data_path
+    ]
+    _report_refused([*parts, *eval_parts], data_args.on_bad_row, output_dir)
+
+    group = np.concatenate([part.group for part in parts])
+    if eval_parts:
+        held = np.isin(group, np.concatenate([part.group for part in eval_parts]))
+    elif data_args.eval_ratio:
+        held = held_out(group, data_args.eval_ratio, seed)
+    else:
+        held = np.zeros(len(group), dtype=bool)
+    trains, evals, starts = [], [], np.cumsum([0, *(len(part.rows) for part in parts)])
+    for i, part in enumerate(parts):
+        out = held[starts[i] : starts[i + 1]]
+        keep = kept(len(part.rows), data_args.data_ratio, seed)
+        trains.append(_select(part, ~out & keep))
+        part.counts["train"] = len(trains[-1].rows)
+        if eval_parts:
+            part.counts["left_out_as_in_eval_data"] = int(out.sum())
+        elif data_args.eval_ratio:
+            evals.append(_select(part, out & keep))
+            part.counts["eval"] = len(evals[-1].rows)
+        if not len(trains[-1].rows):
+            why = "all of them are evaluation rows" if out.any() else "none could be used"
+            raise InputError(f"--dataset_name {part.name} has no row left to train on ({why} of {len(part.rows)}).")
+    evals = eval_parts or evals
+    order = interleaved([len(part.rows) for part in trains], weights, seed)
+    train = _joined(trains, order)
+    held_rows = _joined(evals) if evals else None
+    if held_rows is not None and not len(held_rows):
+        raise InputError("No row is left to evaluate on: raise --eval_ratio or --data_ratio, or give --eval_data_path.")
+    drawn = np.searchsorted(np.cumsum([len(part.rows) for part in trains]), order, side="right")
+    for i, part in enumerate(parts):
+        part.counts["drawn_per_epoch"] = int((drawn == i).sum())
+    content = np.concatenate([part.content for part in trains])[order]
+    counts: dict[str, object] = {
+        "train_rows": len(train),
+        "eval_rows": len(held_rows) if held_rows is not None else 0,
+        "train_fingerprint": hashlib.blake2b(content.tobytes(), digest_size=16).hexdigest(),
+        "sets": [part.counts for part in parts],
+    }
+    if eval_parts:
+        counts["eval_sets"] = [part.counts for part in eval_parts]
+    return DataSplits(train, held_rows, counts)
+
+
+def load_rows(data_args: DataArgs, kind: Kind | None = None) -> tuple[Dataset, Kind]:
+    """Converted rows of one data set, bad ones included (columns `problem`, `skipped`), and their kind.
+
+    Raises:
+        InputError: the data set is unreadable, or holds no rows of `kind`.
+    """
+    rows = DATASET_MAP.get(data_args.dataset_name, conversational.load)(data_args)
+    if "problem" not in rows.column_names:  # a loader that leaves the checks to us
+        rows = conversational.convert_dataset(rows, data_args, data_args.data_path or data_args.dataset_name, want=kind)
+    have = next(k for k, columns in REQUIRED.items() if set(columns) <= set(rows.column_names))
+    if kind is None or have == kind:
+        return rows, have
+    if kind == "prompt":
+        return _as_prompts(rows, have), kind
+    uses = {"conversation": "train_sft.py", "preference": "train_dpo.py and train_rm.py", "prompt": "train_ppo.py"}
+    raise InputError(
+        f"--dataset_name {data_args.dataset_name} holds {have} rows, which {uses[have]} can train on, not {kind} rows: "
+        "choose another data set or script (docs/data.md)."
+    )
+
+
+def _as_prompts(rows: Dataset, have: Kind) -> Dataset:
+    features = features_of("prompt", _holds_bytes(rows)) | {n: rows.features[n] for n in ("problem", "skipped")}
+    if have == "conversation":
+        return rows.map(_last_answer_off, remove_columns=["messages"], features=Features(features), desc="To prompts")
+    return rows.select_columns([name for name in rows.column_names if name in features])
+
+
+def _last_answer_off(row: dict) -> dict:
+    messages = row["messages"] or [{"content": None}]
+    return {"prompt": messages[:-1], "reference": messages[-1]["content"]}
+
+
+def _load_part(args: DataArgs, kind: Kind, data_args: MixArgs) -> _Part:
+    rows, _ = load_rows(args, kind)
+    pairs = (data_args.pairs, data_args.score_margin) if kind == "preference" else (None, None)
+    verdicts = verify(
+        rows, kind, image_root_of(args), args.allow_outside_image_root, *pairs, num_proc=args.dataset_num_proc
+    )
+    refused = _refused(rows, verdicts, args.dataset_name)
+    good = np.array([problem is None for problem in verdicts.problem], dtype=bool)
+    bad = sum(not entry["skipped"] for entry in refused)
+    counts: dict[str, object] = {"name": args.dataset_name, "file": args.data_path, "rows": len(rows), "bad": bad}
+    counts["skipped"] = len(refused) - bad
+    usable = rows.remove_columns(["problem", "skipped"])
+    part = _Part(args.dataset_name, usable, verdicts.group, verdicts.content, counts, refused)
+    part = _select(part, good)
+    counts["duplicates"] = len(part.content) - len(np.unique(part.content))
+    return part
+
+
+def _refused(rows: Dataset, verdicts: Verdicts, name: str) -> list[dict[str, object]]:
+    indices = [i for i, problem in enumerate(verdicts.problem) if problem is not None]
+    wheres = rows.select_columns(["where"]).select(indices)["where"]
+    return [
+        {"source": name, "where": where, "skipped": bool(verdicts.skipped[i]), "reason": verdicts.problem[i]}
+        for i, where in zip(indices, wheres, strict=True)
+    ]
+
+
+def _report_refused(parts: list[_Part], on_bad_row: str, output_dir: str | os.PathLike[str] | None) -> None:
+    refused = [entry for part in parts for entry in part.refused]
+    if not refused:
+        return
+    path = None
+    if output_dir is not None and os.environ.get("RANK", "0") == "0":
+        path = Path(output_dir) / "bad_rows.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in refused), encoding="utf-8")
+    bad = [entry for entry in refused if not entry["skipped"]]
+    rows = sum(int(part.counts["rows"]) for part in parts)  # type: ignore[call-overload]
+    if bad and on_bad_row == "error":
+        first = f"{bad[0]['where']}: {bad[0]['reason']}"
+        if len(bad) == 1:
+            raise InputError(f"{first}. Rows count from 0. --on_bad_row drop would leave the row out.")
+        listed = f"all are listed in {path}" if path else "python -m data.check lists all"
+        raise InputError(
+            f"{len(bad)} of {rows} rows cannot be used (rows count from 0; {listed}). The first: {first}. Mend them, or "
+            "leave them out with --on_bad_row drop."
+        )
+    for skipped, what in ((False, "dropped as they cannot be used"), (True, "left out as they hold no preference")):
+        entries = [entry for entry in refused if entry["skipped"] == skipped]
+        if entries:
+            first = f"{entries[0]['where']}: {entries[0]['reason']}"
+            logger.warning("%d of %d rows are %s; the first: %s", len(entries), rows, what, first)
+
+
+def _select(part: _Part, mask: np.ndarray) -> _Part:
+    if mask.all():
+        return part
+    return part._replace(
+        rows=part.rows.select(np.flatnonzero(mask)), group=part.group[mask], content=part.content[mask]
+    )
+
+
+def _joined(parts: list[_Part], order: np.ndarray | None = None) -> Dataset:
+    """The parts in one data set with equal columns: optional ones that no part fills are left out."""
+    image_bytes = any(_holds_bytes(part.rows) for part in parts)
+    filled = Counter(name for part in parts for name in OPTIONAL if _has_values(part.rows, name))
+    sets = []
+    for part in parts:
+        rows = part.rows.remove_columns([n for n in OPTIONAL if n in part.rows.column_names and not filled[n]])
+        sets.append(_with_image_bytes(rows) if image_bytes else rows)
+    joined = concatenate_datasets(sets) if len(sets) > 1 else sets[0]
+    if order is None or np.array_equal(order, np.arange(len(joined))):
+        return joined
+    return joined.select(order)
+
+
+def _has_values(rows: Dataset, name: str) -> bool:
+    if name not in rows.column_names:
+        return False
+    column = rows.data.column(name)
+    return column.null_count < len(column)
+
+
+def _holds_bytes(rows: Dataset) -> bool:
+    return not isinstance(rows.features["images"].feature, Value)
+
+
+def _with_image_bytes(rows: Dataset) -> Dataset:
+    """File names as {"bytes": None, "path"}, where another set of the run brings its images as bytes."""
+    if _holds_bytes(rows):
+        return rows
+    kind: Kind = next(k for k, columns in REQUIRED.items() if set(columns) <= set(rows.column_names))
+    features = Features({n: f for n, f in features_of(kind, image_bytes=True).items() if n in rows.column_names})
+    return rows.map(_wrap_paths, features=features, desc="Joining data sets")
+
+
+def _wrap_paths(row: dict) -> dict:
+    out = {"images": [{"bytes": None, "path": path} for path in row["images"]]}
+    if row.get("image_rejected") is not None:
+        out["image_rejected"] = {"bytes": None, "path": row["image_rejected"]}
+    return out
+
+
+def _per_name(data_args: MixArgs, path_field: str) -> Iterator[DataArgs]:
+    """The arguments of each data set: names, paths and image roots are comma lists of one length."""
+    names = [name.strip() for name in data_args.dataset_name.split(",")]
+    paths = _aligned(getattr(data_args, path_field), len(names), f"--{path_field}")
+    roots = _aligned(data_args.image_root, len(names), "--image_root", repeat=True)
+    for name, path, root in zip(names, paths, roots, strict=True):
+        if not name:
+            raise InputError(f"--dataset_name {data_args.dataset_name} holds an empty name: take the comma out.")
+        args = copy.copy(data_args)
+        args.dataset_name, args.data_path, args.image_root = name, path, root
+        yield args
+
+
+def _aligned(value: str | None, length: int, flag: str, repeat: bool = False) -> list[str | None]:
+    if value is None:
+        return [None] * length
+    values = [part.strip() or None for part in value.split(",")] if length > 1 else [value]
+    if repeat and len(values) == 1:
+        return values * length
+    if len(values) != length:
+        raise InputError(
+            f"{flag} {value} has {len(values)} entries for {length} names of --dataset_name: give one per name, "
+            "empty where a set needs none (a.json,,b.json)."
+        )
+    return values
+
+
+def _weights(data_args: MixArgs) -> list[float] | None:
+    if data_args.dataset_weights is None:
+        return None
+    names = data_args.dataset_name.split(",")
+    try:
+        weights = [float(weight) for weight in data_args.dataset_weights.split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) != len(names) or not all(0 < weight < float("inf") for weight in weights):
+        raise InputError(
+            f"--dataset_weights {data_args.dataset_weights} must be one number above 0 per name of --dataset_name "
+            f"({len(names)}), such as .7,.3."
+        )
+    return weights

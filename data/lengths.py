@@ -1,7 +1,7 @@
 """Length limits: responses may be shortened at their end; prompts are never cut, so an image token is never lost.
 
-The functions see token counts and ids only, so that they hold for every family: what a prompt is (text and image tokens) is the processor's
-business. A limit that is None does not limit.
+The functions see token counts and ids only, so that they hold for every family: what a prompt is (text and image
+tokens) is the processor's business. A limit that is None does not limit.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class _LengthArguments(Protocol):
 
 @dataclass(frozen=True)
 class LengthLimits:
-    """`--max_length` (prompt + one response), `--max_prompt_length`, `--max_target_length` in tokens, and `--overlong`."""
+    """`--max_length` (prompt + one response), `--max_prompt_length` and `--max_target_length`, in tokens; `--overlong`."""
 
     max_length: int | None = None
     max_prompt_length: int | None = None
@@ -68,7 +68,7 @@ class LengthCounts:
 
 @dataclass(frozen=True)
 class Fit:
-    """`responses` within the limits, or None and the `reason` why the row cannot be used; `kind` is the counter that it belongs to."""
+    """`responses` within the limits, or None, the `reason` why the row cannot be used, and the `kind` that counts it."""
 
     responses: list[list[int]] | None
     reason: str | None = None
@@ -80,7 +80,7 @@ def fit(prompt_tokens: int, responses: Sequence[Sequence[int]], limits: LengthLi
 
     Args:
         prompt_tokens: tokens of the prompt, image tokens included.
-        responses: (K, any) token ids, end token included. A shortened response loses its end token, as it did not end there.
+        responses: (K, any) token ids, end token included. A shortened response loses its end token: it did not end there.
         limits: `max_length` bounds prompt + one response, also when K responses share one packed row.
     """
     longest_prompt = min(
@@ -90,8 +90,8 @@ def fit(prompt_tokens: int, responses: Sequence[Sequence[int]], limits: LengthLi
     if prompt_tokens > longest_prompt:
         name = "max_prompt_length" if longest_prompt == limits.max_prompt_length else "max_length"
         reason = (
-            f"its prompt of {prompt_tokens} tokens (image tokens included) does not fit --{name} {getattr(limits, name)}: "
-            "raise the limit, use smaller images, or shorten the prompt"
+            f"its prompt of {prompt_tokens} tokens (image tokens included) does not fit --{name} "
+            f"{getattr(limits, name)}: raise the limit, use smaller images, or shorten the prompt"
         )
         return Fit(None, reason, "long_prompt")
     room = min(
@@ -99,9 +99,11 @@ def fit(prompt_tokens: int, responses: Sequence[Sequence[int]], limits: LengthLi
         limits.max_target_length if limits.max_target_length is not None else max(map(len, responses), default=0),
     )
     cut = [list(ids[:room]) for ids in responses]
-    was_one = len({tuple(ids) for ids in responses}) == 1
-    if len(cut) > 1 and not was_one and all(ids == cut[0] for ids in cut):
-        reason = f"its {len(cut)} responses are equal once they are cut to {room} tokens: raise --max_target_length or --max_length"
+    if len(cut) > 1 and all(ids == cut[0] for ids in cut):
+        reason = (
+            f"its {len(cut)} responses are the same tokens once they are cut to {room}: raise --max_target_length or "
+            "--max_length"
+        )
         return Fit(None, reason, "same_after_cut")
     return Fit(cut)
 
@@ -116,7 +118,8 @@ def fit_row(
     """`fit`, counted in `counts`: the shortened responses, or None for a row to leave out.
 
     Raises:
-        InputError: with `--overlong error`, for a row that `drop` would leave out. `where` names it: the `where` column of the row.
+        InputError: with `--overlong error`, for a row that `drop` would leave out. `where` names it: the row's column
+            of that name.
     """
     counts.rows += 1
     fitted = fit(prompt_tokens, responses, limits)
@@ -136,7 +139,7 @@ def fit_row(
 
 
 def last_turn_only(labels: Sequence[int], ignore_index: int = -100) -> list[int]:
-    """`--train_on last`: keep the last unbroken run of labels, the last assistant turn with its end token, and ignore the others.
+    """`--train_on last`: keep the last unbroken run of labels, the last assistant turn with its end token.
 
     Assistant turns are always apart in a row, since a user turn lies between them.
     """

@@ -17,10 +17,10 @@ def ordered_pairs(
 ) -> list[tuple[int, int]]:
     """Pairs (better, worse) of response indices, best first. Equal ranks are no pair.
 
-    Modes: `all` every pair of different rank; `best_worst` the first of the best against the first of the worst; `adjacent` every response
-    against those of the next lower rank; `score_margin` all pairs whose scores differ by at least the margin.
-    With a margin the other modes are filtered by it too. A negative margin keeps the pair or pairs of the largest gap, as VLFeedback's
-    recipes do.
+    Modes: `all` every pair of different rank; `best_worst` the first of the best against the first of the worst;
+    `adjacent` every response against those of the next lower rank; `score_margin` all pairs whose scores differ by at
+    least the margin. With a margin the other modes are filtered by it too. A negative margin keeps the pair or pairs of
+    the largest gap, as VLFeedback's recipes do.
 
     Args:
         ranks: (K,), smaller is better.

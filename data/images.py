@@ -1,0 +1,140 @@
+"""Image files: cheap proof that a file is whole, and the one function that opens it.
+
+A check reads a file's header and end and never decodes JPEG, PNG, GIF or WebP, the formats of the public sets, unless
+their end looks wrong. Other formats have no cheap proof and are decoded once. Decoding for training happens in the
+collator, through `open_image`.
+"""
+
+import functools
+import hashlib
+import io
+import os
+import stat
+import warnings
+from collections.abc import Mapping
+from typing import BinaryIO
+
+from PIL import Image
+
+from base.errors import InputError
+from data.rows import BadRow, is_inside, shorten
+
+# Formats that hold photographs and pictures. Pillow knows more, some of which start other programs (EPS) or are not pictures.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM", "JPEG2000", "AVIF", "ICO")
+_ENDS = 4096  # bytes read at each end of a file
+
+ImageSource = str | os.PathLike[str] | bytes | Mapping[str, object] | Image.Image
+
+
+def open_image(image: ImageSource, where: str | None = None) -> Image.Image:
+    """Decode an image of a row (path, bytes, {"bytes", "path"} or decoded already) to RGB; an animation's first frame.
+
+    Raises:
+        InputError: names the file, and the row if `where` is given.
+    """
+    if isinstance(image, Image.Image):
+        return image if image.mode == "RGB" else image.convert("RGB")
+    if isinstance(image, Mapping):
+        image = image["bytes"] if image.get("bytes") is not None else image["path"]  # type: ignore[assignment]
+    name = f"image of {len(image)} bytes" if isinstance(image, bytes) else f"image {os.fspath(image)}"  # type: ignore
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as opened:  # type: ignore
+            return opened.convert("RGB")
+    except Exception as error:  # Pillow's plugins raise whatever their parser meets in a broken file
+        place = f"{where}: " if where else ""
+        raise InputError(f"{place}{name} cannot be decoded ({_reason(error)}): replace the file.") from error
+
+
+def check_image(image: object, image_root: str, allow_outside: bool, decode: bool = False) -> bytes:
+    """Signature of an image (path or {"bytes", "path"}) that is whole as far as its header and end tell.
+
+    Equal files have equal signatures whatever their names; different files with equal size, start and end share one, too.
+    With `decode` the whole image is decoded as training will do it.
+
+    Raises:
+        BadRow: missing, a link out of the image root, no file, empty, unreadable, truncated or too large.
+    """
+    data, path = (image.get("bytes"), image["path"]) if isinstance(image, Mapping) else (None, image)
+    if data is not None:
+        if not data:
+            raise BadRow("has an image of 0 bytes: restore it or take the row out")
+        with io.BytesIO(data) as file:
+            return _check_open_image(file, len(data), "its image", decode)
+    name = shorten(str(path))
+    try:
+        info = os.stat(path)
+        real = os.path.join(_real_folder(os.path.dirname(path)), os.path.basename(path))
+        if os.path.islink(real):
+            real = os.path.realpath(real)
+        if not allow_outside and not is_inside(real, _real_folder(image_root)):
+            raise BadRow(
+                f"names the image {name}, a link to {shorten(real)} outside of --image_root {image_root}: copy it there, "
+                "or trust the file with --allow_outside_image_root True"
+            )
+        if not stat.S_ISREG(info.st_mode):
+            kind = "a folder" if stat.S_ISDIR(info.st_mode) else "no regular file"
+            raise BadRow(f"names the image {name}, which is {kind}: give the name of an image file")
+        if info.st_size == 0:
+            raise BadRow(f"names the image {name}, which has 0 bytes: restore the file")
+        with open(path, "rb") as file:
+            return _check_open_image(file, info.st_size, f"the image {name}", decode)
+    except FileNotFoundError:
+        raise BadRow(f"names the image {name}, which does not exist: check --image_root {image_root}") from None
+    except OSError as error:
+        raise BadRow(f"names the image {name}, which cannot be read ({error.strerror or error})") from None
+
+
+def _check_open_image(file: BinaryIO, size: int, name: str, decode: bool) -> bytes:
+    head = file.read(_ENDS)
+    file.seek(max(size - _ENDS, 0))
+    tail = file.read(_ENDS)
+    file.seek(0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata; the size is checked here
+            with Image.open(file, formats=FORMATS) as opened:
+                width, height = opened.size
+                if width < 1 or height < 1:
+                    raise BadRow(f"has {name} of {width} x {height} pixels: replace the file")
+                if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+                    raise Image.DecompressionBombError
+                if decode or not _ends_well(opened.format, head, tail, size):
+                    opened.convert("RGB")
+                elif opened.format == "PNG":
+                    opened.verify()  # checksums of all chunks, nothing is decoded
+    except BadRow:
+        raise
+    except Image.UnidentifiedImageError:
+        raise BadRow(f"has {name}, which is no {', '.join(FORMATS[:4])} or other known picture: convert it") from None
+    except Image.DecompressionBombError:
+        raise BadRow(
+            f"has {name}, which is larger than {Image.MAX_IMAGE_PIXELS:,} pixels (Pillow's limit against decompression "
+            "bombs): make it smaller"
+        ) from None
+    except Exception as error:  # Pillow's plugins raise whatever their parser meets in a broken file
+        raise BadRow(f"has {name}, which is broken or cut off ({_reason(error)}): replace the file") from None
+    return hashlib.blake2b(size.to_bytes(8, "big") + head + tail, digest_size=16).digest()
+
+
+def _ends_well(image_format: str | None, head: bytes, tail: bytes, size: int) -> bool:
+    """False when the file may be cut off, or when its format does not tell."""
+    end = tail.rstrip(b"\0\r\n ")  # padding that cameras and archives add
+    match image_format:
+        case "JPEG" | "MPO":
+            return end.endswith(b"\xff\xd9")
+        case "PNG":
+            return b"IEND" in tail[-64:]
+        case "GIF":
+            return end.endswith(b";")
+        case "WEBP":
+            return int.from_bytes(head[4:8], "little") + 8 <= size
+    return False
+
+
+@functools.lru_cache(maxsize=65536)
+def _real_folder(path: str) -> str:
+    return os.path.realpath(path)
+
+
+def _reason(error: Exception) -> str:
+    return shorten(str(error) or type(error).__name__)

@@ -1,0 +1,21 @@
+"""`plain_dpo`: a JSON list or JSON lines with `image` (name, list or absent), `prompt`, `chosen` and `rejected`.
+
+`prompt` is a text, or messages where there is a system prompt or earlier turns. Optional: `scores` and `severity`
+(two numbers, chosen first), `margin`, `image_rejected` (a second image).
+"""
+
+from datasets import Dataset
+
+from data.rows import Kind, Row, image_column, preference, refuse_video, require
+from data.source import DataArgs, load_source
+
+
+def convert(record: dict, kind: Kind) -> Row:
+    refuse_video(record)
+    require(record, "prompt", "chosen", "rejected")
+    row = preference(record, record["prompt"], [record["chosen"], record["rejected"]], ranks=[0, 1])
+    return row | {"images": image_column(record)}
+
+
+def load(data_args: DataArgs) -> Dataset:
+    return load_source(data_args, convert, "preference")

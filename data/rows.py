@@ -1,0 +1,404 @@
+"""The three kinds of row, the texts' checks, and the step that turns one record of a file into one row.
+
+| kind         | columns |
+|---|---|
+| conversation | images, messages |
+| preference   | images, prompt (messages), responses (K >= 2), ranks (smaller is better), and optionally scores, severity, |
+|              | margin, image_rejected |
+| prompt       | images, prompt (messages), optionally reference |
+
+A message is {"role": system | user | assistant, "content": text}, with one `<image>` mark in a user's text per image.
+Every row also has `where`, the file and row that it came from, and `source`, the name of its data set. Until
+`load_train_eval` has dealt with them, rows have `problem` (why the row cannot be used, or None) and `skipped` (True:
+nothing is wrong with it, it just holds no preference).
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal
+
+from datasets import Features, Value
+
+Kind = Literal["conversation", "preference", "prompt"]
+Row = dict[str, object]
+Message = dict[str, str]
+
+IMAGE_MARK = "<image>"
+# Longer than any context: a text like this is a broken file, and tokenising it would take minutes.
+MAX_TEXT_CHARS = 1_000_000
+
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+
+_IMAGE_PATH = Value("string")
+_IMAGE_BYTES = {"bytes": Value("binary"), "path": Value("string")}
+_MESSAGES = [{"role": Value("string"), "content": Value("string")}]
+_KIND_FEATURES: dict[str, dict] = {
+    "conversation": {"messages": _MESSAGES},
+    "preference": {
+        "prompt": _MESSAGES,
+        "responses": [Value("string")],
+        "ranks": [Value("float64")],
+        "scores": [Value("float64")],
+        "severity": [Value("float64")],
+        "margin": Value("float64"),
+    },
+    "prompt": {"prompt": _MESSAGES, "reference": Value("string")},
+}
+# What tells a kind from the others, and what may be missing.
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "conversation": ("messages",),
+    "preference": ("prompt", "responses", "ranks"),
+    "prompt": ("prompt",),
+}
+OPTIONAL = ("scores", "severity", "margin", "image_rejected", "reference")
+
+
+class BadRow(Exception):
+    """This row cannot be used; the message says why and what would mend it, without naming the row."""
+
+
+class SkippedRow(BadRow):
+    """Nothing is wrong with this row, but it holds no preference (ties, or fewer than two rated responses)."""
+
+
+def features_of(kind: Kind, image_bytes: bool) -> Features:
+    """Columns of a kind. Images are file paths, or with `image_bytes` {"bytes", "path"} as parquet files hold them."""
+    image = _IMAGE_BYTES if image_bytes else _IMAGE_PATH
+    features = {"images": [image], **_KIND_FEATURES[kind]}
+    if kind == "preference":
+        features["image_rejected"] = image
+    return Features({**features, "source": Value("string"), "where": Value("string")})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading the parts of a record
+
+
+def require(record: Mapping[str, object], *columns: str) -> None:
+    """Raises BadRow naming the first missing column and those that are there."""
+    for column in columns:
+        if record.get(column) is None:
+            there = ", ".join(sorted(str(name) for name, value in record.items() if value is not None)) or "nothing"
+            raise BadRow(
+                f"has no `{column}` (it has {shorten(there)}): add it, or choose the --dataset_name of this format"
+            )
+
+
+def text_of(value: object, name: str, may_be_empty: bool = False) -> str:
+    """`value` if it is a text that can be trained on. Raises BadRow otherwise."""
+    if not isinstance(value, str):
+        raise BadRow(f"its {name} is {_type_name(value)}, not a text: write it as a string")
+    if len(value) > MAX_TEXT_CHARS:
+        raise BadRow(f"its {name} has {len(value):,} characters, more than any model reads: shorten it")
+    if not value.strip() and not may_be_empty:
+        raise BadRow(f"its {name} is empty: fill it in or take the row out")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        mark = f"\\u{ord(value[error.start]):04x}"
+        raise BadRow(f"its {name} holds half a character ({mark}, a lone surrogate): write it as UTF-8") from None
+    return value
+
+
+def numbers_of(value: object, name: str, length: int) -> list[float]:
+    """(length,) finite numbers."""
+    if not isinstance(value, list) or len(value) != length:
+        raise BadRow(f"its {name} must be a list of {length} numbers, one per response: it is {shorten(repr(value))}")
+    return [number_of(v, f"{name}[{i}]") for i, v in enumerate(value)]
+
+
+def number_of(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadRow(f"its {name} is {_type_name(value)}, not a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise BadRow(f"its {name} is not a finite number")
+    return number
+
+
+def messages_of(value: object, name: str = "messages") -> list[Message]:
+    """Messages from [{"role", "content"}] or [{"from", "value"}]; a content is a text or a list of text and image parts."""
+    if not isinstance(value, list) or not value:
+        raise BadRow(
+            f"its `{name}` must be a list of messages with a role and a text each: it is {shorten(repr(value))}"
+        )
+    messages = []
+    for i, message in enumerate(value):
+        here = f"{name}[{i}]"
+        if not isinstance(message, Mapping):
+            raise BadRow(f"its {here} is {_type_name(message)}: a message is an object with a role and a text")
+        role_key, text_key = ("from", "value") if message.get("from") is not None else ("role", "content")
+        require({f"{here}.{key}": v for key, v in message.items()}, f"{here}.{role_key}", f"{here}.{text_key}")
+        role = message[role_key]
+        if not isinstance(role, str) or role not in ROLES:
+            raise BadRow(f"its {here} has the role {shorten(repr(role))}: use system, user (human) or assistant (gpt)")
+        content = message[text_key]
+        if isinstance(content, list):
+            content = "".join(_part_text(part, f"{here}.{text_key}[{j}]") for j, part in enumerate(content))
+        messages.append({"role": ROLES[role], "content": text_of(content, f"{here}.{text_key}")})
+    return messages
+
+
+def _part_text(part: object, name: str) -> str:
+    if not isinstance(part, Mapping):
+        raise BadRow(f"its {name} is {_type_name(part)}: a part is an object with a type")
+    match part.get("type"):
+        case "text":
+            text = text_of(part.get("text"), name, may_be_empty=True)
+            if IMAGE_MARK in text:
+                raise BadRow(f"its {name} is a text part that holds an {IMAGE_MARK} mark: use an image part instead")
+            return text
+        case "image":
+            return IMAGE_MARK
+        case other:
+            raise BadRow(f"its {name} has the type {shorten(repr(other))}: only text and image parts are supported")
+
+
+def images_of(value: object, name: str = "image") -> list[object]:
+    """A list of image names (or {"bytes", "path"}) from one, a list, or None for a text-only row."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    for image in values:
+        if isinstance(image, Mapping):
+            if not isinstance(image.get("bytes"), bytes | None) or not isinstance(image.get("path"), str | None):
+                raise BadRow(f"its `{name}` is an object that holds no image: give the name of an image file")
+            if image.get("bytes") is None and image.get("path") is None:
+                raise BadRow(f"its `{name}` has neither bytes nor a path")
+        else:
+            if isinstance(image, str) and not image:
+                raise BadRow(f"its `{name}` is an empty name: leave the column out for a row without image")
+            text_of(image, f"`{name}`")
+    return [dict(image) if isinstance(image, Mapping) else image for image in values]
+
+
+def image_column(record: Mapping[str, object], *names: str) -> list[object]:
+    """The images of whichever column the record has; a row with none is text only. Two such columns are refused."""
+    there = [name for name in names or ("image", "images") if record.get(name) is not None]
+    if len(there) > 1:
+        raise BadRow(f"has both `{there[0]}` and `{there[1]}`: keep one of them")
+    return images_of(record[there[0]], there[0]) if there else []
+
+
+def question(prompt: object, name: str = "prompt") -> list[Message]:
+    """A prompt: one user's text, or messages with earlier turns and a system prompt."""
+    if isinstance(prompt, list):
+        return messages_of(prompt, name)
+    return [{"role": "user", "content": text_of(prompt, f"`{name}`")}]
+
+
+def preference(record: Mapping[str, object], prompt: object, responses: list[object], ranks: Sequence[float]) -> Row:
+    """A preference row, with the optional columns that the record brings along."""
+    row: Row = {"prompt": question(prompt), "responses": responses, "ranks": [float(r) for r in ranks]}
+    for name in ("scores", "severity"):
+        if record.get(name) is not None:
+            row[name] = numbers_of(record[name], f"`{name}`", len(responses))
+    if record.get("margin") is not None:
+        row["margin"] = number_of(record["margin"], "`margin`")
+    if record.get("image_rejected") is not None:
+        images = images_of(record["image_rejected"], "image_rejected")
+        if len(images) != 1:
+            raise BadRow(f"its `image_rejected` holds {len(images)} images: it is one image")
+        row["image_rejected"] = images[0]
+    return row
+
+
+def refuse_video(record: Mapping[str, object]) -> None:
+    if record.get("video") is not None or record.get("videos") is not None:
+        name = record.get("video") or record.get("videos")
+        raise BadRow(f"is a video row ({shorten(repr(name))}): videos are not supported, take it out")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checks of a whole row
+
+
+def check_row(kind: Kind, row: Row) -> Row:
+    """The row with its image marks in place. Raises BadRow if it cannot be trained on. Looks at no file."""
+    messages: list[Message] = row["messages" if kind == "conversation" else "prompt"]  # type: ignore[assignment]
+    _check_turns(messages, ends_with="assistant" if kind == "conversation" else "user")
+    _place_marks(messages, len(row["images"]))  # type: ignore[arg-type]
+    if kind == "preference":
+        _check_responses(row["responses"], row["ranks"])  # type: ignore[arg-type]
+    if kind == "prompt" and row.get("reference") is not None:
+        text_of(row["reference"], "reference")
+    return row
+
+
+def _check_turns(messages: Sequence[Message], ends_with: str) -> None:
+    turns = [m["role"] for m in messages]
+    if turns[0] == "system":
+        turns = turns[1:]
+    expected = ["user", "assistant"] * (len(turns) // 2 + 1)
+    for i, (role, wanted) in enumerate(zip(turns, expected, strict=False)):
+        if role != wanted:
+            place = i + len(messages) - len(turns)
+            raise BadRow(
+                f"has the role {role} in message {place} where {wanted} is due: after an optional system message, "
+                "user and assistant alternate"
+            )
+    if not turns or turns[-1] != ends_with:
+        last = turns[-1] if turns else "system"
+        raise BadRow(f"ends with a message of {last}: it must end with one of {ends_with}")
+
+
+def _place_marks(messages: list[Message], num_images: int) -> None:
+    for i, message in enumerate(messages):
+        if message["role"] != "user" and IMAGE_MARK in message["content"]:
+            raise BadRow(
+                f"has an {IMAGE_MARK} mark in a message of {message['role']} ({i}): images go into user messages"
+            )
+    marks = sum(message["content"].count(IMAGE_MARK) for message in messages)
+    if marks == 0 and num_images:
+        first = next(message for message in messages if message["role"] == "user")
+        first["content"] = IMAGE_MARK * num_images + first["content"]
+    elif marks != num_images:
+        raise BadRow(
+            f"has {_count(marks, f'{IMAGE_MARK} mark')} and {_count(num_images, 'image')}: write one mark per image, or "
+            "no mark at all to put the images first"
+        )
+
+
+def _check_responses(responses: Sequence[object], ranks: Sequence[float]) -> None:
+    if len(responses) < 2:
+        raise BadRow(f"has {_count(len(responses), 'response')}: a preference needs at least 2")
+    if len(ranks) != len(responses):
+        raise BadRow(f"has {len(responses)} responses and {len(ranks)} ranks: give one rank per response")
+    names = ["chosen", "rejected"] if len(responses) == 2 and ranks[0] < ranks[1] else None
+    rank_of: dict[str, tuple[int, float]] = {}
+    for i, (response, rank) in enumerate(zip(responses, ranks, strict=True)):
+        name = names[i] if names else f"response {i}"
+        text = text_of(response, name)
+        if IMAGE_MARK in text:
+            raise BadRow(f"has an {IMAGE_MARK} mark in its {name}: a model answers in words")
+        same, same_rank = rank_of.setdefault(text.strip(), (i, rank))
+        if same_rank != rank:
+            raise BadRow(
+                "has the same text as chosen and as rejected: there is nothing to prefer"
+                if names
+                else f"has the same text as responses {same} and {i}, which are ranked differently"
+            )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One record to one row
+
+
+def normal_path(name: str, image_root: str, allow_outside: bool) -> str:
+    """Absolute path of an image name. Raises BadRow for URLs and names that leave `image_root`; looks at no file."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|data:", name):
+        raise BadRow(f"names the image {shorten(name)} by URL: download it first and give its file name")
+    if "\0" in name:
+        raise BadRow("has an image name with a zero character in it")
+    path = os.path.normpath(os.path.join(image_root, name))
+    if not allow_outside and not is_inside(path, image_root):
+        raise BadRow(
+            f"names the image {shorten(name)}, which lies outside of --image_root {image_root}: move it there, or trust "
+            "the file with --allow_outside_image_root True"
+        )
+    return path
+
+
+def is_inside(path: str, folder: str) -> bool:
+    return path.startswith(folder if folder.endswith(os.sep) else folder + os.sep)
+
+
+def _with_paths(images: list[object], image_root: str, allow_outside: bool, image_bytes: bool) -> list[object]:
+    found = []
+    for image in images:
+        data, name = (image.get("bytes"), image.get("path")) if isinstance(image, Mapping) else (None, image)
+        # Beside bytes the path is only a label.
+        path = name if data is not None else normal_path(str(name), image_root, allow_outside)
+        if data is not None and not image_bytes:
+            raise BadRow("holds an image as bytes where other rows name files")
+        found.append({"bytes": data, "path": path} if image_bytes else path)
+    return found
+
+
+def convert_batch(
+    batch: dict[str, list],
+    indices: list[int],
+    *,
+    convert: Callable[[dict, Kind], Row],
+    kind: Kind,
+    is_text: bool,
+    image_bytes: bool,
+    image_root: str,
+    allow_outside: bool,
+    source: str,
+    label: str,
+    code: str,
+) -> dict[str, list]:
+    """Records to rows, for `datasets.map`. What cannot be converted becomes an empty row with its `problem`.
+
+    `code` is the state of this package's sources: it makes a row that an older version converted no match in the cache.
+    """
+    columns = [*features_of(kind, image_bytes), "problem", "skipped"]
+    out: dict[str, list] = {column: [] for column in columns}
+    for i, index in enumerate(indices):
+        record = {name: values[i] for name, values in batch.items()}
+        row: Row = {}
+        problem, skipped = None, False
+        try:
+            if is_text:
+                record = _parse(record)
+            row = convert(record, kind)
+            row["images"] = _with_paths(row.get("images") or [], image_root, allow_outside, image_bytes)  # type: ignore
+            if row.get("image_rejected") is not None:
+                row["image_rejected"] = _with_paths([row["image_rejected"]], image_root, allow_outside, image_bytes)[0]
+            row = check_row(kind, row)
+        except BadRow as error:
+            row, problem, skipped = {}, str(error), isinstance(error, SkippedRow)
+        line = batch["line"][i] if is_text else None
+        row |= {"source": source, "problem": problem, "skipped": skipped}
+        row["where"] = f"{label}, row {index}" + (f" (line {line})" if line else "")
+        for column in columns:
+            out[column].append(row.get(column))
+    return out
+
+
+def _parse(record: Mapping[str, object]) -> dict:
+    if record["unreadable"]:
+        raise BadRow(str(record["unreadable"]))
+    try:
+        value = json.loads(record["text"])  # type: ignore[arg-type]
+    except json.JSONDecodeError as error:
+        line, column = int(record["line"]) + error.lineno - 1, error.colno  # type: ignore[call-overload]
+        raise BadRow(f"does not parse as JSON at line {line}, column {column} ({error.msg}): mend that place") from None
+    except RecursionError:
+        raise BadRow("is nested too deeply to be a row of data") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise BadRow(f"does not parse as JSON at line {record['line']} ({error})") from None
+    if not isinstance(value, dict):
+        raise BadRow(f"is {_type_name(value)}, not an object with columns")
+    return value
+
+
+def shorten(text: str, length: int = 120) -> str:
+    """Fit for an error message: one printable line that a hostile file cannot blow up."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: length + 1])
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}" + ("" if number == 1 else "s")
+
+
+def _type_name(value: object) -> str:
+    names = {
+        dict: "an object",
+        list: "a list",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a text",
+    }
+    return "missing" if value is None else names.get(type(value), f"a {type(value).__name__}")
+
+
+def first_user_text(messages: Iterable[Message]) -> str:
+    return next((m["content"] for m in messages if m["role"] == "user"), "")

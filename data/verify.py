@@ -1,0 +1,148 @@
+"""The second pass over converted rows: image files, pairs, and the content keys that keep evaluation apart from training."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from datasets import Dataset, Features, Value
+
+from data.files import code_state
+from data.images import check_image
+from data.pairs import ordered_pairs
+from data.rows import BadRow, Kind, Message, Row, SkippedRow, first_user_text
+
+_VERDICT = Features(
+    {"problem": Value("string"), "skipped": Value("bool"), "group": Value("int64"), "content": Value("int64")}
+)
+
+
+class Verdicts(NamedTuple):
+    """One entry per row.
+
+    problem: why the row cannot be used, or None. skipped: it holds no preference, which is no mistake.
+    group: int64 key of the images and the first user's text. content: int64 key of the whole row.
+    """
+
+    problem: list[str | None]
+    skipped: np.ndarray
+    group: np.ndarray
+    content: np.ndarray
+
+
+def verify(
+    rows: Dataset,
+    kind: Kind,
+    image_root: str,
+    allow_outside: bool,
+    pairs: str | None = None,
+    score_margin: float | None = None,
+    num_proc: int | None = None,
+    decode: bool = False,
+) -> Verdicts:
+    """Look at the image files of every row, in parallel. Cached by `datasets`; an image that failed is looked at again.
+
+    Args:
+        pairs: with `score_margin`, the pairs that a loss will use: rows without any are skipped. None: no pairs are needed.
+        decode: decode every image in full, and trust no cache.
+    """
+    image_bytes = not isinstance(rows.features["images"].feature, Value)
+    batch_size = 100 if image_bytes else 1000
+    kwargs = {
+        "kind": kind,
+        "image_root": image_root,
+        "allow_outside": allow_outside,
+        "pairs": pairs,
+        "score_margin": score_margin,
+        "decode": decode,
+        "code": code_state(),
+    }
+
+    def run(fresh: bool) -> Dataset:
+        return rows.map(
+            verify_batch,
+            batched=True,
+            batch_size=batch_size,
+            num_proc=num_proc if len(rows) > 1000 else None,
+            remove_columns=rows.column_names,
+            features=_VERDICT,
+            load_from_cache_file=not fresh,
+            desc="Checking images",
+            fn_kwargs=kwargs,
+        )
+
+    verdict = run(fresh=decode)
+    if not decode:
+        # The cache knows the rows, not the files: a picture that was missing may have been put there since.
+        failed = [i for i, problem in enumerate(_column(verdict, "problem")) if problem is not None]
+        failed = [i for i, own in zip(failed, _column(rows.select(failed), "problem"), strict=True) if own is None]
+        for start in range(0, len(failed), batch_size):
+            some = failed[start : start + batch_size]
+            if verify_batch(rows[some], **kwargs)["problem"] != verdict[some]["problem"]:
+                verdict = run(fresh=True)
+                break
+    skipped, group, content = (np.array(_column(verdict, name)) for name in ("skipped", "group", "content"))
+    return Verdicts(_column(verdict, "problem"), skipped.astype(bool), group.astype(np.int64), content.astype(np.int64))
+
+
+def verify_batch(
+    batch: Mapping[str, list],
+    *,
+    kind: Kind,
+    image_root: str,
+    allow_outside: bool,
+    pairs: str | None,
+    score_margin: float | None,
+    decode: bool,
+    code: str,
+) -> dict[str, list]:
+    """Verdicts of some rows, for `datasets.map`. `code` is part of the cache's key."""
+    out: dict[str, list] = {name: [] for name in _VERDICT}
+    for i in range(len(batch["problem"])):
+        row: Row = {name: values[i] for name, values in batch.items()}
+        problem, skipped, group, content = row["problem"], row["skipped"], 0, 0
+        if problem is None:
+            try:
+                group, content = _verify_row(row, kind, image_root, allow_outside, pairs, score_margin, decode)
+            except BadRow as error:
+                problem, skipped = str(error), isinstance(error, SkippedRow)
+        for name, value in zip(_VERDICT, (problem, skipped, group, content), strict=True):
+            out[name].append(value)
+    return out
+
+
+def _verify_row(
+    row: Row,
+    kind: Kind,
+    image_root: str,
+    allow_outside: bool,
+    pairs: str | None,
+    score_margin: float | None,
+    decode: bool,
+) -> tuple[int, int]:
+    images = list(row["images"])  # type: ignore[call-overload]
+    if row.get("image_rejected") is not None:
+        images.append(row["image_rejected"])
+    signatures = [check_image(image, image_root, allow_outside, decode) for image in images]
+    if pairs is not None:
+        if score_margin is not None and row["scores"] is None:
+            raise BadRow("has ranks and no scores, which --score_margin needs: leave the flag out or add `scores`")
+        if not ordered_pairs(row["ranks"], row["scores"], pairs, score_margin):  # type: ignore[arg-type]
+            why = "its responses are ranked equal" if score_margin is None else "no two scores are far enough apart"
+            raise SkippedRow(f"holds no pair: {why}")
+    messages: list[Message] = row["messages" if kind == "conversation" else "prompt"]  # type: ignore[assignment]
+    shown = b"".join(signatures[: len(row["images"])])  # type: ignore[arg-type]
+    # Neither spaces nor the place of the image makes another question.
+    asked = " ".join(first_user_text(messages).replace("<image>", " ").split())
+    texts = [messages, row.get("responses"), row.get("ranks"), row.get("reference")]
+    return _key(shown, asked), _key(b"".join(signatures), json.dumps(texts))
+
+
+def _key(data: bytes, text: str) -> int:
+    digest = hashlib.blake2b(data + b"\0" + text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
+def _column(dataset: Dataset, name: str) -> list:
+    return dataset.with_format("arrow")[:][name].to_pylist() if len(dataset) else []

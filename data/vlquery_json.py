@@ -1,0 +1,20 @@
+"""`vlquery_json`: `image` (name, list or absent) and `conversations` [{"from": user | assistant, "value": text}].
+
+"human" and "gpt" stand for user and assistant, as in LLaVA-Instruct's files; a first message from "system" is the
+system prompt.
+"""
+
+from datasets import Dataset
+
+from data.rows import Kind, Row, image_column, messages_of, refuse_video, require
+from data.source import DataArgs, load_source
+
+
+def convert(record: dict, kind: Kind) -> Row:
+    refuse_video(record)
+    require(record, "conversations")
+    return {"images": image_column(record), "messages": messages_of(record["conversations"], "conversations")}
+
+
+def load(data_args: DataArgs) -> Dataset:
+    return load_source(data_args, convert, "conversation")
