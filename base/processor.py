@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from PIL import Image, ImageOps
 from transformers import AutoProcessor, PreTrainedTokenizerBase
 
@@ -62,7 +63,7 @@ class VLProcessor:
 
     # The template for checkpoints that ship none. Families set it.
     default_chat_template: ClassVar[str | None] = None
-    # Outputs of the native processor with one entry per token, and what a response's tokens get (None: the last one repeated).
+    # Outputs of the native processor with one entry per token, and what a response's tokens get (None: the token before's).
     per_token_keys: ClassVar[dict[str, int | None]] = {"token_type_ids": 0, "mm_token_type_ids": 0}
 
     def __init__(self, model_name_or_path: str, **kwargs: Any) -> None:
@@ -302,13 +303,12 @@ class VLProcessor:
         followed = dict(img_inputs)
         for key, of_response in self.per_token_keys.items():
             if key in img_inputs:
-                followed[key] = [
-                    [
-                        row[-1 if of_response is None else s] if s >= 0 or of_response is None else of_response
-                        for s in source
-                    ]
-                    for row, source in zip(img_inputs[key], sources, strict=True)
-                ]
+                followed[key] = []
+                for row, source in zip(img_inputs[key], sources, strict=True):
+                    values: list[Any] = []
+                    for s in source:
+                        values.append(row[s] if s >= 0 else values[-1] if of_response is None else of_response)
+                    followed[key].append(values)
         return followed
 
     def pad_img_inputs(self, img_inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -325,7 +325,12 @@ class VLProcessor:
     # -- reading the template -------------------------------------------------------------------------------------------
 
     def _template(self, messages: Messages, add_generation_prompt: bool = False) -> str:
-        return self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+        try:
+            return self.processor.apply_chat_template(
+                messages, add_generation_prompt=add_generation_prompt, tokenize=False
+            )
+        except TemplateError as error:  # what a template says of roles or images that its model does not take
+            raise InputError(f"The chat template refuses a conversation: {error}.") from error
 
     def _read_template(self) -> None:
         """Find out, by rendering, what the template writes for an image, before an answer and after it."""

@@ -1,0 +1,21 @@
+"""LLaVA-OneVision: SigLIP tower, Qwen2 decoder; one image gets tiles, several in one prompt get a base view each.
+https://arxiv.org/abs/2408.03326
+"""
+
+import base.compat  # noqa: F401  isort: skip  (must come before transformers)
+from transformers import LlavaOnevisionForConditionalGeneration
+
+from base.model import VLModelMixin
+from base.processor import VLProcessor
+from models.core_mapper import ModelCoreMapper
+
+
+class LlavaOnevisionForRL(VLModelMixin, LlavaOnevisionForConditionalGeneration):
+    """LLaVA-OneVision with the project's model methods."""
+
+
+class LlavaOnevisionProcessor(VLProcessor):
+    """ChatML: `<|im_start|>user <image>\\nquestion<|im_end|><|im_start|>assistant\\n`."""
+
+
+core_mapper = ModelCoreMapper(model=LlavaOnevisionForRL, processor=LlavaOnevisionProcessor)

@@ -1,0 +1,76 @@
+"""Llama 3.2 Vision: images enter through cross-attention layers, a prompt holds one token per image.
+https://arxiv.org/abs/2407.21783, section 7
+"""
+
+import base.compat  # noqa: F401  isort: skip  (must come before transformers)
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import MllamaConfig, MllamaForConditionalGeneration
+
+from base.model import VLModelMixin
+from base.processor import VLProcessor
+from models.core_mapper import ModelCoreMapper
+
+TOWER_INPUTS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+
+
+class MllamaForRL(VLModelMixin, MllamaForConditionalGeneration):
+    """Llama 3.2 Vision with the project's model methods."""
+
+    def __init__(self, config: MllamaConfig) -> None:
+        super().__init__(config)
+        # Pixels become states here rather than in the model's forward, which shows images to text-only rows (see
+        # encode_images).
+        self.model.register_forward_pre_hook(
+            lambda _, args, kwargs: (args, self.encode_images(kwargs)), with_kwargs=True
+        )
+
+    def encode_images(self, img_inputs: dict[str, Any]) -> dict[str, Any]:
+        """Pixels -> `cross_attention_states`, zero for rows without images.
+
+        A row whose mask hides every tile attends to all tiles evenly (softmax over equal values). Zero states are what
+        "no image" means: alone, such a row skips the cross-attention layers.
+        """
+        if img_inputs.get("pixel_values") is None:
+            return dict(img_inputs)
+        states = self.model.vision_model(**{name: img_inputs[name] for name in TOWER_INPUTS}).last_hidden_state
+        states = self.model.multi_modal_projector(states)  # (B, images, tiles, tokens, D)
+        text_only = ~img_inputs["cross_attention_mask"].flatten(1).any(dim=1)  # (B,)
+        states = states.masked_fill(text_only.view(-1, 1, 1, 1, 1), 0)
+        rest = {name: value for name, value in img_inputs.items() if name not in TOWER_INPUTS}
+        return {**rest, "cross_attention_states": states.flatten(0, 2)}
+
+    def prepare_inputs_for_generation(
+        self, *args: Any, is_first_iteration: bool = False, use_cache: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The states are in the cache after the first step; given again, they would be appended to it."""
+        inputs = super().prepare_inputs_for_generation(
+            *args, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
+        )
+        if use_cache and not is_first_iteration:
+            inputs.pop("cross_attention_states", None)
+        return inputs
+
+
+class MllamaProcessor(VLProcessor):
+    """Llama 3 headers; `<|image|>` stays one token. A system message beside an image is refused by the template."""
+
+    per_token_keys = {"cross_attention_mask": None}  # (images, tiles) of each token
+
+    def call_native(self, texts: list[str], images: list[list[Image.Image]]) -> dict[str, Any]:
+        """Rows with images first: the native processor needs one at the start and forgets text-only rows at the end."""
+        order = sorted(range(len(texts)), key=lambda row: not images[row])
+        encoded = super().call_native([texts[row] for row in order], [images[row] for row in order])
+        for name, of_no_image in (("aspect_ratio_ids", 0), ("aspect_ratio_mask", 1)):
+            if name in encoded:
+                forgotten = len(texts) - len(encoded[name])
+                encoded[name] = torch.nn.functional.pad(
+                    encoded[name], (0, 0) * (encoded[name].ndim - 1) + (0, forgotten), value=of_no_image
+                )
+        back = torch.tensor(order).argsort()
+        return {name: value[back] for name, value in encoded.items()}
+
+
+core_mapper = ModelCoreMapper(model=MllamaForRL, processor=MllamaProcessor)

@@ -1,0 +1,19 @@
+"""Qwen2.5-VL: Qwen2-VL with window attention in the tower. https://arxiv.org/abs/2502.13923"""
+
+import base.compat  # noqa: F401  isort: skip  (must come before transformers)
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from base.processor import VLProcessor
+from models.core_mapper import ModelCoreMapper
+from models.qwen2_vl import MRopeMixin
+
+
+class Qwen2_5_VLForRL(MRopeMixin, Qwen2_5_VLForConditionalGeneration):
+    """Qwen2.5-VL with the project's model methods."""
+
+
+class Qwen2_5_VLProcessor(VLProcessor):
+    """ChatML with a default system message, as Qwen2-VL."""
+
+
+core_mapper = ModelCoreMapper(model=Qwen2_5_VLForRL, processor=Qwen2_5_VLProcessor)

@@ -1,0 +1,42 @@
+"""Qwen2-VL: native resolution, positions in three axes (M-RoPE). https://arxiv.org/abs/2409.12191"""
+
+import base.compat  # noqa: F401  isort: skip  (must come before transformers)
+from typing import Any
+
+import torch
+from transformers import Qwen2VLForConditionalGeneration
+
+from base import packing
+from base.model import VLModelMixin
+from base.processor import VLProcessor
+from models.core_mapper import ModelCoreMapper
+
+
+class MRopeMixin(VLModelMixin):
+    """For families whose positions are (time, height, width) triples."""
+
+    def packed_position_ids(
+        self, input_ids: torch.Tensor, segment_ids: torch.Tensor, img_inputs: dict[str, Any]
+    ) -> torch.Tensor:
+        """Positions (3, B, L): the model's own for the prompt; every response counts on from the prompt's largest
+        one."""
+        prompt = segment_ids == 0  # (B, L)
+        positions, _ = self.model.get_rope_index(
+            input_ids,
+            mm_token_type_ids=img_inputs["mm_token_type_ids"],
+            image_grid_thw=img_inputs.get("image_grid_thw"),
+            attention_mask=prompt.long(),
+        )
+        after_prompt = positions.amax(dim=(0, 2))[:, None] + 1  # (B, 1): an image can end before the tokens it takes
+        return torch.where(prompt, positions, after_prompt + packing.offset_in_segment(segment_ids))
+
+
+class Qwen2VLForRL(MRopeMixin, Qwen2VLForConditionalGeneration):
+    """Qwen2-VL with the project's model methods."""
+
+
+class Qwen2VLProcessor(VLProcessor):
+    """ChatML with a default system message; an image is `<|vision_start|><|image_pad|><|vision_end|>`."""
+
+
+core_mapper = ModelCoreMapper(model=Qwen2VLForRL, processor=Qwen2VLProcessor)

@@ -1,0 +1,19 @@
+"""Qwen3-VL: tower features also enter the first decoder layers (deepstack). https://arxiv.org/abs/2511.21631"""
+
+import base.compat  # noqa: F401  isort: skip  (must come before transformers)
+from transformers import Qwen3VLForConditionalGeneration
+
+from base.processor import VLProcessor
+from models.core_mapper import ModelCoreMapper
+from models.qwen2_vl import MRopeMixin
+
+
+class Qwen3VLForRL(MRopeMixin, Qwen3VLForConditionalGeneration):
+    """Qwen3-VL with the project's model methods."""
+
+
+class Qwen3VLProcessor(VLProcessor):
+    """ChatML without a system message of its own."""
+
+
+core_mapper = ModelCoreMapper(model=Qwen3VLForRL, processor=Qwen3VLProcessor)
