@@ -59,11 +59,11 @@ class MixArgs(DataArgs, Protocol):
 
 
 class DataSplits(NamedTuple):
-    """train and eval (or None) are map-style data sets on disk; counts go into run.json."""
+    """train and eval (or None) are map-style data sets on disk; info (counts, fingerprint) goes into run.json."""
 
     train: Dataset
     eval: Dataset | None
-    counts: dict[str, object]
+    info: dict[str, object]
 
 
 class _Part(NamedTuple):
@@ -135,15 +135,15 @@ def load_train_eval(
     for i, part in enumerate(parts):
         part.counts["drawn_per_epoch"] = int((drawn == i).sum())
     content = np.concatenate([part.content for part in trains])[order]
-    counts: dict[str, object] = {
+    info: dict[str, object] = {
         "train_rows": len(train),
         "eval_rows": len(held_rows) if held_rows is not None else 0,
         "train_fingerprint": hashlib.blake2b(content.tobytes(), digest_size=16).hexdigest(),
         "sets": [part.counts for part in parts],
     }
     if eval_parts:
-        counts["eval_sets"] = [part.counts for part in eval_parts]
-    return DataSplits(train, held_rows, counts)
+        info["eval_sets"] = [part.counts for part in eval_parts]
+    return DataSplits(train, held_rows, info)
 
 
 def load_rows(data_args: DataArgs, kind: Kind | None = None) -> tuple[Dataset, Kind]:

@@ -1,8 +1,8 @@
-"""Image files: cheap proof that a file is whole, and the one function that opens it.
+"""Image files: cheap proof that a file is whole.
 
 A check reads a file's header and end and never decodes JPEG, PNG, GIF or WebP, the formats of the public sets, unless
 their end looks wrong. Other formats have no cheap proof and are decoded once. Decoding for training happens in the
-collator, through `open_image`.
+collator.
 """
 
 import functools
@@ -16,33 +16,11 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from base.errors import InputError
 from data.rows import BadRow, is_inside, shorten
 
 # Formats that hold photographs and pictures. Pillow knows more, some of which start other programs (EPS) or are not pictures.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM", "JPEG2000", "AVIF", "ICO")
 _ENDS = 4096  # bytes read at each end of a file
-
-ImageSource = str | os.PathLike[str] | bytes | Mapping[str, object] | Image.Image
-
-
-def open_image(image: ImageSource, where: str | None = None) -> Image.Image:
-    """Decode an image of a row (path, bytes, {"bytes", "path"} or decoded already) to RGB; an animation's first frame.
-
-    Raises:
-        InputError: names the file, and the row if `where` is given.
-    """
-    if isinstance(image, Image.Image):
-        return image if image.mode == "RGB" else image.convert("RGB")
-    if isinstance(image, Mapping):
-        image = image["bytes"] if image.get("bytes") is not None else image["path"]  # type: ignore[assignment]
-    name = f"image of {len(image)} bytes" if isinstance(image, bytes) else f"image {os.fspath(image)}"  # type: ignore
-    try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as opened:  # type: ignore
-            return opened.convert("RGB")
-    except Exception as error:  # Pillow's plugins raise whatever their parser meets in a broken file
-        place = f"{where}: " if where else ""
-        raise InputError(f"{place}{name} cannot be decoded ({_reason(error)}): replace the file.") from error
 
 
 def check_image(image: object, image_root: str, allow_outside: bool, decode: bool = False) -> bytes:
