@@ -133,7 +133,7 @@ class DataArguments:
 class _Config(TrainingArguments):
     """What the four algorithms share on top of transformers' TrainingArguments."""
 
-    report_to: str | list[str] | None = field(
+    report_to: None | str | list[str] = field(  # noqa: RUF036  the parser reads the members in this order
         default="none", metadata={"help": "wandb, tensorboard, ...; none by default."}
     )
     logging_steps: float = field(default=1, metadata={"help": "Log every N steps, or a share of all steps if below 1."})
