@@ -856,10 +856,11 @@ def reward_metrics(chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str
 # ---------------------------------------------------------------------------------------------------------------------
 # PPO
 #
-# B rollouts of T answer tokens; mask (B, T) bool is True up to and with the end token. As TRL 0.8.1 inside the mask.
-# Departures from TRL 1.10: 1. the score sits on the last answer token (there: on the first pad, if there is one), so
-# values and rewards live on the answer's tokens and not on one more. 2. KL, approx_kl, entropy and ratio are averaged
-# over answer tokens only (there: over padding too, which counts as 0, 0, its entropy and 1).
+# B rollouts of T answer tokens; mask (B, T) bool is True up to and with the end token.
+# Departures: 1. the score sits on the last answer token, as in TRL 0.8.1 (1.10: on the first pad, if there is one), so
+# values and rewards live on the answer's tokens and not on one more. 2. KL, approx_kl, entropy and ratio are means over
+# answer tokens, as in 0.8.1 (1.10: over padding too, which counts as 0, 0, its entropy and 1). 3. Whitened rewards are 0
+# on padding, as in 1.10 (0.8.1: mean - mean/std, which GAE carries into the answer).
 # ---------------------------------------------------------------------------------------------------------------------
 
 
