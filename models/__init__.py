@@ -47,6 +47,14 @@ MODEL_NICKNAME_MAP = {
     "Gemma3ForConditionalGeneration": "gemma3",
     "Mistral3ForConditionalGeneration": "mistral3",
     "MllamaForConditionalGeneration": "mllama",
+    "QwenVLForConditionalGeneration": "qwen_vl",
+    "InternLMXComposer2ForConditionalGeneration": "internlm_xcomposer2",
+}
+
+# Class name of a remote-code checkpoint -> folder whose converter rewrites it once
+CONVERTED_MODELS = {
+    "QWenLMHeadModel": "qwen_vl",
+    "InternLMXComposer2ForCausalLM": "internlm_xcomposer2",
 }
 
 # Classes of which transformers says `_supports_flash_attn`
@@ -64,6 +72,8 @@ FLASH_ATTN_MODELS = [
     "PaliGemmaForConditionalGeneration",
     "Gemma3ForConditionalGeneration",
     "Mistral3ForConditionalGeneration",
+    "QwenVLForConditionalGeneration",
+    "InternLMXComposer2ForConditionalGeneration",
 ]
 
 
@@ -111,6 +121,11 @@ def core_mapper_for(model_name_or_path: str) -> ModelCoreMapper:
         InputError: no adapter serves the checkpoint's architecture.
     """
     architecture = architecture_of(model_name_or_path)
+    if architecture in CONVERTED_MODELS:
+        raise InputError(
+            f"{model_name_or_path} is a {architecture} in the original remote-code layout: convert it once with "
+            f"`python -m models.{CONVERTED_MODELS[architecture]}.convert {model_name_or_path} OUT` and pass OUT."
+        )
     if architecture not in MODEL_NICKNAME_MAP:
         raise InputError(
             f"{model_name_or_path} is a {architecture}, which no folder of models/ serves. Known are "
@@ -275,3 +290,8 @@ def _quantisation(model_class: type, path: str, bits: int, dtype: torch.dtype | 
         bnb_4bit_compute_dtype=compute,
         llm_int8_skip_modules=keep,
     )
+
+
+# Not transformers' own: importing their folders registers them with its Auto classes.
+for _folder in CONVERTED_MODELS.values():
+    importlib.import_module(f"models.{_folder}")

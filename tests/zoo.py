@@ -673,6 +673,60 @@ def mllama() -> Parts:
     return tf.MllamaForConditionalGeneration(config), processor
 
 
+# The two families below are not transformers' own: their classes, and the templates of their processors, are those of
+# models/. Their fixed sizes (256 queries, heads of 128) follow the configuration and are small here.
+
+
+@family
+def qwen_vl() -> Parts:
+    """Qwen-VL: 4 tokens per image (256 in the released models) that a pooling layer makes from 16 patches; the decoder
+    extrapolates beyond 200 positions (2,048)."""
+    from models.qwen_vl.configuration import QwenVLConfig
+    from models.qwen_vl.modeling import QwenVLForConditionalGeneration
+    from models.qwen_vl.processing import QwenVLProcessor
+    from models.square_image_processor import SquareImageProcessor
+
+    tokenizer = byte_tokenizer(["<|im_start|>", "<img>", "</img>", "<imgpad>"], **CHATML)
+    processor = QwenVLProcessor(SquareImageProcessor(size=SQUARE), tokenizer, num_image_tokens=4)
+    pool = dict(num_positions=4, num_queries=4, output_size=WIDTH, pool_head_dim=8)
+    text = TEXT | {"num_key_value_heads": 4} | token_ids(tokenizer)
+    config = QwenVLConfig(
+        vision_config=dict(**VISION, **pool),
+        text_config=dict(**text | {"pad_token_id": None}, train_length=200),
+        **{
+            f"image_{key}token_id": tokenizer.convert_tokens_to_ids(token)
+            for key, token in {"start_": "<img>", "end_": "</img>", "": "<imgpad>"}.items()
+        },
+    )
+    return QwenVLForConditionalGeneration(config), processor
+
+
+@family
+def internlm_xcomposer2() -> Parts:
+    """InternLM-XComposer2: 16 tokens per image (1,225) that take a partial LoRA (opened here) through the decoder. The
+    placeholder's id lies behind the vocabulary. No dropout, so that train and eval mode agree."""
+    from models.internlm_xcomposer2.configuration import InternLMXComposer2Config
+    from models.internlm_xcomposer2.modeling import InternLMXComposer2ForConditionalGeneration, PartialLora
+    from models.internlm_xcomposer2.processing import IMAGE_TOKEN, TURN_END, TURN_START, InternLMXComposer2Processor
+    from models.square_image_processor import SquareImageProcessor
+
+    tokenizer = sentencepiece_tokenizer([TURN_START, TURN_END], prefix=False, pad="</s>")
+    vocab_size = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    processor = InternLMXComposer2Processor(SquareImageProcessor(size=SQUARE), tokenizer, num_image_tokens=16)
+    ids = token_ids(tokenizer) | {"vocab_size": vocab_size, "pad_token_id": None}
+    config = InternLMXComposer2Config(
+        vision_config=tf.CLIPVisionConfig(**VISION),
+        text_config=dict(**TEXT, **ids, plora_rank=4, plora_alpha=4, plora_dropout=0.0),
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+    )
+    model = InternLMXComposer2ForConditionalGeneration(config)
+    for module in model.modules():
+        if isinstance(module, PartialLora):
+            torch.nn.init.normal_(module.b, std=0.1)
+    return _stops_at(model, tokenizer, TURN_END), processor
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 

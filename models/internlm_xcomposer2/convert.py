@@ -24,8 +24,8 @@ from models.internlm_xcomposer2.processing import (
     TURN_END,
     InternLMXComposer2Processor,
     build_tokenizer,
-    image_processor,
 )
+from models.square_image_processor import SquareImageProcessor
 
 MODEL_TYPE = "internlmxcomposer2"
 ARCHITECTURE = "InternLMXComposer2ForCausalLM"
@@ -220,7 +220,8 @@ def convert(source: Path, target: Path, max_shard_bytes: int = 4 << 30) -> None:
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != config.image_token_id:
         raise ValueError(f"{source}: tokenizer.model has not the {config.image_token_id} pieces of config.json.")
     rewrite(source, target, rules(config), ignored, native_shapes(config), max_shard_bytes=max_shard_bytes)
-    pixels = image_processor(config.vision_config.image_size)
+    side = config.vision_config.image_size
+    pixels = SquareImageProcessor(size={"height": side, "width": side})
     InternLMXComposer2Processor(pixels, tokenizer, num_image_tokens=config.num_image_tokens).save_pretrained(target)
     GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import base.compat  # noqa: F401 isort: skip  (must come before transformers)
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
-from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import PreTrainedTokenizerFast, ProcessorMixin
 from transformers.convert_slow_tokenizer import SentencePieceExtractor, generate_merges
 
 IMAGE_TOKEN = "<ImageHere>"
@@ -57,11 +57,6 @@ class InternLMXComposer2Processor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * self.num_image_tokens
-
-
-def image_processor(image_size: int) -> CLIPImageProcessorPil:
-    """Squash to a square with PIL's bicubic filter, CLIP's mean and deviation: the released preprocessing."""
-    return CLIPImageProcessorPil(size={"height": image_size, "width": image_size}, do_center_crop=False)
 
 
 def build_tokenizer(model_file: Path, model_max_length: int = 4096) -> PreTrainedTokenizerFast:

@@ -19,7 +19,8 @@ from models.checkpoint_io import Rule, Tensors, rewrite
 from models.convert_cli import main
 from models.qwen_vl.configuration import QwenVLConfig
 from models.qwen_vl.modeling import QwenVLForConditionalGeneration
-from models.qwen_vl.processing import QwenVLProcessor, build_tokenizer, image_processor, write_ranks
+from models.qwen_vl.processing import QwenVLProcessor, build_tokenizer, write_ranks
+from models.square_image_processor import SquareImageProcessor
 
 MODEL_TYPE = "qwen"
 ARCHITECTURE = "QWenLMHeadModel"
@@ -237,7 +238,8 @@ def convert(source: Path, target: Path, max_shard_bytes: int = 4 << 30) -> None:
     if tokenizer.convert_tokens_to_ids("<imgpad>") != config.image_token_id:
         raise ValueError(f"{source}: qwen.tiktoken and config.json disagree about the id of <imgpad>: not one release.")
     rewrite(source, target, rules(config), ignored, native_shapes(config), max_shard_bytes=max_shard_bytes)
-    pixels = image_processor(config.vision_config.image_size)
+    side = config.vision_config.image_size
+    pixels = SquareImageProcessor(size={"height": side, "width": side})
     QwenVLProcessor(pixels, tokenizer, num_image_tokens=NUM_QUERIES).save_pretrained(target)
     generation = json.loads(file.read_text()) if (file := source / "generation_config.json").exists() else {}
     kept = ("do_sample", "max_new_tokens", "top_k", "top_p", "temperature", "repetition_penalty")

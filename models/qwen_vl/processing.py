@@ -5,7 +5,7 @@ from pathlib import Path
 
 import base.compat  # noqa: F401 isort: skip  (must come before transformers)
 from tokenizers import normalizers
-from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import PreTrainedTokenizerFast, ProcessorMixin
 from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
@@ -59,11 +59,6 @@ class QwenVLProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * self.num_image_tokens
-
-
-def image_processor(image_size: int) -> CLIPImageProcessorPil:
-    """Squash to a square with PIL's bicubic filter, CLIP's mean and deviation: the released preprocessing."""
-    return CLIPImageProcessorPil(size={"height": image_size, "width": image_size}, do_center_crop=False)
 
 
 def read_ranks(file: Path) -> dict[bytes, int]:

@@ -1,0 +1,67 @@
+"""Qwen-VL: ViT with a pooling layer (256 tokens per image), Qwen-7B decoder. https://arxiv.org/abs/2308.12966
+
+Released checkpoints are converted once: `python -m models.qwen_vl.convert Qwen/Qwen-VL-Chat OUT`.
+"""
+
+import base.compat  # noqa: F401 isort: skip  (must come before transformers)
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+
+from base.model import VLModelMixin
+from base.processor import IMAGE_MARK, ImageSource, VLProcessor
+from models.core_mapper import ModelCoreMapper
+from models.qwen_vl.configuration import QwenConfig, QwenVLConfig
+from models.qwen_vl.modeling import QwenVLForConditionalGeneration
+from models.qwen_vl.processing import QwenVLProcessor as NativeProcessor
+from models.square_image_processor import SquareImageProcessor
+
+AutoConfig.register("qwen", QwenConfig)
+AutoConfig.register("qwen_vl", QwenVLConfig)
+AutoModelForImageTextToText.register(QwenVLConfig, QwenVLForConditionalGeneration)
+AutoProcessor.register(QwenVLConfig, NativeProcessor)
+AutoImageProcessor.register(
+    QwenVLConfig, image_processor_classes=dict.fromkeys(("pil", "torchvision"), SquareImageProcessor)
+)
+
+
+class QwenVLForRL(VLModelMixin, QwenVLForConditionalGeneration):
+    """Qwen-VL with the project's model methods."""
+
+    # The released fine-tuning script leaves the down projection out.
+    default_lora_target = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
+
+    def freeze_vision_tower(self) -> None:
+        """Stop gradients into the ViT; as in the released fine-tuning script the pooling layer trains on."""
+        super().freeze_vision_tower()
+        self.get_vision_tower().attn_pool.requires_grad_(True)
+
+    def last_hidden_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # Policy (train mode) and reference (eval mode) must be one function beyond the training length, too.
+        return super().last_hidden_state(*args, extrapolate=False, **kwargs)
+
+
+class QwenVLProcessor(VLProcessor):
+    """`<|im_start|>user\\nPicture 1: <img>...</img>\\nquestion<|im_end|>\\n<|im_start|>assistant\\nanswer<|im_end|>\\n`."""
+
+    _picture = re.compile(r"Picture \d+: <img><imgpad></img>\n")
+
+    def format_multimodal_prompt(self, prompt: str, images: ImageSource | Sequence[ImageSource] | int = 1) -> str:
+        """Put one numbered picture per image in front of a raw prompt."""
+        if not isinstance(images, int):
+            images = len(images) if isinstance(images, list | tuple) else 1
+        return "".join(f"Picture {n}: <img><imgpad></img>\n" for n in range(1, images + 1)) + prompt
+
+    def remove_image_placeholder(self, prompt: str) -> str:
+        """The prompt without pictures, whatever their numbers."""
+        return self._picture.sub("", prompt).replace(IMAGE_MARK, "")
+
+    def is_multimodal_prompt_valid(self, prompt: str) -> bool:
+        """Whether the prompt contains a picture."""
+        return bool(self._picture.search(prompt)) or IMAGE_MARK in prompt
+
+
+core_mapper = ModelCoreMapper(model=QwenVLForRL, processor=QwenVLProcessor)

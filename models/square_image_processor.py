@@ -1,0 +1,21 @@
+"""The preprocessing that Qwen-VL and InternLM-XComposer2 share: squash to a square, CLIP's mean and deviation."""
+
+import base.compat  # noqa: F401 isort: skip  (must come before transformers)
+import numpy as np
+from PIL import Image
+from transformers import CLIPImageProcessorPil
+
+
+class SquareImageProcessor(CLIPImageProcessorPil):
+    """PIL's bicubic filter to `size`, whatever the aspect ratio; an alpha channel is dropped, as released.
+
+    A class of its own, because transformers resizes CLIP's pictures with torchvision where it can, whose pixels are
+    others, and puts transparent pictures on white.
+    """
+
+    do_center_crop = False
+
+    def process_image(self, image: Image.Image | np.ndarray, *args, **kwargs) -> np.ndarray:
+        if isinstance(image, Image.Image):
+            image = image.convert("RGB")
+        return super().process_image(image, *args, **kwargs)
