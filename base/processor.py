@@ -356,6 +356,7 @@ class VLProcessor:
         end = re.match(r"\s*(" + "|".join(map(re.escape, specials)) + ")", after)
         # A template without an end token (LLaVA-1.5) gets the EOS token, which replaces the white space that it writes there.
         self._template_has_end = end is not None
+        self._answer_tail = "" if end else after  # LLaVA-NeXT's template misprints its end token
         self.answer_end = end.group(1) if end else self.tokenizer.eos_token
         self._answer_end_ids = [self.tokenizer.convert_tokens_to_ids(self.answer_end)]
         # Tokenizers with a dummy prefix (SentencePiece) read the start of a text as the start of a word: tokenise answers behind the end of
@@ -410,7 +411,7 @@ class VLProcessor:
         pieces = self._template(masked).split(_ANSWER)
         for n in range(len(answers)):
             pieces[n] = pieces[n].removesuffix(self._headers[0]) + self._headers[1]
-            after = pieces[n + 1].lstrip()
+            after = pieces[n + 1].removeprefix(self._answer_tail).lstrip()
             pieces[n + 1] = after.removeprefix(self.answer_end) if self._template_has_end else after
         return [*pieces[:-1], ""] if not pieces[-1].strip() else pieces, answers
 

@@ -28,6 +28,14 @@ Batch = dict[str, Any]
 REFERENCE_ADAPTER = "ref"  # name of the frozen copy of an adapter that training continues (TRL's name)
 
 
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of a model to 0: a log-ratio of two passes would measure its noise. Attention takes its rate from a plain number."""
+    disable_dropout_in_model(model)
+    for module in model.modules():
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
 class VLTrainer(Trainer):
     """What all trainers share: images encoded once per step, response log-probs, metrics averaged over steps and ranks."""
 
@@ -77,8 +85,12 @@ class VLTrainer(Trainer):
         core = self.base_model(model)
         if core.vision_trains():
             return batch["img_input_dict"]
+        training = core.training
+        core.eval()  # a frozen encoder has no dropout (InstructBLIP's Q-Former has some)
         with torch.no_grad(), self.accelerator.autocast():
-            return core.encode_images(batch["img_input_dict"])
+            features = core.encode_images(batch["img_input_dict"])
+        core.train(training)
+        return features
 
     def completion_logps(self, model: nn.Module, batch: Batch, image_inputs: dict[str, Any]) -> Tensor:
         """Log-probs of all response tokens of a packed batch: (R, T) float32, zero where padded."""
@@ -162,7 +174,7 @@ class VLDPOTrainer(VLTrainer):
             raise ValueError("Full fine-tuning needs ref_model, a frozen copy of the initial model.")
         for m in (model, ref_model):
             if m is not None:
-                disable_dropout_in_model(m.get_base_model() if isinstance(m, PeftModel) else m)
+                disable_dropout(m.get_base_model() if isinstance(m, PeftModel) else m)
         super().__init__(model, args, *rest, **kwargs)
         # The loss is a mean over pairs: Trainer must divide it by the accumulation steps.
         self.model_accepts_loss_kwargs = False

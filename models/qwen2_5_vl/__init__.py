@@ -3,12 +3,13 @@
 import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from base.model import VLModelMixin
 from base.processor import VLProcessor
 from models.core_mapper import ModelCoreMapper
 from models.qwen2_vl import MRopeMixin
 
 
-class Qwen2_5_VLForRL(MRopeMixin, Qwen2_5_VLForConditionalGeneration):
+class Qwen2_5_VLForRL(MRopeMixin, VLModelMixin, Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL with the project's model methods."""
 
 

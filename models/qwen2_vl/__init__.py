@@ -12,7 +12,7 @@ from base.processor import VLProcessor
 from models.core_mapper import ModelCoreMapper
 
 
-class MRopeMixin(VLModelMixin):
+class MRopeMixin:
     """For families whose positions are (time, height, width) triples."""
 
     def packed_position_ids(
@@ -31,7 +31,7 @@ class MRopeMixin(VLModelMixin):
         return torch.where(prompt, positions, after_prompt + packing.offset_in_segment(segment_ids))
 
 
-class Qwen2VLForRL(MRopeMixin, Qwen2VLForConditionalGeneration):
+class Qwen2VLForRL(MRopeMixin, VLModelMixin, Qwen2VLForConditionalGeneration):
     """Qwen2-VL with the project's model methods."""
 
 

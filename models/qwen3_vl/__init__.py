@@ -3,12 +3,13 @@
 import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 from transformers import Qwen3VLForConditionalGeneration
 
+from base.model import VLModelMixin
 from base.processor import VLProcessor
 from models.core_mapper import ModelCoreMapper
 from models.qwen2_vl import MRopeMixin
 
 
-class Qwen3VLForRL(MRopeMixin, Qwen3VLForConditionalGeneration):
+class Qwen3VLForRL(MRopeMixin, VLModelMixin, Qwen3VLForConditionalGeneration):
     """Qwen3-VL with the project's model methods."""
 
 
