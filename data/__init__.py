@@ -18,7 +18,7 @@ import numpy as np
 from datasets import Dataset, Features, Value, concatenate_datasets
 
 from base.errors import InputError
-from data import conversational, plain_dpo, vlquery_json
+from data import conversational, llava_instruct, mmrlhf, plain_dpo, rlaifv, rlhfv, vlfeedback_paired, vlquery_json
 from data.pairs import PairMode
 from data.rows import OPTIONAL, REQUIRED, Kind, features_of
 from data.source import DataArgs, image_root_of
@@ -43,6 +43,11 @@ DATASET_MAP: dict[str, Loader] = {
     "shapes": _shapes,
     "plain_dpo": plain_dpo.load,
     "vlquery_json": vlquery_json.load,
+    "vlfeedback_paired": vlfeedback_paired.load,
+    "rlhfv": rlhfv.load,
+    "rlaifv": rlaifv.load,
+    "mmrlhf": mmrlhf.load,
+    "llava_instruct": llava_instruct.load,
 }
 
 

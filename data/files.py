@@ -23,6 +23,7 @@ from base.errors import InputError
 MAX_RECORD_BYTES = 16 << 20
 _CHUNK_CHARS = 1 << 20
 _DECODER = json.JSONDecoder()
+_AFTER_VALUE = (",", "]", " ", "\n", "\r", "\t")
 _NO_SPACE = re.compile(r"[ \t\r\n]*")
 _RECORD = Features({"text": Value("large_string"), "line": Value("int64"), "unreadable": Value("string")})
 
@@ -59,7 +60,7 @@ def read_file(path: str, what: str) -> tuple[Dataset, bool]:
     else:
         raise InputError(f"{what} {path} does not exist: give the path of a file or folder.")
     if all(f.endswith(".parquet") for f in files):
-        return _guarded(path, lambda: _parquet(files)), False
+        return _guarded(path, lambda: datasets.load_dataset("parquet", data_files=files, split="train")), False
     if all(f.endswith((".json", ".jsonl")) for f in files):
         stamps = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
         return _guarded(path, lambda: _json(stamps)), True
@@ -69,27 +70,13 @@ def read_file(path: str, what: str) -> tuple[Dataset, bool]:
 def read_hub(name: str) -> Dataset:
     """The training split of a data set on the hub."""
     try:
-        return undecoded(datasets.load_dataset(name, split="train"))
+        return datasets.load_dataset(name, split="train")
     except Exception as error:  # offline, no such set, no such split, several configurations: `datasets` says which
         reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"Data set {name} is neither a known name, nor a local path, nor could it be loaded from the hub "
             f"({type(error).__name__}: {reason}): check --dataset_name, or give a local copy with --data_path."
         ) from error
-
-
-def undecoded(dataset: Dataset) -> Dataset:
-    """The data set with its images as {"bytes", "path"}: nothing is decoded before the collator."""
-    for name, feature in dataset.features.items():
-        if isinstance(feature, datasets.Image):
-            dataset = dataset.cast_column(name, datasets.Image(decode=False))
-        elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            dataset = dataset.cast_column(name, datasets.List(datasets.Image(decode=False)))
-    return dataset
-
-
-def _parquet(files: list[str]) -> Dataset:
-    return undecoded(datasets.load_dataset("parquet", data_files=files, split="train"))
 
 
 def _json(stamps: list[tuple[str, int, int]]) -> Dataset:
@@ -113,9 +100,14 @@ def _guarded(path: str, load: Callable[[], Dataset]) -> Dataset:
 
 
 def _records_of_files(stamps: list[tuple[str, int, int]], code: str) -> Iterator[dict[str, object]]:
+    empty = True
     for path, *_ in stamps:
         records = json_list if path.endswith(".json") and _first_character(path) == "[" else json_lines
-        yield from records(path)
+        for record in records(path):
+            empty = False
+            yield record
+    if empty:
+        raise InputError(f"{', '.join(path for path, *_ in stamps)} holds no rows: is it the right file?")
 
 
 def _first_character(path: str) -> str:
@@ -187,7 +179,8 @@ class _ListReader:
         while True:
             try:
                 end = _DECODER.raw_decode(self.buffer, self.start)[1]
-                if end < len(self.buffer) or self.ended:  # else a number may go on in the next piece
+                # The next piece may go on with a number's digits, "e" or "."; three characters later it cannot.
+                if self.ended or end + 3 <= len(self.buffer) or self.buffer[end : end + 1] in _AFTER_VALUE:
                     return end
             except json.JSONDecodeError as error:
                 cut = error.msg.startswith("Unterminated string") or error.pos > len(self.buffer) - 16

@@ -101,7 +101,7 @@ def _ends_well(image_format: str | None, head: bytes, tail: bytes, size: int) ->
         case "JPEG" | "MPO":
             return end.endswith(b"\xff\xd9")
         case "PNG":
-            return b"IEND" in tail[-64:]
+            return end.endswith(b"IEND\xaeB`\x82")
         case "GIF":
             return end.endswith(b";")
         case "WEBP":

@@ -249,9 +249,8 @@ def _check_turns(messages: Sequence[Message], ends_with: str) -> None:
 def _place_marks(messages: list[Message], num_images: int) -> None:
     for i, message in enumerate(messages):
         if message["role"] != "user" and IMAGE_MARK in message["content"]:
-            raise BadRow(
-                f"has an {IMAGE_MARK} mark in a message of {message['role']} ({i}): images go into user messages"
-            )
+            role = message["role"]
+            raise BadRow(f"has an {IMAGE_MARK} mark in message {i}, of {role}: images go into user messages")
     marks = sum(message["content"].count(IMAGE_MARK) for message in messages)
     if marks == 0 and num_images:
         first = next(message for message in messages if message["role"] == "user")
@@ -380,7 +379,8 @@ def _parse(record: Mapping[str, object]) -> dict:
 
 def shorten(text: str, length: int = 120) -> str:
     """Fit for an error message: one printable line that a hostile file cannot blow up."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: length + 1])
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: length + 1])
     return text if len(text) <= length else text[: length - 3] + "..."
 
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from typing import Protocol
 
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, Image, List, Value
 
 from base.errors import InputError
 from data.files import code_state, read_file, read_hub
@@ -51,6 +51,7 @@ def to_rows(
     is_text: bool = False,
 ) -> Dataset:
     """Convert records to rows in parallel; cached by `datasets`."""
+    dataset = _undecoded(dataset)
     image_bytes = not is_text and any(_holds_bytes(dataset, name) for name in _IMAGE_COLUMNS)
     features = features_of(kind, image_bytes) | {"problem": Value("string"), "skipped": Value("bool")}
     small = 100 if image_bytes else 1000  # rows held at a time: images are some hundred kB each
@@ -102,6 +103,16 @@ def columns_of(dataset: Dataset, is_text: bool) -> set[str]:
         if isinstance(record, dict):
             return {name for name, value in record.items() if value is not None}
     return set()
+
+
+def _undecoded(dataset: Dataset) -> Dataset:
+    """The data set with its images as {"bytes", "path"}: nothing is decoded before the collator."""
+    for name, feature in dataset.features.items():
+        if isinstance(feature, Image):
+            dataset = dataset.cast_column(name, Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), Image):
+            dataset = dataset.cast_column(name, List(Image(decode=False)))
+    return dataset
 
 
 def _holds_bytes(dataset: Dataset, name: str) -> bool:
