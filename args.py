@@ -29,6 +29,7 @@ __all__ = [
     "DataArguments",
     "LoraArguments",
     "ModelArguments",
+    "RMConfig",
     "SFTConfig",
     "parse",
     "run",
@@ -164,6 +165,8 @@ class _Config(TrainingArguments):
             )
         if self.remove_unused_columns:
             raise InputError("--remove_unused_columns True would drop the images: leave it out.")
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False  # pinned memory needs an accelerator to copy to
         super().__post_init__()
         if self.resume_from_checkpoint in ("True", "true", "False", "false"):
             self.resume_from_checkpoint = (
@@ -199,6 +202,19 @@ class DPOConfig(_Config):
     )
     label_smoothing: float = field(
         default=0.0, metadata={"help": "Share of pairs assumed mislabelled (conservative DPO, eq. 3 of its note)."}
+    )
+
+
+@dataclass
+class RMConfig(_Config):
+    """Reward model: a scalar head trained to rank responses (Bradley-Terry)."""
+
+    learning_rate: float = field(
+        default=1e-5, metadata={"help": "Peak learning rate; with LoRA 10 times this is usual."}
+    )
+    center_rewards_coefficient: float | None = field(
+        default=None,
+        metadata={"help": "Pull the rewards of a pair towards mean 0 (2312.09244 eq. 2); 0.01 is usual. PPO likes it."},
     )
 
 

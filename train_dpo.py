@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     ref_model = reference_for(model, model_args, lora_args, training_args)
 
     # ---- Data ------------------------------------------------------------------------------------------------------
-    data = load_train_eval(data_args, "preference", training_args.seed, training_args.output_dir)
+    with training_args.main_process_first(desc="reading the data"):
+        data = load_train_eval(data_args, "preference", training_args.seed, training_args.output_dir)
     collator = adapter.dpo_collator(
         processor,
         LengthLimits.from_args(data_args),

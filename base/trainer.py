@@ -1,16 +1,22 @@
-"""Trainers of SFT and DPO, thin on transformers.Trainer. A paper changes one method of a subclass.
+"""Trainers of SFT, DPO and reward models, thin on transformers.Trainer. A paper changes one method of a subclass.
 
 VLSFTTrainer: `compute_loss`.
 VLDPOTrainer: `response_logps` -> `reference_logps` -> `preference_loss` -> `log_metrics`.
+VLRMTrainer: `response_rewards` -> `ranking_loss` -> `log_metrics`.
 """
 
 import base.compat  # noqa: F401  isort: skip  (must come before transformers)
+import functools
+import json
+import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
@@ -21,7 +27,8 @@ from trl.trainer.utils import disable_dropout_in_model, use_adapter
 from base.errors import InputError
 from base.packing import scatter_to_responses
 from base.processor import VLProcessor
-from losses import PreferenceBatch, get_loss, preference_loss
+from base.reward import last_token_positions
+from losses import PreferenceBatch, bradley_terry, get_loss, preference_loss, row_mean
 
 Batch = dict[str, Any]
 
@@ -58,6 +65,9 @@ class VLTrainer(Trainer):
         if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
             # Reentrant checkpointing drops the gradients of a frozen base with LoRA.
             args.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        if isinstance(model, PeftModel):
+            # Adapters with another hat (a frozen reference, ...) are not part of the result.
+            model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=["default"])
         super().__init__(
             model=model,
             args=args,
@@ -117,7 +127,8 @@ class VLTrainer(Trainer):
         mode = "eval" if any(name.startswith("eval_") for name in logs) else "train"
         for name, sums in self._metrics[mode].items():
             total, count = self.accelerator.reduce(torch.stack(sums).sum(0), reduction="sum").tolist()
-            logs[name if mode == "train" else f"eval_{name}"] = total / max(count, 1)
+            if count:  # none: a source without a pair since the last log
+                logs[name if mode == "train" else f"eval_{name}"] = total / count
         self._metrics[mode].clear()
         super().log(logs, start_time)
 
@@ -266,3 +277,149 @@ class VLDPOTrainer(VLTrainer):
         self.log_metrics(policy.detach(), reference, parts, batch)
         loss = per_pair.mean()
         return (loss, {"policy": policy}) if return_outputs else loss
+
+
+class VLHeadTrainer(VLTrainer):
+    """What trainers of a backbone with a scalar head share: finding the adapter's model inside, saving and loading both parts."""
+
+    def base_model(self, model: nn.Module) -> nn.Module:
+        """The adapter's model inside DDP, DeepSpeed, head and peft."""
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False).core
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict=state_dict)
+        self.processing_class.save_pretrained(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.accelerator.unwrap_model(model if model is not None else self.model).load_checkpoint(
+            resume_from_checkpoint
+        )
+
+
+class VLRMTrainer(VLHeadTrainer):
+    """Bradley-Terry on the K responses of a row, read at their last tokens. One forward and one vision pass per prompt.
+
+    With K > 2 every ordered pair of a row counts, and a row counts once: InstructGPT, 2203.02155 eq. 1.
+    """
+
+    def __init__(self, model: nn.Module, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
+        disable_dropout(model)
+        super().__init__(model, args, *rest, **kwargs)
+        # The loss is a mean over rows: Trainer must divide it by the accumulation steps.
+        self.model_accepts_loss_kwargs = False
+        self._margins: list[Tensor] = []
+        # Every rank must log the same names, whatever its rows are from.
+        self._sources = sorted(
+            {
+                source
+                for data in (self.train_dataset, self.eval_dataset)
+                if data is not None and "source" in data.column_names
+                for source in data.unique("source")
+                if source is not None
+            }
+        )
+
+    # -- the two steps that papers change ------------------------------------------------------------------------------------
+
+    def response_rewards(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Reward of every response, (R,) float32."""
+        core = self.base_model(model)
+        inputs = core.packed_inputs(
+            batch["input_ids"], batch["segment_ids"], self.image_inputs(model, batch), batch["packed"]
+        )
+        return model(**inputs, completion_index=last_token_positions(batch["segment_ids"]))
+
+    def ranking_loss(self, rewards: Tensor, batch: Batch) -> Tensor:
+        """Loss of each row that has a pair, (rows,): the mean over its pairs, each with its margin if the data has one."""
+        per_pair = bradley_terry(
+            rewards[batch["chosen"]],
+            rewards[batch["rejected"]],
+            batch.get("margin"),
+            self.args.center_rewards_coefficient,
+        )
+        return row_mean(per_pair, batch["rows"][batch["chosen"]])
+
+    def log_metrics(self, rewards: Tensor, batch: Batch) -> None:
+        """Store accuracy (ties are wrong), margin, rewards of both sides, and the accuracy of every source."""
+        chosen, rejected = rewards[batch["chosen"]], rewards[batch["rejected"]]
+        right = chosen > rejected
+        metrics = {
+            "accuracy": right,
+            "margin": chosen - rejected,
+            "mean_reward": rewards,
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+        }
+        if len(self._sources) > 1:
+            of_pair = [batch["source"][row] for row in batch["rows"][batch["chosen"]].tolist()]
+            for source in self._sources:
+                metrics[f"accuracy/{source}"] = right[[i for i, name in enumerate(of_pair) if name == source]]
+        self.store_metrics(metrics)
+        if not self.model.training:
+            self._margins.append((chosen - rejected).cpu())
+
+    # -------------------------------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        rewards = self.response_rewards(model, inputs)
+        if not len(inputs["chosen"]):  # all responses of these rows are equally good
+            return rewards.sum() * 0.0
+        self.log_metrics(rewards.detach(), inputs)
+        loss = self.ranking_loss(rewards, inputs).mean()
+        return (loss, {"rewards": rewards}) if return_outputs else loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As Trainer's; also draws accuracy by margin into `calibration.png` of the run folder."""
+        self._margins.clear()
+        metrics = super().evaluate(*args, **kwargs)
+        margins = gather_object(torch.cat(self._margins).tolist() if self._margins else [])
+        if self.args.should_save and margins:
+            draw_calibration(margins, self.args.output_dir)
+        return metrics
+
+
+def draw_calibration(margins: Sequence[float], output_dir: str, num_bins: int = 8) -> list[dict[str, float]]:
+    """Write `calibration.png` and `calibration.json`: how often the model is right, by how sure it is.
+
+    A Bradley-Terry model that is calibrated is right with probability σ(|margin|).
+
+    Args:
+        margins: reward of chosen minus reward of rejected, one per pair.
+
+    Returns:
+        Per bin of equal count: mean |margin|, accuracy, σ(|margin|) and number of pairs.
+    """
+    from matplotlib.figure import Figure  # slow to import; without pyplot no display is touched
+
+    ordered = sorted(margins, key=abs)
+    bins = [
+        chunk
+        for i in range(num_bins)
+        if (chunk := ordered[i * len(ordered) // num_bins : (i + 1) * len(ordered) // num_bins])
+    ]
+    table = [
+        {
+            "margin": sum(map(abs, chunk)) / len(chunk),
+            "accuracy": sum(m > 0 for m in chunk) / len(chunk),
+            "expected": sum(1 / (1 + math.exp(-abs(m))) for m in chunk) / len(chunk),
+            "pairs": len(chunk),
+        }
+        for chunk in bins
+    ]
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    (Path(output_dir) / "calibration.json").write_text(json.dumps(table, indent=2) + "\n")
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(
+        [b["margin"] for b in table], [b["accuracy"] for b in table], "o-", label=f"this model, {len(margins)} pairs"
+    )
+    axes.plot([b["margin"] for b in table], [b["expected"] for b in table], "--", color="grey", label="σ(|margin|)")
+    axes.set(xlabel="|reward of chosen - reward of rejected|", ylabel="share of pairs ranked right", ylim=(0, 1.05))
+    axes.legend(loc="lower right")
+    figure.savefig(Path(output_dir) / "calibration.png", dpi=120)
+    return table

@@ -19,7 +19,7 @@ from tests import zoo
 
 disable_progress_bars()
 transformers_logging.disable_progress_bar()
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # the models are tiny: a second thread only costs
 
 QUESTION = "What is in this image?"
 ANSWERS = ["A red square on the table.", "two blue circles", "A green star and a yellow triangle.", "no"]
@@ -99,7 +99,9 @@ def conversations_json(preference_rows: list[dict], tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture
-def command(tmp_path: Path, llava: str, image_dir: Path, pairs_json: Path, conversations_json: Path) -> Callable[..., list[str]]:
+def command(
+    tmp_path: Path, llava: str, image_dir: Path, pairs_json: Path, conversations_json: Path
+) -> Callable[..., list[str]]:
     """Build an argv for a script: command("dpo", "--use_lora True")."""
 
     def build(algorithm: str, extra: str = "", model: str = llava, out: Path | None = None) -> list[str]:
