@@ -199,4 +199,7 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
 
 
 class VLRMDataCollatorWithPadding(VLDPODataCollatorWithPadding):
-    """The same batch: a reward model ranks the responses that DPO pairs."""
+    """The same batch, because a reward model ranks the responses that DPO pairs; and `source`, the data set of every row."""
+
+    def __call__(self, features: Sequence[Row]) -> dict[str, Any]:
+        return super().__call__(features) | {"source": [row.get("source") for row in features]}

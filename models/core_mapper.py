@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from base.collator import VLDPODataCollatorWithPadding, VLRMDataCollatorWithPadding, VLSFTDataCollatorWithPadding
 from base.model import VLModelMixin
 from base.processor import VLProcessor
-from base.trainer import VLDPOTrainer, VLSFTTrainer
+from base.reward import VLRewardModel
+from base.trainer import VLDPOTrainer, VLRMTrainer, VLSFTTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,10 +17,10 @@ class ModelCoreMapper:
     processor: type[VLProcessor]
     dpo_collator: type = VLDPODataCollatorWithPadding
     dpo_trainer: type = VLDPOTrainer
-    reward_model: type | None = None
+    reward_model: type[VLRewardModel] = VLRewardModel
     value_model: type | None = None
     reward_collator: type = VLRMDataCollatorWithPadding
-    reward_trainer: type | None = None
+    reward_trainer: type = VLRMTrainer
     sft_collator: type = VLSFTDataCollatorWithPadding
     sft_trainer: type = VLSFTTrainer
     ppo_collator: type | None = None
