@@ -40,7 +40,7 @@ class MllamaForRL(VLModelMixin, MllamaForConditionalGeneration):
         text_only = ~img_inputs["cross_attention_mask"].flatten(1).any(dim=1)  # (B,)
         states = states.masked_fill(text_only.view(-1, 1, 1, 1, 1), 0)
         rest = {name: value for name, value in img_inputs.items() if name not in TOWER_INPUTS}
-        return {**rest, "cross_attention_states": states.flatten(0, 2)}
+        return {**rest, "cross_attention_states": states.flatten(1, 3)}
 
     def prepare_inputs_for_generation(
         self, *args: Any, is_first_iteration: bool = False, use_cache: bool = False, **kwargs: Any
