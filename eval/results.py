@@ -25,11 +25,11 @@ Scores = dict[str, float]
 PACKAGES = ("torch", "transformers", "peft", "nltk", "spacy", "pillow", "pyarrow")
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call a command's main: wrong input ends in one sentence and exit status 2, without a traceback."""
+def run(main: Callable[[], None], *more: type[Exception]) -> None:
+    """Call a command's main: wrong input (DataError, `more`) ends in one sentence and exit status 2, no traceback."""
     try:
         main()
-    except (DataError, FileNotFoundError) as error:
+    except (DataError, FileNotFoundError, *more) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
 

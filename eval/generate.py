@@ -1,0 +1,436 @@
+"""Answer a benchmark with a model: file of questions -> answers.jsonl (and answers.meta.json, which describes the run).
+
+    python -m eval.generate --task pope --data coco_pope/ --image_dir val2014/ --model runs/dpo --output runs/dpo/eval/pope.jsonl
+    torchrun --nproc_per_node 8 -m eval.generate --task mme --data MME.tsv --model llava-hf/llava-1.5-7b-hf --bf16 --output A
+
+1. Rows with the same image stand in the same batch, and the vision tower runs once per image.
+2. Batches are fixed by the data and --batch_size alone, and each has its own seed: a run that is killed and repeated, on any
+   number of ranks, ends in the same file as one that is not.
+3. --likelihood (task seed) writes the mean token loss of every choice instead of an answer.
+"""
+
+import base.compat  # noqa: F401  isort: skip  (must come before transformers)
+import argparse
+import datetime
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from base.errors import InputError
+from base.packing import scatter_to_responses
+from base.processor import VLProcessor
+from eval.data import TASKS, DataError, Row, chunks, prompt, read_task
+from eval.ledger import Ledger
+from eval.results import run, sha256, versions
+from models import base_model_path, core_mapper_for, load_model
+
+Batch = list[Row]
+
+# ---------------------------------------------------------------------------------------------------- ranks
+
+
+@contextmanager
+def ranks() -> Iterator[tuple[int, int, "torch.device"]]:
+    """(rank, world size, device) under torchrun or alone; barriers go over gloo, ranks may finish hours apart."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if world > 1:
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    try:
+        yield rank, world, device
+    finally:
+        if world > 1:
+            torch.distributed.destroy_process_group()
+
+
+def barrier(world: int) -> None:
+    if world > 1:
+        torch.distributed.barrier()
+
+
+# -------------------------------------------------------------------------------------------------- batches
+
+
+def image_key(row: Row) -> tuple[str, ...]:
+    """The same for rows with the same images: paths, or digests of embedded bytes."""
+    return tuple(i if isinstance(i, str) else hashlib.sha1(i["bytes"]).hexdigest() for i in row["images"])
+
+
+def plan(rows: list[Row], batch_size: int) -> list[list[Batch]]:
+    """Batches in runs; the batches of a run share an image and must go to one rank.
+
+    A group of rows with the same image is kept in one batch unless it is larger than a batch. Rows without images never stand
+    beside rows with images.
+    """
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(image_key(row), []).append(row)
+    runs: list[list[Batch]] = []
+    for key, members in groups.items():
+        if key and len(members) <= batch_size:
+            last = runs[-1][-1] if runs and len(runs[-1]) == 1 else None
+            if last is not None and last[0]["images"] and len(last) + len(members) <= batch_size:
+                last.extend(members)
+            else:
+                runs.append([list(members)])
+        elif key:
+            runs.append(list(chunks(members, batch_size)))
+        else:
+            runs += [[batch] for batch in chunks(members, batch_size)]
+    return runs
+
+
+class EncodedBatches(torch.utils.data.Dataset):
+    """Decoding, resizing and tokenising, one batch per item, in data-loader workers."""
+
+    def __init__(self, batches: list[Batch], processor: VLProcessor) -> None:
+        self.batches, self.processor = batches, processor
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> tuple[Batch, list[dict]]:
+        return self.batches[index], [self.encode(row) for row in self.batches[index]]
+
+    def encode(self, row: Row) -> dict:
+        """Token ids, image inputs of this row alone, and a digest of everything that its image features depend on."""
+        processor, images = self.processor, row["images"]
+        messages = [{"role": "user", "content": with_image_marks(row["prompt"], len(images))}]
+        text = processor.render(messages, add_generation_prompt=True, images=len(images))
+        try:
+            (ids,), inputs = processor.encode_prompts([text], [images])
+        except InputError as error:
+            raise DataError(f"row '{row['id']}': {error}") from error
+        # InstructBLIP's features depend on the question, too: what is equal in all inputs of the tower is shared, no more
+        digest = hashlib.sha1()
+        for name, value in sorted(inputs.items()):
+            if name not in processor.per_token_keys and isinstance(value, torch.Tensor):
+                digest.update(name.encode() + str(tuple(value.shape)).encode())
+                digest.update(value.contiguous().view(torch.uint8).numpy())
+        return {"ids": ids, "inputs": inputs, "digest": digest.hexdigest() if images else None}
+
+
+def with_image_marks(text: str, images: int) -> str:
+    """MMMU's `<image 1>` become image marks where they stand, if each image is named exactly once; else images go first."""
+    named = re.findall(r"<image (\d)>", text)
+    if images > 1 and sorted(named) == [str(i + 1) for i in range(images)] == named:
+        return re.sub(r"<image \d>", "<image>", text)
+    return text.replace("<image>", "")
+
+
+# ---------------------------------------------------------------------------------------------------- model
+
+
+class Answerer:
+    """A model with its processor, ready to answer batches.
+
+    Args: `model` is a checkpoint or LoRA adapter folder; `adapter` a LoRA adapter folder on top of it.
+    """
+
+    def __init__(self, model: str, adapter: str | None, device: torch.device, bf16: bool) -> None:
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        self.model = load_model(model, dtype=dtype)
+        if adapter:
+            from peft import PeftModel
+
+            if base_model_path(model) != model:
+                raise DataError(f"--model {model} is an adapter already; pass its base as --model, or no --adapter")
+            self.model = PeftModel.from_pretrained(self.model, adapter)
+        self.model = self.model.to(device).eval()
+        self.device, self.dtype = device, dtype
+        saved = next((p for p in (adapter, model) if p and has_processor(p)), base_model_path(model))
+        self.processor: VLProcessor = core_mapper_for(model).processor(saved)
+        self.processor.infer()
+        self.tower_runs = 0  # images that the vision tower has seen
+        self._features: dict[str, dict] = {}
+
+    @property
+    def core(self) -> torch.nn.Module:
+        """The family's model inside peft's wrapper."""
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+    def to_device(self, inputs: dict) -> dict:
+        moved = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        return {
+            k: v.to(self.dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+            for k, v in moved.items()
+        }
+
+    def forget_images(self) -> None:
+        """Drop the features kept for rows with the same image."""
+        self._features.clear()
+
+    def features(self, encoded: list[dict]) -> dict:
+        """What stands for the images of a batch in generate: the tower runs once per distinct image."""
+        shared = []
+        for item in encoded:
+            if item["digest"] is None:
+                continue
+            if item["digest"] not in self._features:
+                inputs = self.to_device(self.processor.pad_img_inputs(item["inputs"]))
+                out = self.core.encode_images(inputs)
+                self._features[item["digest"]] = {
+                    k: v for k, v in out.items() if k not in self.processor.per_token_keys
+                }
+                self.tower_runs += 1
+            shared.append(self._features[item["digest"]])
+        joined = join_features(shared)
+        per_token = {
+            k: [i["inputs"][k] for i in encoded] for k in self.processor.per_token_keys if k in encoded[0]["inputs"]
+        }
+        per_token = {k: [row for rows in v for row in rows] for k, v in per_token.items()}
+        return joined | self.to_device(self.processor.pad_img_inputs(per_token))
+
+    @torch.inference_mode()
+    def answer(self, encoded: list[dict], settings: dict, seed: int) -> list[str]:
+        """Greedy, beam or sampled answers to a batch of `EncodedBatches`."""
+        ids = [item["ids"] for item in encoded]
+        padding = self.processor.tokenizer.pad_token_id
+        prompts = self.processor.pad(ids, padding).to(self.device)  # (B, L), padded on the left
+        torch.manual_seed(seed)
+        out = self.model.generate(
+            input_ids=prompts,
+            attention_mask=self.processor.pad([[1] * len(i) for i in ids], 0).to(self.device),
+            **self.features(encoded),
+            **settings,
+            pad_token_id=padding,
+        )
+        length = prompts.shape[1]
+        if out.shape[1] >= length and torch.equal(out[:, :length], prompts):
+            out = out[:, length:]  # else only new tokens are there (InstructBLIP generates from embeddings)
+        return [text.strip() for text in self.processor.tokenizer.batch_decode(out, skip_special_tokens=True)]
+
+    @torch.inference_mode()
+    def response_logps(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs of the response tokens of a packed batch (VLDPODataCollatorWithPadding) and their mask, (R, T) each."""
+        batch = self.to_device({k: v for k, v in batch.items() if k != "img_input_dict"}) | {
+            "img_input_dict": self.to_device(batch["img_input_dict"])
+        }
+        core, mask = self.core, batch["completion_mask"]
+        images = core.encode_images(batch["img_input_dict"])
+        out = self.model(
+            **core.packed_inputs(batch["input_ids"], batch["segment_ids"], images, batch["packed"]),
+            completion_index=batch["completion_index"][mask],
+            completion_ids=batch["completion_ids"][mask],
+        )
+        return scatter_to_responses(out.logps, mask), mask
+
+
+def has_processor(path: str) -> bool:
+    return any((Path(path) / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
+
+
+def join_features(parts: list[dict]) -> dict:
+    """The outputs of `encode_images` of several rows, as if they had been encoded as one batch."""
+    if not parts:
+        return {}
+    joined: dict = {}
+    for key, first in parts[0].items():
+        values = [part[key] for part in parts]
+        if isinstance(first, torch.Tensor):
+            joined[key] = torch.cat(values)
+        elif key == "mm_encoder_outputs":
+            joined[key] = {modality: _join_outputs([v[modality] for v in values]) for modality in first}
+        else:
+            raise TypeError(f"encode_images returned {key} of type {type(first).__name__}, which cannot be joined")
+    return joined
+
+
+def _join_outputs(outputs: list) -> object:
+    """Only pooled and deepstack features are read from pre-encoded outputs (transformers' generate relies on it, too)."""
+    fields: dict = {"pooler_output": _concatenate([o.pooler_output for o in outputs])}
+    if getattr(outputs[0], "deepstack_features", None) is not None:
+        layers = zip(*(o.deepstack_features for o in outputs), strict=True)
+        fields["deepstack_features"] = [_concatenate(list(layer)) for layer in layers]
+    return type(outputs[0])(**fields)
+
+
+def _concatenate(values: list) -> object:
+    return torch.cat(values) if isinstance(values[0], torch.Tensor) else [item for v in values for item in v]
+
+
+def generation_settings(args: argparse.Namespace, answerer: Answerer) -> tuple[dict, dict]:
+    """Keyword arguments of generate, and what is recorded: the same and whatever the checkpoint's own config adds."""
+    settings = answerer.core.prepare_default_generation_kwargs()
+    given = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams}
+    settings |= {k: v for k, v in given.items() if v is not None}
+    if args.temperature > 0:
+        settings |= {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+    else:  # a checkpoint's sampling defaults have no part in greedy search
+        settings |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    own = answerer.core.generation_config
+    recorded = {k: v for k, v in settings.items() if v is not None}
+    for name in ("repetition_penalty", "no_repeat_ngram_size", "length_penalty"):
+        if getattr(own, name, None) not in (None, 0, 1.0):
+            recorded[name] = getattr(own, name)
+    if args.temperature > 0:
+        recorded["seed"] = args.seed
+    return settings, recorded | {"dtype": str(answerer.dtype).removeprefix("torch.")}
+
+
+def checkpoint_step(*paths: str | None) -> int | None:
+    """The step in the name of a checkpoint-123 folder."""
+    found = (re.fullmatch(r"checkpoint-(\d+)", Path(p).name) for p in paths if p)
+    return next((int(m[1]) for m in found if m), None)
+
+
+def describe(args: argparse.Namespace, recorded: dict) -> dict:
+    """answers.meta.json, which scorers copy into results.json."""
+    base = base_model_path(args.model)
+    return {
+        "task": args.task,
+        "data": str(args.data),
+        "data_sha256": sha256(args.data),
+        "image_dir": args.image_dir,
+        "limit": args.limit,
+        "checkpoint": base,
+        "adapter": args.adapter or (args.model if base != args.model else None),
+        "step": checkpoint_step(args.adapter, args.model),
+        "prompt": {"suffix": getattr(args, "suffix", None)},
+        "generation": recorded,
+        "batch_size": args.batch_size,
+        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+        "versions": versions(),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------- runs
+
+
+def answer_rows(args: argparse.Namespace, rows: list[Row], answerer: Answerer, rank: int, world: int) -> dict:
+    """Write an answer for every row that has none yet; return {"rows": on this rank, "images": tower runs}."""
+    settings, recorded = generation_settings(args, answerer)
+    ledger = Ledger(args.output, describe(args, recorded), [str(r["id"]) for r in rows], rank, args.overwrite)
+    barrier(world)
+    done = ledger.open()
+    barrier(world)
+    for row in rows:
+        row["prompt"] = prompt(args.task, row, args.suffix)
+    todo: list[tuple[int, Batch, int]] = []  # (seed, batch, run)
+    number = 0
+    for run_number, batches in enumerate(plan(rows, args.batch_size)):
+        for batch in batches:
+            number += 1
+            if run_number % world == rank and any(row["id"] not in done for row in batch):
+                todo.append((args.seed + number, batch, run_number))
+    loader = DataLoader(
+        EncodedBatches([batch for _, batch, _ in todo], answerer.processor),
+        batch_size=None,
+        num_workers=args.num_workers,
+        collate_fn=None,
+    )
+    count, current = 0, -1
+    total = sum(row["id"] not in done for _, batch, _ in todo for row in batch)
+    with tqdm(total=total, unit="row", desc=args.task, disable=rank != 0) as bar:
+        for (seed, _, run_number), (batch, encoded) in zip(todo, loader, strict=True):
+            if run_number != current:
+                answerer.forget_images()
+                current = run_number
+            texts = answerer.answer(
+                encoded, settings, seed
+            )  # the whole batch, as the first time: same padding, same answers
+            new = [
+                {"id": row["id"], "prompt": row["prompt"], "answer": text, **_shown(row)}
+                for row, text in zip(batch, texts, strict=True)
+                if row["id"] not in done
+            ]
+            ledger.write(new)
+            count += len(new)
+            bar.update(len(new))
+    ledger.close()
+    barrier(world)
+    if rank == 0:
+        ledger.finish()
+    return {"rows": count, "images": answerer.tower_runs}
+
+
+def _shown(row: Row) -> dict:
+    """Small fields that make answers.jsonl readable by itself."""
+    paths = [i for i in row["images"] if isinstance(i, str)]
+    extra = {k: row[k] for k in ("label", "category", "split", "choices") if k in row}
+    return ({"images": paths} if paths else {}) | extra
+
+
+def choice_losses(args: argparse.Namespace, rows: list[Row], answerer: Answerer, rank: int, world: int) -> dict:
+    """Write {id, losses}: mean loss over each choice's tokens, end token included, all choices of a question in one row."""
+    from base.collator import VLDPODataCollatorWithPadding
+
+    answerer.processor.train()
+    collator = VLDPODataCollatorWithPadding(answerer.processor)
+    recorded = {"likelihood": True, "choice": "{text}", "dtype": str(answerer.dtype).removeprefix("torch.")}
+    ledger = Ledger(args.output, describe(args, recorded), [str(r["id"]) for r in rows], rank, args.overwrite)
+    barrier(world)
+    done = ledger.open()
+    barrier(world)
+    count = 0
+    batches = [b for n, b in enumerate(chunks(rows, args.batch_size)) if n % world == rank]
+    batches = [b for b in batches if any(r["id"] not in done for r in b)]
+    with tqdm(total=sum(map(len, batches)), unit="row", desc=f"{args.task} likelihood", disable=rank != 0) as bar:
+        for batch in batches:
+            packed = collator.encode_rows(
+                [
+                    {"images": r["images"], "prompt": [{"role": "user", "content": r["bare_question"]}],
+                     "responses": list(r["choices"].values())}
+                    for r in batch
+                ]
+            )  # fmt: skip
+            logps, mask = answerer.response_logps(packed)
+            losses = (-logps.sum(1) / mask.sum(1)).view(len(batch), -1).tolist()  # (B, 4)
+            new = [{"id": r["id"], "losses": x} for r, x in zip(batch, losses, strict=True) if r["id"] not in done]
+            ledger.write(new)
+            count += len(new)
+            bar.update(len(batch))
+    ledger.close()
+    barrier(world)
+    if rank == 0:
+        ledger.finish()
+    return {"rows": count}
+
+
+def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that eval.generate and eval.sweep share."""
+    parser.add_argument("--limit", type=int, help="the first N rows only; marked in every table")
+    parser.add_argument("--suffix", help="instruction after the question, in place of the task's own")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows per batch and rank")
+    parser.add_argument("--max_new_tokens", type=int, help="default: the family's (1024)")
+    parser.add_argument("--num_beams", type=int, help="default 1; RLAIF-V reports Object HalBench with 3")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top_p", type=float, default=1.0, help="with --temperature")
+    parser.add_argument("--seed", type=int, default=0, help="with --temperature")
+    parser.add_argument("--bf16", action="store_true", help="weights and activations in bfloat16 (default float32)")
+    parser.add_argument("--num_workers", type=int, default=2, help="processes that decode images and tokenise")
+    parser.add_argument("--overwrite", action="store_true", help="start again instead of going on")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", required=True, choices=list(TASKS))
+    parser.add_argument("--model", required=True, help="checkpoint, hub id or LoRA adapter folder")
+    parser.add_argument("--adapter", help="LoRA adapter folder on top of --model")
+    parser.add_argument("--data", required=True, help="the benchmark's file, as published")
+    parser.add_argument("--image_dir", help="where image names are looked up; default: beside --data")
+    parser.add_argument("--output", required=True, help="answers.jsonl")
+    parser.add_argument("--likelihood", action="store_true", help="seed: losses of the choices instead of answers")
+    add_generation_arguments(parser)
+    args = parser.parse_args()
+    if args.likelihood and args.task != "seed":
+        raise DataError("--likelihood is a variant of --task seed only; leave it out")
+    rows = read_task(args.task, args.data, args.image_dir, args.limit)
+    with ranks() as (rank, world, device):
+        answerer = Answerer(args.model, args.adapter, device, args.bf16)
+        write = choice_losses if args.likelihood else answer_rows
+        facts = write(args, rows, answerer, rank, world)
+        if rank == 0:
+            print(f"{args.output}: {len(rows)} rows; on rank 0 " + ", ".join(f"{v} {k}" for k, v in facts.items()))
+
+
+if __name__ == "__main__":
+    run(main, InputError)

@@ -1,0 +1,208 @@
+"""eval.generate: features shared between questions change nothing, a killed run ends as if it had not been, settings are recorded."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval import generate
+from eval.data import DataError, read_task
+from eval.generate import Answerer, EncodedBatches, answer_rows, plan
+from eval.results import meta_path
+from tests import zoo
+
+CPU = torch.device("cpu")
+WORDS = ["dog", "cat", "red square", "table"]
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A POPE file with 4 images and 1, 2, 3 and 4 questions about them."""
+    folder = tmp_path_factory.mktemp("pope")
+    rows = []
+    for i in range(4):
+        zoo.image(i).save(folder / f"{i}.png")
+        for word in WORDS[: i + 1]:
+            rows.append(
+                {
+                    "question_id": len(rows),
+                    "image": f"{i}.png",
+                    "text": f"Is there a {word} in the image?",
+                    "label": "yes",
+                }
+            )
+    file = folder / "coco_pope_random.json"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return file
+
+
+def arguments(data: Path, output: Path, model: str, **changes: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    generate.add_generation_arguments(parser)
+    args = parser.parse_args(["--batch_size", "4", "--max_new_tokens", "6", "--num_workers", "0"])
+    vars(args).update(task="pope", data=str(data), output=str(output), model=model, adapter=None, image_dir=None)
+    vars(args).update(changes)
+    return args
+
+
+def run(args: argparse.Namespace) -> dict:
+    rows = read_task(args.task, args.data, args.image_dir, args.limit)
+    return answer_rows(args, rows, Answerer(args.model, args.adapter, CPU, args.bf16), 0, 1)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# llava-style lists, tiles, M-RoPE grids, deepstack, cross-attention, a Q-Former that reads the question
+@pytest.mark.parametrize(
+    "family", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "idefics3", "mllama", "instructblip"]
+)
+@pytest.mark.parametrize("beams", [1, 2])
+def test_shared_features_give_the_answers_of_a_plain_batch(family: str, beams: int) -> None:
+    answerer = Answerer(zoo.checkpoint(family), None, CPU, bf16=False)
+    images = [zoo.image(0), zoo.image(0), zoo.image(1, 30, 44), zoo.image(0)]
+    texts = ["What is in this image?", "Is there a dog?", "Is there a dog?", "describe the photo"]
+    batch = [
+        {"id": str(i), "images": [image], "prompt": t} for i, (image, t) in enumerate(zip(images, texts, strict=True))
+    ]
+    encoded = EncodedBatches([batch], answerer.processor)[0][1]
+    settings = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams}
+    shared = answerer.answer(encoded, settings, seed=0)
+
+    convs = [[{"role": "user", "content": t}] for t in texts]
+    inputs = answerer.processor(convs=convs, images=[[i] for i in images])
+    with torch.inference_mode():
+        out = answerer.model.generate(**inputs, **settings, pad_token_id=answerer.processor.tokenizer.pad_token_id)
+    length = inputs["input_ids"].shape[1]
+    out = out[:, length:] if torch.equal(out[:, :length], inputs["input_ids"]) else out
+    plain = [t.strip() for t in answerer.processor.tokenizer.batch_decode(out, skip_special_tokens=True)]
+    assert shared == plain
+    assert len(set(shared)) > 1  # a model that answers alike everywhere would show nothing
+    assert answerer.tower_runs == (4 if family == "instructblip" else 2)
+
+
+def test_vision_tower_sees_every_image_once(questions: Path, tmp_path: Path, llava: str) -> None:
+    answerer = Answerer(llava, None, CPU, bf16=False)
+    seen = []
+    answerer.core.get_vision_tower().register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(len(args[0])), with_kwargs=True
+    )
+    args = arguments(questions, tmp_path / "a.jsonl", llava, batch_size=3)  # smaller than the largest group
+    facts = answer_rows(args, read_task("pope", questions), answerer, 0, 1)
+    assert sum(seen) == 4 == facts["images"] and facts["rows"] == 10
+
+
+def test_plan_keeps_groups_together_and_rows_without_image_apart() -> None:
+    def row(number: int, *images: str) -> dict:
+        return {"id": number, "images": list(images)}
+
+    rows = [row(0, "a"), row(1, "b"), row(2, "a"), row(3), *(row(4 + i, "c") for i in range(5)), row(9, "d")]
+    runs = [[[r["id"] for r in batch] for batch in batches] for batches in plan(rows, 3)]
+    assert runs == [[[0, 2, 1]], [[3]], [[4, 5, 6], [7, 8]], [[9]]]
+
+
+def test_resumed_equals_uninterrupted(
+    questions: Path, tmp_path: Path, llava: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = {"temperature": 1.0, "seed": 3}
+    whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
+    run(arguments(questions, whole, llava, **sampling))
+    calls, real = [], Answerer.answer
+
+    def dies(self: Answerer, *args: object) -> list[str]:
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    monkeypatch.setattr(Answerer, "answer", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(arguments(questions, broken, llava, **sampling))
+    part = tmp_path / "broken.jsonl.part-0"
+    kept = lines(part)
+    assert 0 < len(kept) < 10 and not broken.exists()
+    last = part.read_text().splitlines()[-1]
+    part.write_text("".join(json.dumps(r) + "\n" for r in kept[:-1]) + last[: len(last) // 2])  # torn by the kill
+    monkeypatch.setattr(Answerer, "answer", real)
+    facts = run(arguments(questions, broken, llava, **sampling))
+    assert facts["rows"] == 10 - len(kept) + 1
+    assert broken.read_bytes() == whole.read_bytes()
+    assert [r["id"] for r in lines(broken)] == [f"random/{i}" for i in range(10)]
+    assert not part.exists()
+    before = broken.stat().st_mtime_ns
+    assert run(arguments(questions, broken, llava, **sampling))["rows"] == 0  # nothing left to do
+    assert broken.read_bytes() == whole.read_bytes() and broken.stat().st_mtime_ns >= before
+
+
+def test_ranks_share_the_rows_and_any_number_of_them_can_go_on(
+    questions: Path, tmp_path: Path, llava: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "barrier", lambda world: None)
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    run(arguments(questions, one, llava))
+    answerer = Answerer(llava, None, CPU, bf16=False)
+    second = answer_rows(arguments(questions, two, llava), read_task("pope", questions), answerer, 1, 2)
+    assert 0 < second["rows"] < 10
+    first = answer_rows(arguments(questions, two, llava), read_task("pope", questions), answerer, 0, 1)  # alone, later
+    assert first["rows"] + second["rows"] == 10
+    assert two.read_bytes() == one.read_bytes()
+
+
+def test_other_settings_do_not_go_into_the_same_file(questions: Path, tmp_path: Path, llava: str) -> None:
+    output = tmp_path / "a.jsonl"
+    run(arguments(questions, output, llava, limit=2))
+    meta = json.loads(meta_path(output).read_text())
+    assert meta["generation"] == {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "num_beams": 1,
+        "use_cache": True,
+        "dtype": "float32",
+    }
+    assert (meta["limit"], meta["checkpoint"], meta["adapter"]) == (2, llava, None)
+    with pytest.raises(DataError, match=r"generation .*'num_beams': 1.* now it is .*'num_beams': 2.*--overwrite"):
+        run(arguments(questions, output, llava, limit=2, num_beams=2))
+    run(arguments(questions, output, llava, limit=2, num_beams=2, overwrite=True))
+    assert json.loads(meta_path(output).read_text())["generation"]["num_beams"] == 2
+
+
+def test_missing_image_names_the_row(questions: Path, tmp_path: Path, llava: str) -> None:
+    args = arguments(questions, tmp_path / "a.jsonl", llava, image_dir=str(tmp_path))
+    with pytest.raises(DataError, match=r"row 'random/0': Cannot read .*0\.png"):
+        run(args)
+
+
+def test_likelihood_is_the_mean_loss_of_each_choice(tmp_path: Path, llava: str) -> None:
+    zoo.image(0).save(tmp_path / "0.png")
+    row = {
+        "question_id": "1",
+        "question": "What is in this image?",
+        "answer": "A",
+        "data_id": "0.png",
+        "question_type_id": 1,
+        "data_type": "image",
+    }
+    row |= {
+        f"choice_{c}": text
+        for c, text in zip("abcd", ("a dog", "two blue circles on a table", "no", "red"), strict=True)
+    }
+    data = tmp_path / "SEED-Bench.json"
+    data.write_text(
+        json.dumps({"questions": [row, row | {"question_id": "2", "choice_a": "cat"}], "question_type": {"Scene": 1}})
+    )
+    args = arguments(data, tmp_path / "losses.jsonl", llava, task="seed")
+    answerer = Answerer(llava, None, CPU, bf16=False)
+    rows = read_task("seed", data)
+    generate.choice_losses(args, rows, answerer, 0, 1)
+    written = lines(tmp_path / "losses.jsonl")
+    assert [r["id"] for r in written] == ["1", "2"]
+
+    processor = answerer.processor
+    for choice, loss in zip(rows[0]["choices"].values(), written[0]["losses"], strict=True):
+        conv = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": choice}]
+        inputs = processor(convs=[conv], images=[[str(tmp_path / "0.png")]])
+        with torch.inference_mode():
+            assert loss == pytest.approx(answerer.model(**inputs).loss.item(), abs=1e-4)
