@@ -879,11 +879,30 @@ def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
     return biased * count / (count - 1) if unbiased else biased
 
 
-def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """Unit variance and, with shift_mean, mean 0 over the mask; same shape, 0 outside the mask."""
-    mean = masked_mean(values, mask)
-    whitened = (values - mean) * torch.rsqrt(masked_var(values, mask) + 1e-8)
+def masked_whiten(
+    values: Tensor, mask: Tensor, shift_mean: bool = True, moments: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Unit variance and, with shift_mean, mean 0 over the mask; same shape, 0 outside the mask.
+
+    moments: mean and variance to use instead of this batch's own, from pool_moments where ranks share a batch.
+    """
+    mean, var = (masked_mean(values, mask), masked_var(values, mask)) if moments is None else moments
+    whitened = (values - mean) * torch.rsqrt(var + 1e-8)
     return torch.where(mask, whitened if shift_mean else whitened + mean, 0)
+
+
+def masked_moments(values: Tensor, mask: Tensor) -> Tensor:
+    """Count, mean and sum of squared deviations of the kept values, (3,): what a rank gathers for pool_moments."""
+    count = mask.sum().to(values.dtype)
+    mean = torch.where(mask, values, 0).sum() / count.clamp(min=1)
+    return torch.stack([count, mean, torch.where(mask, (values - mean) ** 2, 0).sum()])
+
+
+def pool_moments(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance over all shards, from one masked_moments row per shard: (S, 3) -> (), ()."""
+    counts, means, squares = moments.unbind(-1)
+    mean = (counts * means).sum() / counts.sum()
+    return mean, (squares + counts * (means - mean) ** 2).sum() / (counts.sum() - 1)
 
 
 def kl_per_token(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -> Tensor:

@@ -355,7 +355,7 @@ def test_chip() -> None:
 
 
 def test_stop_gradients() -> None:
-    """By design no gradient: CHiP's KL of the chosen answer, V-DPO's text-only scores.."""
+    """By design no gradient: CHiP's KL of the chosen answer, V-DPO's text-only scores."""
     batch = random_batch()
     for name, field in (
         ("chip", "chosen_token_kl"),
@@ -617,6 +617,18 @@ def test_two_shards_average_to_the_whole() -> None:
     parts = [losses.sample_mean(samples[s], len(samples) / len(shards)) for s in shards]
     assert_close(sum(parts) / 2, losses.sample_mean(samples))
     assert_close(losses.sample_mean(samples), samples.mean())
+
+
+def test_shards_whiten_as_the_whole() -> None:
+    """Two ranks that pool their moments whiten as one rank would, also if one of them holds nothing."""
+    values, mask = PPO["mm_x"], PPO["mm_mask"]
+    whole = losses.masked_whiten(values, mask)
+    for shards in ([slice(0, 1), slice(1, 5)], [slice(0, 5), slice(5, 5)]):
+        moments = losses.pool_moments(torch.stack([losses.masked_moments(values[s], mask[s]) for s in shards]))
+        parts = [losses.masked_whiten(values[s], mask[s], moments=moments) for s in shards]
+        assert_close(torch.cat(parts), whole)
+    assert_close(moments[0], losses.masked_mean(values, mask))
+    assert_close(moments[1], losses.masked_var(values, mask))
 
 
 def test_row_mean() -> None:
