@@ -5,6 +5,7 @@ model. Weights in `*.bin` files (torch's zip archive) are read without unpicklin
 opcode by opcode with a whitelist of what a state dict needs, and nothing named in it is ever imported or called.
 """
 
+import functools
 import json
 import pickletools
 import zipfile
@@ -82,8 +83,13 @@ class TensorReader:
 
 
 def _safetensors(file: Path) -> dict[str, Callable[[], torch.Tensor]]:
-    handle = safe_open(file, framework="pt")
-    return {name: lambda name=name: handle.get_tensor(name) for name in handle.keys()}
+    def read(name: str) -> torch.Tensor:
+        # Opened for every tensor: the file stays mapped, and its pages in memory, as long as a handle or a tensor lives.
+        with safe_open(file, framework="pt") as handle:
+            return handle.get_tensor(name)
+
+    with safe_open(file, framework="pt") as handle:
+        return {name: functools.partial(read, name) for name in handle.keys()}
 
 
 def _torch_zip(file: Path) -> dict[str, Callable[[], torch.Tensor]]:
@@ -101,7 +107,7 @@ def _torch_zip(file: Path) -> dict[str, Callable[[], torch.Tensor]]:
             flat = torch.frombuffer(bytearray(stream.read()), dtype=storage.dtype)
         return flat.as_strided(shape, stride, offset).clone()
 
-    return {name: lambda view=view: read(*view) for name, view in state.items()}
+    return {name: functools.partial(read, *view) for name, view in state.items()}
 
 
 @dataclass(frozen=True)
