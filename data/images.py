@@ -18,8 +18,9 @@ from PIL import Image
 
 from data.rows import BadRow, is_inside, shorten
 
-# Formats that hold photographs and pictures. Pillow knows more, some of which start other programs (EPS) or are not pictures.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM", "JPEG2000", "AVIF", "ICO")
+# Formats that hold pictures (JPEG covers MPO, its kin with several). Pillow knows more, some of which start other
+# programs (EPS) or are no pictures.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 _ENDS = 4096  # bytes read at each end of a file
 
 

@@ -517,7 +517,7 @@ def test_images_are_checked_without_being_decoded(folder: Path, monkeypatch: pyt
     assert "0 bytes" in refused["zero.png"] and "Pillow's limit" in refused["large.png"]
     assert "no regular file" in refused["pipe.png"] and "broken or cut off" in refused["cut.JPEG"]
     # Only what ends oddly was decoded to be certain, nothing that is whole.
-    assert {Path(name).name for name in decoded} == {f"cut.{f}" for f in ("JPEG", "WEBP", "GIF", "PNG")}
+    assert {Path(name).name for name in decoded} == {f"cut.{f}" for f in ("JPEG", "GIF", "PNG")}
     assert len(found.train) == len(names) - len(bad)
 
 
