@@ -137,7 +137,7 @@ def test_mpo_with_running_delta() -> None:
         mean, count = losses.update_running_mean(mean, count, rewards)
         assert_close(mean, step["delta_after"], atol=1e-7)
         per_pair = get_loss("mpo")(dataclasses.replace(data, running_delta=mean), beta=0.1)
-        # Its test harness handed over the language-model loss as a constant, in the place of our sft.
+        # Its nll is the language model's own loss, a given number here: it takes the place of our sft.
         own_sft = get_loss("sft")(data).mean()
         assert_close(per_pair.mean() - own_sft + step["nll"], step["loss"], atol=1e-7)
     assert count == 24
