@@ -146,8 +146,7 @@ class Answerer:
             self.model = PeftModel.from_pretrained(self.model, adapter)
         self.model = self.model.to(device).eval()
         self.device, self.dtype = device, dtype
-        saved = next((p for p in (adapter, model) if p and has_processor(p)), base_model_path(model))
-        self.processor: VLProcessor = core_mapper_for(model).processor(saved)
+        self.processor = processor_for(model, adapter)
         self.processor.infer()
         self.tower_runs = 0  # images that the vision tower has seen
         self._features: dict[str, dict] = {}
@@ -224,8 +223,11 @@ class Answerer:
         return scatter_to_responses(out.logps, mask), mask
 
 
-def has_processor(path: str) -> bool:
-    return any((Path(path) / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
+def processor_for(model: str, adapter: str | None = None) -> VLProcessor:
+    """The processor saved beside the adapter or the model, else that of the base under it."""
+    names = ("processor_config.json", "preprocessor_config.json")
+    saved = (path for path in (adapter, model) if path and any((Path(path) / name).is_file() for name in names))
+    return core_mapper_for(model).processor(next(saved, base_model_path(model)))
 
 
 def join_features(parts: list[dict]) -> dict:

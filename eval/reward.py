@@ -211,6 +211,7 @@ def main() -> None:
     model.add_argument("--beta", type=float, default=0.1, help="--implicit: scales the reward, moves no accuracy")
     model.add_argument("--batch_size", type=int, default=4, help="rows (pairs) per forward")
     model.add_argument("--bf16", action="store_true")
+    model.add_argument("--skip_video", action="store_true", help="mmrlhf: leave the video rows out (recorded)")
     args = parser.parse_args()
     source = args.scores or args.replies
     if bool(source) == bool(args.model) or (args.scores and args.replies):
@@ -224,6 +225,8 @@ def main() -> None:
     if meta and meta["data_sha256"] != sha256(args.data):
         raise DataError(f"{source} was computed from another {Path(args.data).name}; pass --data {meta['data']}")
     rows = read_task(args.task, args.data, args.image_dir or meta.get("image_dir"), args.limit or meta.get("limit"))
+    if (meta.get("generation") or {}).get("skip_video"):
+        rows = [r for r in rows if r["images"] or not r.get("video")]
     args.answers = source
     if not args.replies:
         return save(args, args.task, *SCORERS[args.task](rows, read_scores(source, rows)), meta)
