@@ -100,7 +100,6 @@ def score_mathvista(
 
 def main() -> None:
     parser = scorer_parser(__doc__, ("mathvista",))
-    parser.set_defaults(task="mathvista")
     parser.add_argument("--quick_extract", action="store_true", help='believe The answer is "..". without asking')
     parser.add_argument("--ignore_empty_extractions", action="store_true", help="an empty extraction is wrong")
     add_judge_arguments(parser)

@@ -77,7 +77,8 @@ def write_json(path: Path, value: object) -> None:
 def scorer_parser(description: str | None, tasks: Iterable[str]) -> argparse.ArgumentParser:
     """The command line that all scorers have in common."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", required=True, choices=list(tasks))
+    names = list(tasks)
+    parser.add_argument("--task", required=len(names) > 1, default=names[0], choices=names)
     parser.add_argument("--data", required=True, help="the benchmark's file, as published")
     parser.add_argument("--answers", required=True, help="answers.jsonl of eval.generate, or another tool's answers")
     parser.add_argument("--output", help="folder of results.json; default: the folder of --answers")
