@@ -9,6 +9,7 @@ import io
 import os
 import re
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
@@ -56,6 +57,16 @@ def load_image(image: ImageSource) -> Image.Image:
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         name = file if isinstance(file, str) else "image bytes in the row"
         raise InputError(f"Cannot read {name} as an image ({error}): replace the file or drop the row.") from error
+
+
+def _inserted(text: str, longer: str, token: str) -> str | None:
+    """What makes `longer` out of `text` by insertion in one place, if it holds the whole `token`."""
+    n = len(longer) - len(text)
+    for start in reversed(range(len(text) + 1)):  # the image first, the line break that belongs to it last
+        piece = longer[start : start + n]
+        if token in piece and longer[:start] == text[:start] and longer[start + n :] == text[start:]:
+            return piece
+    return None
 
 
 class VLProcessor:
@@ -262,7 +273,11 @@ class VLProcessor:
         for text, row in zip(texts, pictures, strict=True):
             if (found := self.count_placeholders(text)) != len(row):
                 raise InputError(f"A prompt has {found} image placeholder(s) for {len(row)} image(s): {text[:200]!r}.")
-        encoded = self.call_native(list(texts), pictures)
+        try:
+            encoded = self.call_native(list(texts), pictures)
+        except ValueError:
+            self._refuse_pictures(images, pictures)
+            raise
         mask = encoded.pop("attention_mask").bool()
         ids = encoded.pop("input_ids")
         encoded.pop("labels", None)  # PaliGemma's processor makes labels of its own
@@ -271,6 +286,19 @@ class VLProcessor:
             for k, v in encoded.items()
         }
         return [ids[b][mask[b]].tolist() for b in range(len(mask))], img_inputs
+
+    def _refuse_pictures(self, images: Sequence[Sequence[ImageSource]], pictures: list[list[Image.Image]]) -> None:
+        """Raise an InputError for the first picture that the image processor does not take (too narrow, for some families)."""
+        for image, picture in zip(chain(*images), chain(*pictures), strict=True):
+            try:
+                self.image_processor(images=[picture], return_tensors="pt")
+            except ValueError as error:
+                file = image_file(image)
+                name = f"Image {file}" if isinstance(file, str) else "An image"
+                raise InputError(
+                    f"{name} of {picture.width} x {picture.height} pixels is refused by the image processor ({error}): "
+                    "crop it or drop the row."
+                ) from error
 
     def call_native(self, texts: list[str], images: list[list[Image.Image]]) -> dict[str, Any]:
         """Hook: the family's own processor on a right-padded batch; images are nested per row."""
@@ -344,10 +372,12 @@ class VLProcessor:
             self._template(user, add_generation_prompt=True),
             self._template(answer),
         )
-        with_image = self._template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _QUESTION}]}]
-        )
-        self.image_placeholder = with_image[plain.index(_QUESTION) : with_image.index(_QUESTION)] or IMAGE_MARK
+        one = self._template([{"role": "user", "content": [{"type": "image"}, *user[0]["content"]]}])
+        placeholder = _inserted(plain, one, self.image_token)
+        if placeholder is None:  # templates that write more than the placeholder for an image, or less without one
+            two = self._template([{"role": "user", "content": [{"type": "image"}] * 2 + user[0]["content"]}])
+            placeholder = _inserted(one, two, self.image_token)
+        self.image_placeholder = placeholder or IMAGE_MARK
         before, after = full.split(_ANSWER)
         self._answer_lead = before[len(prompt) :] if before.startswith(prompt) else ""
         # What stands between a user turn and an answer, in a rendered conversation and in a generation prompt: some templates differ.

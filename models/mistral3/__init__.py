@@ -1,6 +1,9 @@
 """Mistral Small 3.1 and 3.2: Pixtral tower with patches merged two by two. https://mistral.ai/news/mistral-small-3-1"""
 
 import base.compat  # noqa: F401  isort: skip  (must come before transformers)
+from typing import Any
+
+from PIL import Image
 from transformers import Mistral3ForConditionalGeneration
 
 from base.model import VLModelMixin
@@ -14,6 +17,12 @@ class Mistral3ForRL(VLModelMixin, Mistral3ForConditionalGeneration):
 
 class Mistral3Processor(VLProcessor):
     """`[INST]question[IMG][/INST]answer</s>`, images where they stand."""
+
+    def call_native(self, texts: list[str], images: list[list[Image.Image]]) -> dict[str, Any]:
+        """Pictures of a single merged patch are enlarged to two by two: transformers squeezes one feature out of its axis."""
+        patch = self.processor.patch_size * self.processor.spatial_merge_size
+        images = [[i if max(i.size) > patch else i.resize((2 * patch, 2 * patch)) for i in row] for row in images]
+        return super().call_native(texts, images)
 
 
 core_mapper = ModelCoreMapper(model=Mistral3ForRL, processor=Mistral3Processor)

@@ -21,17 +21,19 @@ class MllamaForRL(VLModelMixin, MllamaForConditionalGeneration):
 
     def __init__(self, config: MllamaConfig) -> None:
         super().__init__(config)
-        # Pixels become states here rather than in the model's forward, which shows images to text-only rows (see
-        # encode_images).
+        # Two corrections to the model's own forward, which in a batch of rows with different numbers of images mixes them up.
         self.model.register_forward_pre_hook(
             lambda _, args, kwargs: (args, self.encode_images(kwargs)), with_kwargs=True
+        )
+        self.model.language_model.register_forward_pre_hook(
+            lambda _, args, kwargs: (args, self.hide_absent_images(kwargs)), with_kwargs=True
         )
 
     def encode_images(self, img_inputs: dict[str, Any]) -> dict[str, Any]:
         """Pixels -> `cross_attention_states`, zero for rows without images.
 
-        A row whose mask hides every tile attends to all tiles evenly (softmax over equal values). Zero states are what
-        "no image" means: alone, such a row skips the cross-attention layers.
+        A row whose mask hides every tile attends to all tiles. Zero states are what "no image" means: alone, such a row skips the
+        cross-attention layers.
         """
         if img_inputs.get("pixel_values") is None:
             return dict(img_inputs)
@@ -40,7 +42,18 @@ class MllamaForRL(VLModelMixin, MllamaForConditionalGeneration):
         text_only = ~img_inputs["cross_attention_mask"].flatten(1).any(dim=1)  # (B,)
         states = states.masked_fill(text_only.view(-1, 1, 1, 1, 1), 0)
         rest = {name: value for name, value in img_inputs.items() if name not in TOWER_INPUTS}
-        return {**rest, "cross_attention_states": states.flatten(1, 3)}
+        return {**rest, "cross_attention_states": states.flatten(0, 2)}
+
+    def hide_absent_images(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Tokens before the first image attend to all tiles: to those of their own row's images only, not of the batch's padding."""
+        mask, sees_image = kwargs.get("cross_attention_mask"), kwargs.get("full_text_row_masked_out_mask")
+        if mask is None:
+            return kwargs
+        tokens = self.config.vision_config.max_num_tiles * self.model.vision_model.num_patches  # of one image
+        visible = (mask == 0) & (sees_image == 1)  # (B, 1, L, images * tokens)
+        own = visible.unflatten(-1, (-1, tokens)).any(-1).any(2, keepdim=True).repeat_interleave(tokens, dim=-1)
+        absent = (sees_image == 0) & ~own & own.any(-1, keepdim=True)
+        return kwargs | {"cross_attention_mask": mask.masked_fill(absent, torch.finfo(mask.dtype).min)}
 
     def prepare_inputs_for_generation(
         self, *args: Any, is_first_iteration: bool = False, use_cache: bool = False, **kwargs: Any

@@ -1,0 +1,574 @@
+"""The contract, on every family: registering a class in MODEL_NICKNAME_MAP puts it here.
+
+A family needs a tiny checkpoint in tests/zoo.py and an entry in FAMILIES below (its published prompt format, and what it cannot do, with the
+reason); without them its tests fail. The reference everywhere is the plain transformers class on one unpadded row.
+"""
+
+import base.compat  # noqa: F401  isort: skip  (must come before transformers)
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoProcessor, GenerationMixin
+
+from args import DPOConfig, LoraArguments
+from base.collator import VLDPODataCollatorWithPadding, VLSFTDataCollatorWithPadding
+from base.errors import InputError
+from base.model import VLModelMixin
+from base.processor import IGNORE_INDEX
+from base.trainer import disable_dropout
+from models import FLASH_ATTN_MODELS, MODEL_NICKNAME_MAP, add_lora, architecture_of, core_mapper_for, load_model
+from models.internlm_xcomposer2.processing import SYSTEM
+from tests import zoo
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the tests must know of a family beyond its checkpoint.
+
+    Attributes:
+        prompt: the published format of one image and the question "What is this?", up to where the answer begins.
+        source: where the format is published.
+        images: images that one prompt may hold.
+        turns: questions that one conversation may hold.
+        native_text: rendered prompt -> what the native processor wants for the same prompt.
+        joint: an answer that is rendered in place starts as one that is generated.
+        trains_on: part of the vision tower that `freeze_vision_tower` leaves trainable.
+    """
+
+    prompt: str
+    source: str
+    images: tuple[int, ...] = (0, 1, 2)
+    turns: int = 2
+    native_text: Callable[[str], str] = field(default=lambda text: text)
+    joint: bool = True
+    trains_on: str | None = None
+
+
+CHATML = "<|im_start|>user\n{image}What is this?<|im_end|>\n<|im_start|>assistant\n"
+QWEN = CHATML.format(image="<|vision_start|><|image_pad|><|vision_end|>")
+QWEN_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + QWEN
+FAMILIES = {
+    "llava": Family("USER: <image>\nWhat is this? ASSISTANT:", "model card of llava-hf/llava-1.5-7b-hf"),
+    "pixtral": Family("<s>[INST][IMG]What is this?[/INST]", "chat_template.json of mistral-community/pixtral-12b"),
+    "llava_next": Family("[INST] <image>\nWhat is this? [/INST]", "model card of llava-hf/llava-v1.6-mistral-7b-hf"),
+    "llava_onevision": Family(
+        "<|im_start|>user <image>\nWhat is this?<|im_end|><|im_start|>assistant\n",
+        "chat_template.json of llava-hf/llava-onevision-qwen2-7b-ov-hf",
+        joint=False,  # "assistant \nanswer" in a conversation, "assistant\nanswer" behind the generation prompt
+    ),
+    "instructblip": Family(
+        "<image>What is this?",
+        "model card of Salesforce/instructblip-vicuna-7b: the bare instruction; <image> is our mark",
+        images=(1,),  # a Q-Former call takes one image and its instruction
+        native_text=lambda text: text.replace("<image>", ""),
+    ),
+    "qwen2_vl": Family(QWEN_SYSTEM, "chat_template.json of Qwen/Qwen2-VL-7B-Instruct"),
+    "qwen2_5_vl": Family(QWEN_SYSTEM, "chat_template.json of Qwen/Qwen2.5-VL-7B-Instruct"),
+    "qwen3_vl": Family(QWEN, "chat_template.json of Qwen/Qwen3-VL-8B-Instruct"),
+    "internvl": Family(CHATML.format(image="<IMG_CONTEXT>\n"), "chat_template.jinja of OpenGVLab/InternVL3-8B-hf"),
+    "idefics3": Family(
+        "<|begin_of_text|>User:<image>What is this?<end_of_utterance>\nAssistant:",
+        "chat_template.json of HuggingFaceM4/Idefics3-8B-Llama3",
+    ),
+    "smolvlm": Family(
+        "<|im_start|>User:<image>What is this?<end_of_utterance>\nAssistant:",
+        "chat_template.json of HuggingFaceTB/SmolVLM-Instruct",
+    ),
+    "paligemma": Family(
+        "<image><bos>What is this?\n",
+        "arXiv:2407.07726, section 3.1 (image tokens, BOS, prefix, newline)",
+        turns=1,  # trained on single questions; no format for more is published
+        native_text=lambda text: text.replace("<bos>", "").removesuffix("\n"),
+    ),
+    "gemma3": Family(
+        "<bos><start_of_turn>user\n<start_of_image>What is this?<end_of_turn>\n<start_of_turn>model\n",
+        "chat_template.json of google/gemma-3-4b-it",
+    ),
+    "mistral3": Family(
+        "<s>[INST][IMG]What is this?[/INST]", "chat_template.json of mistralai/Mistral-Small-3.1-24B-Instruct-2503"
+    ),
+    "mllama": Family(
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n<|image|>What is this?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "chat_template.json of meta-llama/Llama-3.2-11B-Vision-Instruct",
+    ),
+    "qwen_vl": Family(
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        + CHATML.format(image="Picture 1: <img><imgpad></img>\n"),
+        "qwen_generation_utils.py and README of Qwen/Qwen-VL-Chat; <imgpad> for the path between the tags",
+        trains_on="attn_pool",  # as in the released finetune.py
+    ),
+    "internlm_xcomposer2": Family(
+        f"<s>[UNUSED_TOKEN_146]system\n{SYSTEM}[UNUSED_TOKEN_145]\n"
+        "[UNUSED_TOKEN_146]user\n<ImageHere>What is this?[UNUSED_TOKEN_145]\n[UNUSED_TOKEN_146]assistant\n",
+        "modeling_internlm_xcomposer2.py of internlm/internlm-xcomposer2-vl-7b",
+    ),
+}
+# One checkpoint per registered family, and those that a family serves besides.
+NAMES = [*MODEL_NICKNAME_MAP.values(), "pixtral"]
+QUESTIONS = {0: "What is a triangle?", 1: "What is this?", 2: "Describe the two photo, red or blue?"}
+ANSWERS = ["A red square and a blue circle.", "yes", "There are two green triangles.", "no, a star"]
+
+
+def picture(seed: int) -> Image.Image:
+    """Pictures of different shapes: they give different numbers of tokens where a family has such."""
+    return zoo.image(seed, *[(40, 30), (20, 60), (90, 30)][seed % 3])
+
+
+def row(images: int, responses: int = 2, seed: int = 0) -> dict:
+    """A preference row with that many images and responses."""
+    return {
+        "images": [picture(seed + i) for i in range(images)],
+        "prompt": [{"role": "user", "content": QUESTIONS[images]}],
+        "responses": ANSWERS[:responses],
+        "ranks": [float(k) for k in range(responses)],
+    }
+
+
+def native_class(model_class: type) -> type:
+    """The class that an adapter mixes the project into."""
+    return next(c for c in model_class.__mro__ if issubclass(c, GenerationMixin) and not issubclass(c, VLModelMixin))
+
+
+@pytest.fixture(scope="class", params=NAMES)
+def it(request: pytest.FixtureRequest) -> SimpleNamespace:
+    """A family: its traits, path, adapter, the adapter's model, the same checkpoint as a plain transformers model, and its processor."""
+    path = zoo.checkpoint(request.param)
+    adapter = core_mapper_for(path)
+    return SimpleNamespace(
+        name=request.param,
+        family=FAMILIES[request.param],
+        path=path,
+        adapter=adapter,
+        model=load_model(path).eval(),
+        native=native_class(adapter.model).from_pretrained(path).eval(),
+        processor=adapter.processor(path),
+    )
+
+
+def rows(it: SimpleNamespace, responses: int = 2) -> list[dict]:
+    """One row per number of images that the family takes in a prompt (one image twice if that is all)."""
+    images = it.family.images if len(it.family.images) > 1 else it.family.images * 2
+    return [row(n, responses, seed=3 * n + k) for k, n in enumerate(images)]
+
+
+def native_logps(it: SimpleNamespace, row: dict, response: str) -> torch.Tensor:
+    """Log-probs (T,) of a response by the plain model: one row, no padding, no packing, pixels instead of features."""
+    text = it.processor.render(row["prompt"], add_generation_prompt=True, images=len(row["images"]))
+    prompts, images = it.processor.encode_prompts([text], [row["images"]])
+    answer = it.processor.encode_response(response)
+    inputs = {k: torch.as_tensor(v) if k in it.processor.per_token_keys else v for k, v in images.items()}
+    for key in it.processor.per_token_keys:
+        if key in inputs:
+            after = inputs[key][:, -1:] if key == "cross_attention_mask" else inputs[key].new_zeros(1, 1)
+            if it.name == "paligemma":
+                after = after + 1  # the suffix
+            inputs[key] = torch.cat([inputs[key], after.expand(-1, len(answer), *inputs[key].shape[2:])], dim=1)
+    ids = torch.tensor([prompts[0] + answer])
+    logits = it.native(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).logits[0].float()
+    return logits.log_softmax(-1)[len(prompts[0]) - 1 : -1].gather(1, torch.tensor(answer)[:, None])[:, 0]
+
+
+def response_logps(model: torch.nn.Module, batch: dict, images: dict) -> torch.Tensor:
+    """Log-probs (N,) of all responses of a batch, one after the other."""
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    mask = batch["completion_mask"]
+    return model(
+        **core.packed_inputs(batch["input_ids"], batch["segment_ids"], images, batch["packed"]),
+        completion_index=batch["completion_index"][mask],
+        completion_ids=batch["completion_ids"][mask],
+    ).logps
+
+
+class TowerCalls:
+    """Counts the calls of a vision tower."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.count = 0
+        model.get_vision_tower().register_forward_hook(self)
+
+    def __call__(self, *_: object) -> None:
+        self.count += 1
+
+
+LORA = LoraArguments(use_lora=True, lora_r=4, lora_alpha=8, lora_dropout=0.0)
+
+
+def lora_model(it: SimpleNamespace) -> torch.nn.Module:
+    """The family with an adapter whose weights are all different from zero."""
+    torch.manual_seed(0)
+    model = add_lora(load_model(it.path), LORA)
+    disable_dropout(model.get_base_model())
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    return model
+
+
+class TestFamily:
+    # -- the checkpoint ------------------------------------------------------------------------------------------------
+
+    def test_round_trip_keeps_weights_names_and_architecture(self, it: SimpleNamespace, tmp_path: Path):
+        it.model.save_pretrained(tmp_path)
+        it.processor.save_pretrained(tmp_path)
+        ours, original = load_file(tmp_path / "model.safetensors"), load_file(Path(it.path) / "model.safetensors")
+        assert ours.keys() == original.keys()
+        assert all(torch.equal(ours[name], original[name]) for name in ours)
+        assert architecture_of(str(tmp_path)) == architecture_of(it.path) == native_class(it.adapter.model).__name__
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert "auto_map" not in config  # no custom code in what we save
+        again = load_model(str(tmp_path))
+        assert all(torch.equal(a, b) for a, b in zip(it.native.parameters(), again.parameters(), strict=True))
+        prompt = it.adapter.processor(str(tmp_path)).render(row(1)["prompt"], add_generation_prompt=True, images=1)
+        assert prompt == it.family.prompt
+
+    def test_lora_saved_reloaded_and_merged_gives_the_same_log_probs(self, it: SimpleNamespace, tmp_path: Path):
+        batch = VLDPODataCollatorWithPadding(it.processor)(rows(it))
+        model = lora_model(it).eval()
+        with torch.no_grad():
+            images = it.model.encode_images(batch["img_input_dict"])
+            base = response_logps(it.model, batch, images)
+            expected = response_logps(model, batch, images)
+            assert (expected - base).abs().max() > 1e-3
+            model.save_pretrained(tmp_path / "adapter")
+            reloaded = load_model(str(tmp_path / "adapter")).eval()
+            assert torch.equal(response_logps(reloaded, batch, images), expected)
+            reloaded.merge_and_unload().save_pretrained(tmp_path / "merged")
+            merged = load_model(str(tmp_path / "merged")).eval()
+            torch.testing.assert_close(response_logps(merged, batch, images), expected, atol=1e-5, rtol=0)
+
+    # -- the contract's methods ----------------------------------------------------------------------------------------
+
+    def test_vision_tower_and_freezing(self, it: SimpleNamespace):
+        model = load_model(it.path)
+        tower = {id(p) for p in model.get_vision_tower().parameters()}
+        assert tower and not tower & {id(p) for p in model.get_decoder().parameters()}
+        model.freeze_vision_tower()
+        if it.family.trains_on:
+            part = {id(p) for p in model.get_vision_tower().get_submodule(it.family.trains_on).parameters()}
+            assert part and part < tower
+            tower -= part
+        assert all(p.requires_grad != (id(p) in tower) for p in model.parameters())
+
+    def test_lora_targets_are_in_the_language_model_only(self, it: SimpleNamespace):
+        model = add_lora(load_model(it.path), LORA)
+        core = model.get_base_model()
+        adapted = {name for name, module in core.named_modules() if hasattr(module, "lora_A")}
+        decoder = next(name for name, module in core.named_modules() if module is core.get_decoder())
+        assert adapted and all(name.startswith(decoder + ".") for name in adapted)
+        assert {name.rsplit(".", 1)[-1] for name in adapted} == set(core.default_lora_target)
+        assert not any(p.requires_grad for p in core.get_vision_tower().parameters())
+        assert not core.vision_trains()
+        with pytest.raises(ValueError, match="no_such_proj"):
+            core.lora_target_regex(["no_such_proj"])
+
+    def test_processor_methods(self, it: SimpleNamespace):
+        processor = it.processor
+        assert processor.tokenizer is processor.processor.tokenizer
+        assert processor.image_processor is processor.processor.image_processor
+        assert isinstance(processor.chat_template, str)
+        prompt = processor.format_multimodal_prompt("What is this?", [picture(0)] * max(it.family.images))
+        assert processor.is_multimodal_prompt_valid(prompt)
+        assert not processor.is_multimodal_prompt_valid("What is this?")
+        assert processor.remove_image_placeholder(prompt).strip() == "What is this?"
+        assert processor.count_placeholders(prompt) == max(it.family.images)
+        processor.infer()
+        assert processor.tokenizer.padding_side == "left"
+        processor.train()
+        assert processor.tokenizer.padding_side == "right"
+        with pytest.raises(InputError):
+            processor(convs=[[{"role": "user", "content": "<image>\nWhat is this?"}]], images=[[]])
+
+    # -- text ----------------------------------------------------------------------------------------------------------
+
+    def test_prompt_is_the_published_format(self, it: SimpleNamespace):
+        assert it.processor.render(row(1)["prompt"], add_generation_prompt=True, images=1) == it.family.prompt, (
+            it.family.source
+        )
+
+    def test_prompt_tokens_are_the_native_processors(self, it: SimpleNamespace):
+        for n in {*it.family.images} - {0}:
+            example = row(n)
+            text = it.processor.render(example["prompt"], add_generation_prompt=True, images=n)
+            ours, inputs = it.processor.encode_prompts([text], [example["images"]])
+            bos = it.processor.tokenizer.bos_token
+            native = AutoProcessor.from_pretrained(it.path)(
+                text=[it.family.native_text(text)],
+                images=[example["images"]],
+                add_special_tokens=not (bos and text.startswith(bos)),
+                return_tensors="pt",
+            )
+            assert ours[0] == native.pop("input_ids")[0].tolist()
+            assert {*inputs} == {*native} - {"attention_mask", "labels"}
+            for name, value in inputs.items():
+                assert torch.equal(torch.as_tensor(value), native[name]), name
+
+    def test_labels_are_the_assistants_text_and_its_end(self, it: SimpleNamespace):
+        answers = ["A red square.", "two blue circles"][: it.family.turns]
+        conversation = [*row(1)["prompt"], {"role": "assistant", "content": answers[0]}]
+        for answer in answers[1:]:
+            conversation += [{"role": "user", "content": "And this?"}, {"role": "assistant", "content": answer}]
+        encoded = it.processor.process_batch_conv([conversation], [[picture(0)]])
+        ids, labels = encoded["input_ids"][0], encoded["labels"][0]
+        assert all(label in (IGNORE_INDEX, token) for token, label in zip(ids, labels, strict=True))
+        trained = [label for label in labels if label != IGNORE_INDEX]
+        text = it.processor.tokenizer.decode(trained)
+        end = it.processor.answer_end
+        assert [piece.strip() for piece in text.split(end)] == [*answers, ""]
+        stops = it.native.generation_config.eos_token_id
+        assert trained[-1] in (stops if isinstance(stops, list) else [stops]), "generation would not stop there"
+
+    def test_a_conversation_is_its_prompt_and_the_response(self, it: SimpleNamespace):
+        """What SFT trains on is what DPO scores and what generation continues."""
+        if not it.family.joint:
+            pytest.skip("the published template writes two forms")
+        prompt, image = row(1)["prompt"], picture(0)
+        answer = [*prompt, {"role": "assistant", "content": "A red square."}]
+        conversation = it.processor.process_batch_conv([answer], [[image]])
+        start = it.processor.encode_prompts([it.processor.render(prompt, True, images=1)], [[image]])
+        assert conversation["input_ids"][0] == start[0][0] + it.processor.encode_response("A red square.")
+        # what is generated reads back as what was written
+        decoded = it.processor.tokenizer.decode(it.processor.encode_response("A red square."), skip_special_tokens=True)
+        assert decoded.strip() == "A red square."
+
+    # -- images --------------------------------------------------------------------------------------------------------
+
+    def test_image_counts(self, it: SimpleNamespace):
+        """No image, one, two, and all of them in one batch: log-probs are those of the plain model; what cannot be is refused."""
+        for n in (0, 1, 2):
+            if n not in it.family.images:
+                with pytest.raises(InputError, match="one image"):
+                    VLDPODataCollatorWithPadding(it.processor)([row(n)])
+                continue
+            with torch.no_grad():
+                batch = VLDPODataCollatorWithPadding(it.processor)([row(n)])
+                ours = response_logps(it.model, batch, batch["img_input_dict"])
+                expected = torch.cat([native_logps(it, row(n), text) for text in ANSWERS[:2]])
+            torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+
+    def test_sft_batch_with_padding(self, it: SimpleNamespace):
+        """The SFT collator and forward on a mixed batch: the same log-probs as the plain model on single rows."""
+        examples = rows(it, responses=1)
+        messages = [[*r["prompt"], {"role": "assistant", "content": ANSWERS[0]}] for r in examples]
+        features = [{"images": r["images"], "messages": m} for r, m in zip(examples, messages, strict=True)]
+        batch = VLSFTDataCollatorWithPadding(it.processor)(features)
+        with torch.no_grad():
+            logps = it.model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                **it.model.encode_images(batch["img_input_dict"]),
+                completion_index=batch["completion_index"],
+                completion_ids=batch["completion_ids"],
+            ).logps
+            if it.family.joint:
+                expected = torch.cat([native_logps(it, r, ANSWERS[0]) for r in examples])
+                torch.testing.assert_close(logps, expected, atol=1e-5, rtol=0)
+        assert logps.isfinite().all()
+
+    @pytest.mark.parametrize("kind", ["1x1", "1x2000", "2000x1", "RGBA", "LA", "P", "1", "I;16", "CMYK", "rotated"])
+    def test_odd_images(self, it: SimpleNamespace, kind: str):
+        """Any picture that Pillow reads goes through to a finite log-prob, or is refused in one sentence that gives its size."""
+        file = io.BytesIO()
+        if "x" in kind:
+            width, height = map(int, kind.split("x"))
+            zoo.image(0, width, height).save(file, "PNG")
+        elif kind == "I;16":
+            Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50).save(file, "PNG")
+        elif kind == "CMYK":
+            zoo.image(0).convert(kind).save(file, "JPEG")
+        elif kind == "rotated":
+            exif = Image.Exif()
+            exif[0x0112] = 6  # "Orientation": turn by 90 degrees
+            zoo.image(0).save(file, "JPEG", exif=exif)
+        else:
+            zoo.image(0).convert(kind).save(file, "PNG")
+        example = row(1) | {"images": [{"bytes": file.getvalue(), "path": None}]}
+        try:
+            batch = VLDPODataCollatorWithPadding(it.processor)([example])
+        except InputError as error:
+            assert kind in ("1x2000", "2000x1") and kind in str(error).replace(" ", "")
+            return
+        with torch.no_grad():
+            assert response_logps(it.model, batch, batch["img_input_dict"]).isfinite().all()
+
+    def test_the_image_matters(self, it: SimpleNamespace):
+        logps = []
+        for seed in (0, 3):  # same size
+            batch = VLDPODataCollatorWithPadding(it.processor)([row(1, seed=seed)])
+            with torch.no_grad():
+                logps.append(response_logps(it.model, batch, it.model.encode_images(batch["img_input_dict"])))
+        assert (logps[0] - logps[1]).abs().max() > 1e-3
+
+    # -- packed rows ---------------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("responses", [2, 4])
+    def test_packed_rows_equal_single_rows(self, it: SimpleNamespace, responses: int):
+        """A padded batch of rows with K responses each, with pixels and with features, against the plain model."""
+        examples = rows(it, responses)
+        with torch.no_grad():
+            expected = torch.cat([native_logps(it, r, text) for r in examples for text in r["responses"]])
+            packed = VLDPODataCollatorWithPadding(it.processor)(examples)
+            plain = VLDPODataCollatorWithPadding(it.processor, share_prefix=False)(examples)
+            assert packed["packed"] and not plain["packed"]
+            assert (packed["segment_ids"] == -1).any() or len(it.family.images) == 1, "no padding in the batch"
+            for batch in (packed, plain):
+                for images in (batch["img_input_dict"], it.model.encode_images(batch["img_input_dict"])):
+                    torch.testing.assert_close(response_logps(it.model, batch, images), expected, atol=1e-5, rtol=0)
+
+    def test_packing_matters(self, it: SimpleNamespace):
+        """Control: with an ordinary causal mask the second response sees the first, and the test above would fail."""
+        batch = VLDPODataCollatorWithPadding(it.processor)([row(1)])
+        with torch.no_grad():
+            packed = response_logps(it.model, batch, batch["img_input_dict"])
+            causal = response_logps(it.model, batch | {"packed": False}, batch["img_input_dict"])
+        assert (packed - causal).abs().max() > 1e-3
+
+    @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+    @pytest.mark.parametrize("responses", [2, 4])
+    def test_packed_rows_give_the_gradients_of_single_rows(
+        self, it: SimpleNamespace, responses: int, checkpointing: bool
+    ):
+        model = lora_model(it).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        gradients = []
+        for share_prefix in (True, False):
+            batch = VLDPODataCollatorWithPadding(it.processor, share_prefix=share_prefix)(rows(it, responses))
+            with torch.no_grad():
+                images = model.get_base_model().encode_images(batch["img_input_dict"])
+            logps = response_logps(model, batch, images)
+            weights = torch.linspace(-1, 1, len(logps))  # every token has its own weight, as in a loss
+            model.zero_grad()
+            (logps * weights).sum().backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+        packed, plain = gradients
+        assert plain.norm() > 0
+        assert (packed - plain).norm() / plain.norm() < 1e-4
+
+    def test_tower_runs_once_per_step(self, it: SimpleNamespace, tmp_path: Path):
+        """A DPO step of a LoRA policy: reference and policy share the features of one call."""
+        model = lora_model(it)
+        collator = it.adapter.dpo_collator(it.processor)
+        arguments = DPOConfig(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=2, report_to="none")
+        trainer = it.adapter.dpo_trainer(model=model, args=arguments, processor=it.processor, data_collator=collator)
+        calls = TowerCalls(model.get_base_model())
+        loss = trainer.compute_loss(model, collator(rows(it)))
+        loss.backward()
+        assert calls.count == 1 and loss.isfinite()
+
+    # -- generation ----------------------------------------------------------------------------------------------------
+
+    def test_default_generation_kwargs(self, it: SimpleNamespace):
+        kwargs = it.adapter.model.prepare_default_generation_kwargs() | {"max_new_tokens": 3}
+        it.processor.infer()
+        inputs = it.processor(convs=[row(1)["prompt"]], images=[[picture(0)]])
+        it.processor.train()
+        output = it.model.generate(**inputs, **kwargs)
+        assert inputs["input_ids"].shape[1] < output.shape[1] <= inputs["input_ids"].shape[1] + 3
+
+    def test_left_padded_batch_generates_what_single_rows_do(self, it: SimpleNamespace):
+        """With pixels and with features, whose tower runs once; the reference is the plain model on one row."""
+        examples = rows(it)
+        never = {"suppress_tokens": it.model.image_placeholder_ids} if it.model.image_placeholder_ids else {}
+        end = {"pad_token_id": it.processor.tokenizer.pad_token_id, "do_sample": False}
+        length = {"max_new_tokens": 8, "min_new_tokens": 8}
+
+        def generated(model: torch.nn.Module, inputs: dict) -> list[list[int]]:
+            return model.generate(**inputs, **length, **end)[:, inputs["input_ids"].shape[1] :].tolist()
+
+        it.processor.infer()
+        batch = it.processor(convs=[r["prompt"] for r in examples], images=[r["images"] for r in examples])
+        single = [it.processor(convs=[r["prompt"]], images=[r["images"]]) for r in examples]
+        it.processor.train()
+        assert (batch["attention_mask"][:, 0] == 0).any() or len(it.family.images) == 1
+        expected = [generated(it.native, x | never)[0] for x in single]
+        assert generated(it.model, batch) == expected
+        model = load_model(it.path).eval()
+        calls = TowerCalls(model)
+        text = {name: batch.pop(name) for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            features = model.encode_images(batch)
+        assert generated(model, text | features) == expected
+        assert calls.count == 1
+
+    def test_placeholders_are_never_generated(self, it: SimpleNamespace):
+        """Even when the model wants nothing else."""
+        model = load_model(it.path).eval()
+        head = model.get_output_embeddings()
+        if not model.image_placeholder_ids:  # InternLM-XComposer2's has no logit
+            assert model.config.image_token_id >= head.out_features
+            return
+        bias = torch.zeros(head.out_features)
+        bias[model.image_placeholder_ids] = 1e4
+        head.register_forward_hook(lambda *call: call[2] + bias)
+        it.processor.infer()
+        inputs = it.processor(convs=[row(1)["prompt"]], images=[[picture(0)]])
+        it.processor.train()
+        output = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        new = output[0, inputs["input_ids"].shape[1] :].tolist()
+        assert not {*new} & {*model.image_placeholder_ids}
+
+    # -- flash attention -----------------------------------------------------------------------------------------------
+
+    def test_flash_attention_list_agrees_with_transformers(self, it: SimpleNamespace):
+        listed = architecture_of(it.path) in FLASH_ATTN_MODELS
+        assert listed == it.native._supports_flash_attn
+        with pytest.raises(InputError, match="FlashAttention-2 is not available" if listed else "does not support"):
+            load_model(it.path, use_flash_attention_2=True)
+
+
+def test_gemma3_beyond_its_window():
+    """The rows of the packing test are longer than the sliding window of the tiny model, and the window matters."""
+    path = zoo.checkpoint("gemma3")
+    processor = core_mapper_for(path).processor(path)
+    model = load_model(path).eval()
+    batch = VLDPODataCollatorWithPadding(processor)([row(2, 4)])
+    assert (batch["segment_ids"] == 0).sum() > model.config.text_config.sliding_window
+    with torch.no_grad():
+        logps = response_logps(model, batch, batch["img_input_dict"])
+        model.config.text_config.sliding_window = 4096
+        assert (response_logps(model, batch, batch["img_input_dict"]) - logps).abs().max() > 1e-3
+
+
+LOAD_WITHOUT_PROJECT = """
+import os, sys, torch
+if torch.version.cuda is None:  # see base/compat.py
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"): library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+from transformers import AutoModelForImageTextToText, AutoProcessor
+for folder in sys.argv[1:]:
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), (folder, info)
+    assert hasattr(AutoProcessor.from_pretrained(folder), "image_processor"), folder
+    print(type(model).__name__)
+assert not any(name in sys.modules for name in ("base", "models")), "the project was imported"
+"""
+
+
+def test_saved_checkpoints_load_without_this_project(tmp_path: Path):
+    names = [
+        n for n in NAMES if native_class(core_mapper_for(zoo.checkpoint(n)).model).__module__[:13] == "transformers."
+    ]
+    for name in names:
+        path = zoo.checkpoint(name)
+        load_model(path).save_pretrained(tmp_path / name)
+        core_mapper_for(path).processor(path).save_pretrained(tmp_path / name)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_WITHOUT_PROJECT, *(str(tmp_path / name) for name in names)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == [architecture_of(zoo.checkpoint(name)) for name in names]
