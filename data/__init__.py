@@ -103,10 +103,8 @@ def load_train_eval(
     if data_args.data_ratio <= 0:
         raise InputError("--data_ratio 0 leaves no rows: give a share above 0.")
     weights = _weights(data_args)
-    parts = [_load_part(args, kind, data_args) for args in _per_name(data_args, "data_path")]
-    eval_parts = [
-        _load_part(args, kind, data_args) for args in _per_name(data_args, "eval_data_path") if args.data_path
-    ]
+    parts = [_load_part(args, kind, data_args) for args in per_name(data_args, "data_path")]
+    eval_parts = [_load_part(args, kind, data_args) for args in per_name(data_args, "eval_data_path") if args.data_path]
     _report_refused([*parts, *eval_parts], data_args.on_bad_row, output_dir)
 
     group = np.concatenate([part.group for part in parts])
@@ -287,7 +285,7 @@ def _wrap_paths(row: dict) -> dict:
     return out
 
 
-def _per_name(data_args: MixArgs, path_field: str) -> Iterator[DataArgs]:
+def per_name(data_args: MixArgs, path_field: str) -> Iterator[DataArgs]:
     """The arguments of each data set: names, paths and image roots are comma lists of one length."""
     names = [name.strip() for name in data_args.dataset_name.split(",")]
     paths = _aligned(getattr(data_args, path_field), len(names), f"--{path_field}")

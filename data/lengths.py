@@ -136,14 +136,3 @@ def fit_row(
     counts.shortened_responses += sum(n > 0 for n in lost)
     counts.shortened_rows += any(lost)
     return fitted.responses
-
-
-def last_turn_only(labels: Sequence[int], ignore_index: int = -100) -> list[int]:
-    """`--train_on last`: keep the last unbroken run of labels, the last assistant turn with its end token.
-
-    Assistant turns are always apart in a row, since a user turn lies between them.
-    """
-    labels = list(labels)
-    end = next((i for i in range(len(labels) - 1, -1, -1) if labels[i] != ignore_index), -1)
-    start = next((i for i in range(end, -1, -1) if labels[i] == ignore_index), -1) + 1
-    return [label if start <= i <= end else ignore_index for i, label in enumerate(labels)]

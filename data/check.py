@@ -1,0 +1,354 @@
+"""Look at a data set before a GPU hour is spent: all checks, a table of what they found, and a page with the first rows.
+
+    python -m data.check --dataset_name plain_dpo --data_path pairs.json --image_root images
+    python -m data.check --dataset_name plain_dpo --data_path pairs.json --image_root images \\
+        --model_name_or_path llava-hf/llava-1.5-7b-hf --max_length 1024 --decode_images True
+
+Takes the data flags of the training scripts. With a model the page shows the prompt as the model reads it, special
+tokens and all, the trained tokens of a conversation in colour, and token counts. Exit status: 0 if every row can be
+used, 1 if some cannot, 2 for wrong flags or files.
+"""
+
+import base.compat  # noqa: F401  isort: skip  (must come before transformers)
+import base64
+import html
+import io
+import itertools
+import json
+import re
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from datasets import Dataset
+from PIL import Image
+
+from args import DataArguments, parse, run
+from base.errors import InputError
+from base.processor import IGNORE_INDEX, VLProcessor, load_image
+from data import load_rows, per_name
+from data.lengths import LengthLimits
+from data.rows import IMAGE_MARK, Kind, Row
+from data.source import image_root_of
+from data.verify import verify
+
+_SAMPLE = 1000  # rows that lengths and image sizes are measured on
+_PICTURE = 360  # longest side on the page, in pixels
+
+
+@dataclass
+class CheckArguments:
+    """What to check and where to write."""
+
+    output_dir: str = field(default="data_check", metadata={"help": "Folder of index.html and bad_rows.jsonl."})
+    kind: Literal["conversation", "preference", "prompt"] | None = field(
+        default=None, metadata={"help": "Rows that the training needs; by default what the data set holds."}
+    )
+    show_rows: int = field(default=24, metadata={"help": "Rows drawn on the page, per data set."})
+    decode_images: bool = field(
+        default=False, metadata={"help": "Decode every image in full: slow, finds damage in the middle of a file too."}
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Show what this model's processor makes of the rows, and count tokens."}
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    data_args, check_args = parse(DataArguments, CheckArguments, argv=argv)
+    processor = None
+    if check_args.model_name_or_path:
+        from models import core_mapper_for  # slow to import
+
+        adapter = core_mapper_for(check_args.model_name_or_path)
+        processor = adapter.processor(check_args.model_name_or_path)
+
+    out = Path(check_args.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    table: list[tuple[str, str]] = []
+    sections, refused, bad = [], [], 0
+    for args in per_name(data_args, "data_path"):
+        rows, kind = load_rows(args, check_args.kind)
+        pairs = (data_args.pairs, data_args.score_margin) if kind == "preference" else (None, None)
+        verdicts = verify(
+            rows,
+            kind,
+            image_root_of(args),
+            args.allow_outside_image_root,
+            *pairs,
+            num_proc=args.dataset_num_proc,
+            decode=check_args.decode_images,
+        )
+        good = [i for i, problem in enumerate(verdicts.problem) if problem is None]
+        found = [
+            {"source": args.dataset_name, "where": where, "skipped": bool(skipped), "reason": problem}
+            for where, skipped, problem in zip(rows["where"], verdicts.skipped, verdicts.problem, strict=True)
+            if problem is not None
+        ]
+        bad += sum(not entry["skipped"] for entry in found)
+        refused += found
+        usable = rows.select(good)
+        facts = _facts(args.dataset_name, kind, rows, usable, found, len(set(verdicts.content[good].tolist())))
+        if processor is not None and good:
+            limits = LengthLimits.from_args(data_args)
+            collator = adapter.sft_collator if kind == "conversation" else adapter.dpo_collator
+            if kind != "prompt":
+                facts += [
+                    (f"  length limits: {name.replace('_', ' ')}", f"{count:,}")
+                    for name, count in collator(processor, limits)
+                    .drop_overlong(usable, args.dataset_num_proc)[1]
+                    .items()
+                ]
+        table += facts
+        shown = usable.select(range(min(check_args.show_rows, len(usable))))
+        sections.append(_section(args.dataset_name, kind, shown, facts, found, processor, data_args.train_on))
+
+    _print_table(table)
+    (out / "bad_rows.jsonl").write_text(
+        "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in refused), encoding="utf-8"
+    )
+    (out / "index.html").write_text(_PAGE.replace("<!-- sections -->", "\n".join(sections)), encoding="utf-8")
+    print(f"\nPage: {out / 'index.html'}   refused rows: {out / 'bad_rows.jsonl'}")
+    return 1 if bad else 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def _facts(
+    name: str, kind: Kind, rows: Dataset, usable: Dataset, found: Sequence[dict], different: int
+) -> list[tuple[str, str]]:
+    """What is worth knowing of a data set, as (name, value)."""
+    facts = [
+        (f"{name} ({kind} rows)", f"{len(rows):,}"),
+        ("  usable", f"{len(usable):,}"),
+        ("  exact duplicates among them", f"{len(usable) - different:,}"),
+    ]
+    for skipped, label in ((False, "cannot be used"), (True, "hold no preference")):
+        reasons = Counter(_kind_of_reason(entry["reason"]) for entry in found if entry["skipped"] == skipped)
+        facts.append((f"  {label}", f"{sum(reasons.values()):,}"))
+        facts += [(f"    {reason}", f"{count:,}") for reason, count in reasons.most_common(12)]
+    sample = usable.select(range(min(_SAMPLE, len(usable))))
+    images = Counter(len(images) for images in sample["images"])
+    facts.append(("  images per row", ", ".join(f"{n}: {count:,}" for n, count in sorted(images.items())) or "-"))
+    sizes = [_size_of(image) for images in sample["images"] for image in images]
+    facts.append(("  image width in pixels", _spread(width for width, _ in sizes)))
+    facts.append(("  image height in pixels", _spread(height for _, height in sizes)))
+    if kind == "conversation":
+        facts.append(("  turns of the assistant", _spread(len(_answers(row)) for row in sample)))
+        facts.append(("  characters of an answer", _spread(len(a) for row in sample for a in _answers(row))))
+    else:
+        facts.append(
+            ("  characters of the last question", _spread(len(row["prompt"][-1]["content"]) for row in sample))
+        )
+    if kind == "preference":
+        facts.append(("  responses per row", _spread(len(responses) for responses in sample["responses"])))
+        facts.append(("  characters of a response", _spread(len(r) for rs in sample["responses"] for r in rs)))
+        best = [(row["ranks"].index(min(row["ranks"])), row["ranks"].index(max(row["ranks"]))) for row in sample]
+        longer = sum(
+            len(row["responses"][b]) > len(row["responses"][w]) for row, (b, w) in zip(sample, best, strict=True)
+        )
+        if len(sample):
+            # A preference for the longer answer is the best-known way in which a reward model goes wrong.
+            facts.append(("  rows whose best response is longer than the worst", f"{longer / len(sample):.0%}"))
+    return facts
+
+
+def _kind_of_reason(reason: str) -> str:
+    """A reason without the names and numbers of its row, so that equal mistakes are counted together."""
+    reason = re.sub(r"(the image|by URL:?|--image_root|a link to) \S*[^\s,:)]", r"\1 ...", reason)
+    reason = re.sub(r"'[^']*'|\"[^\"]*\"", "...", reason)
+    return re.sub(r"\d[\d,.]*", "N", reason).split(": ")[0][:100]
+
+
+def _answers(row: Row) -> list[str]:
+    return [m["content"] for m in row["messages"] if m["role"] == "assistant"]  # type: ignore[attr-defined]
+
+
+def _size_of(image: object) -> tuple[int, int]:
+    if isinstance(image, dict):
+        image = io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
+    with Image.open(image) as opened:  # type: ignore[arg-type]
+        return opened.size
+
+
+def _spread(values: Iterable[int]) -> str:
+    numbers = sorted(values)
+    if not numbers:
+        return "-"
+    return f"{numbers[0]:,} to {numbers[-1]:,}, median {statistics.median(numbers):,.0f}"
+
+
+def _print_table(table: Sequence[tuple[str, str]]) -> None:
+    width = min(max(len(name) for name, _ in table), 104)
+    for name, value in table:
+        if not name.startswith(" "):
+            print()
+        print(f"{name:<{width}}  {value}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def _section(
+    name: str,
+    kind: Kind,
+    rows: Dataset,
+    facts: Sequence[tuple[str, str]],
+    found: Sequence[dict],
+    processor: VLProcessor | None,
+    train_on: str,
+) -> str:
+    lines = "".join(
+        f'<tr class="d{(len(n) - len(n.lstrip())) // 2}"><td>{html.escape(n.strip())}</td><td>{html.escape(v)}</td></tr>'
+        for n, v in facts
+    )
+    bad = "".join(
+        f"<li><b>{html.escape(entry['where'])}</b> {html.escape(entry['reason'])}</li>" for entry in found[:100]
+    )
+    more = f"<p>The first 100 of {len(found):,}; bad_rows.jsonl has all.</p>" if len(found) > 100 else ""
+    listed = f"<h3>Refused rows</h3><ul class=bad>{bad}</ul>{more}" if found else ""
+    cards = "".join(_card(row, kind, processor, train_on) for row in rows)
+    return (
+        f"<section><h2>{html.escape(name)}</h2><table>{lines}</table>{listed}"
+        f"<h3>First {len(rows)} usable rows</h3>{_LEGEND if processor is not None else ''}{cards}</section>"
+    )
+
+
+def _card(row: Row, kind: Kind, processor: VLProcessor | None, train_on: str) -> str:
+    images: list = row["images"]  # type: ignore[assignment]
+    pictures = "".join(_picture(image) for image in images) or "<p class=none>no image</p>"
+    if kind == "conversation":
+        text = _conversation(row, processor, train_on)
+    else:
+        text = _prompt(row, processor)
+        if kind == "preference":
+            text += _responses(row, processor)
+        elif row.get("reference"):
+            text += f"<h4>reference</h4><pre>{html.escape(str(row['reference']))}</pre>"
+    return f"<article><div class=pictures>{pictures}</div><div><h4>{html.escape(str(row['where']))}</h4>{text}</div></article>"
+
+
+def _picture(image: object) -> str:
+    try:
+        picture = load_image(image)  # type: ignore[arg-type]
+    except InputError as error:
+        return f"<p class=none>{html.escape(str(error))}</p>"
+    width, height = picture.size
+    picture.thumbnail((_PICTURE, _PICTURE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG" if max(width, height) <= 64 else "JPEG")
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    return f'<figure><img src="data:image/*;base64,{encoded}"><figcaption>{width} × {height}</figcaption></figure>'
+
+
+def _prompt(row: Row, processor: VLProcessor | None) -> str:
+    messages: list = row["prompt"]  # type: ignore[assignment]
+    images: list = row["images"]  # type: ignore[assignment]
+    if processor is None:
+        return _plain(messages)
+    text = processor.render(messages, add_generation_prompt=True, images=len(images))
+    ids = processor.encode_prompts([text], [images])[0][0]
+    return f"<pre>{_tokens(processor, ids)}</pre><p class=count>{len(ids):,} tokens{_of_images(processor, ids)}</p>"
+
+
+def _conversation(row: Row, processor: VLProcessor | None, train_on: str) -> str:
+    messages: list = row["messages"]  # type: ignore[assignment]
+    if processor is None:
+        return _plain(messages)
+    encoded = processor.process_batch_conv([messages], [row["images"]], train_on)  # type: ignore[list-item]
+    ids, labels = encoded["input_ids"][0], encoded["labels"][0]
+    trained = [label != IGNORE_INDEX for label in labels]
+    return (
+        f"<pre>{_tokens(processor, ids, trained)}</pre>"
+        f"<p class=count>{len(ids):,} tokens{_of_images(processor, ids)}, {sum(trained):,} trained</p>"
+    )
+
+
+def _responses(row: Row, processor: VLProcessor | None) -> str:
+    ranks: list = row["ranks"]  # type: ignore[assignment]
+    out = []
+    for i in sorted(range(len(ranks)), key=ranks.__getitem__):
+        side = "best" if ranks[i] == min(ranks) else "worst" if ranks[i] == max(ranks) else "middle"
+        notes = [f"rank {ranks[i]:g}"]
+        for name in ("scores", "severity"):
+            if row.get(name) and row[name][i] is not None:  # type: ignore[index]
+                notes.append(f"{name.removesuffix('s')} {row[name][i]:g}")  # type: ignore[index]
+        text = html.escape(row["responses"][i])  # type: ignore[index]
+        if processor is not None:
+            ids = processor.encode_response(row["responses"][i])  # type: ignore[index]
+            text, notes = _tokens(processor, ids), [*notes, f"{len(ids):,} tokens"]
+        out.append(f"<pre class={side}>{text}</pre><p class=count>{', '.join(notes)}</p>")
+    return "".join(out)
+
+
+def _plain(messages: Sequence[dict[str, str]]) -> str:
+    mark = f"<span class=special>{html.escape(IMAGE_MARK)}</span>"
+    return "".join(
+        f"<pre><span class=role>{m['role']}</span> {html.escape(m['content']).replace(html.escape(IMAGE_MARK), mark)}</pre>"
+        for m in messages
+    )
+
+
+def _tokens(processor: VLProcessor, ids: Sequence[int], trained: Sequence[bool] | None = None) -> str:
+    """Text with special tokens boxed and runs of one token counted."""
+    tokenizer = processor.tokenizer
+    special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+    trained = trained or [False] * len(ids)
+    out = []
+    for (is_special, is_trained, same), run_ids in itertools.groupby(
+        zip(ids, trained, strict=True), key=lambda t: (t[0] in special, t[1], t[0] if t[0] in special else None)
+    ):
+        tokens = [token for token, _ in run_ids]
+        if is_special:
+            times = f" × {len(tokens):,}" if len(tokens) > 1 else ""
+            text = f"<span class=special>{html.escape(tokenizer.convert_ids_to_tokens(same))}{times}</span>"
+        else:
+            text = html.escape(tokenizer.decode(tokens, skip_special_tokens=False))
+        out.append(f"<span class=trained>{text}</span>" if is_trained else text)
+    return "".join(out)
+
+
+def _of_images(processor: VLProcessor, ids: Sequence[int]) -> str:
+    count = list(ids).count(processor.tokenizer.convert_tokens_to_ids(processor.image_token))
+    return f", {count:,} of them for images" if count else ""
+
+
+_LEGEND = """<p class=legend><span class=special>token</span> special token, × how often in a row &nbsp;
+<span class=trained>text</span> enters the loss of a conversation &nbsp; green, yellow, red edge: best, middle, worst response</p>"""
+
+# Texts of the data set are escaped; the policy keeps a page from fetching or running anything all the same.
+_PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>Data check</title>
+<meta name=viewport content="width=device-width">
+<meta http-equiv=Content-Security-Policy content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<style>
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #1d2430 }
+h1, h2 { line-height: 1.1 } h2 { margin-top: 2em; border-bottom: 2px solid #1d2430; padding-bottom: .2em }
+h4 { margin: 0 0 .4em; font-size: .85em; color: #5b6573; overflow-wrap: anywhere }
+table { border-collapse: collapse } td { padding: .15em .9em .15em 0; vertical-align: top }
+tr.d0 td { font-weight: 600 } tr.d1 td:first-child { padding-left: 1.2em }
+tr.d2 td:first-child { padding-left: 2.8em; color: #a02c2c } td:last-child { font-variant-numeric: tabular-nums }
+article { display: grid; grid-template-columns: minmax(120px, 3fr) 7fr; gap: 1.2em; padding: 1.2em 0;
+  border-top: 1px solid #d8dde4 }
+article > * { min-width: 0 }
+figure { margin: 0 0 .6em } img { max-width: 100%; min-width: 96px; image-rendering: auto; border: 1px solid #d8dde4 }
+figcaption, .count, .none, .legend { font-size: .82em; color: #5b6573; margin: .1em 0 .7em }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13.5px/1.5 ui-monospace, monospace; background: #f4f6f8;
+  padding: .6em .8em; margin: .3em 0; border-left: 4px solid #c4ccd6 }
+pre.best { border-color: #2c8a4b } pre.worst { border-color: #b8403a } pre.middle { border-color: #c79a2b }
+.special { background: #dfe7fb; color: #2346a0; border-radius: 3px; padding: 0 .3em; font-size: .92em }
+.trained { background: #d7f0dd } .trained .special { background: #b5e2c1; color: #14602f }
+.role { font-weight: 600; color: #2346a0 } .bad li { margin: .25em 0; overflow-wrap: anywhere }
+</style><h1>Data check</h1><!-- sections --></html>
+"""
+
+
+if __name__ == "__main__":
+    status: list[int] = []
+    run(lambda: status.append(main()))
+    sys.exit(status[0])
