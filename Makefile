@@ -1,0 +1,37 @@
+# make demo   sets up and runs SFT -> RM -> DPO -> PPO -> evaluation on the embedded data
+# make test   sets up and runs the tests
+PYTHON ?= python3
+BIN := .venv/bin
+# The scripts are tiny jobs here: more threads than cores make them slower.
+export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: setup demo test test-all lint bench clean
+
+setup: .venv/done
+
+# torch first: on a machine that offers a CPU build, the others must not pull a CUDA one.
+.venv/done: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements.txt)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+demo: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh
+
+test: lint
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not slow"
+
+test-all: lint
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: setup
+	$(BIN)/python -m benchmarks.dpo_vs_trl --size cpu
+
+clean:
+	rm -rf runs
