@@ -22,6 +22,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
+import losses
 from base.errors import InputError
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "DataArguments",
     "LoraArguments",
     "ModelArguments",
+    "PPOConfig",
     "RMConfig",
     "SFTConfig",
     "parse",
@@ -185,14 +187,24 @@ class SFTConfig(_Config):
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
 
 
+# Every hyper-parameter of losses.py is a flag of train_dpo.py under its own name.
+_LossFlags = dataclasses.make_dataclass(
+    "_LossFlags",
+    [
+        (name, flag.type, field(default=flag.default, metadata={"help": flag.help}))
+        for name, flag in losses.FLAGS.items()
+    ],
+    bases=(_Config,),
+)
+
+
 @dataclass
-class DPOConfig(_Config):
-    """Direct preference optimisation and its relatives (losses.py)."""
+class DPOConfig(_LossFlags):
+    """Direct preference optimisation and its relatives (losses.py, docs/losses.md)."""
 
     learning_rate: float = field(
         default=1e-6, metadata={"help": "Peak learning rate; with LoRA 10 times this is usual."}
     )
-    beta: float = field(default=0.1, metadata={"help": "Strength of the pull towards the reference (DPO eq. 7)."})
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
         metadata={"help": "One or more names of losses.LOSSES; several are summed."},
@@ -200,9 +212,32 @@ class DPOConfig(_Config):
     loss_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight per --loss_type; 1 by default."}
     )
-    label_smoothing: float = field(
-        default=0.0, metadata={"help": "Share of pairs assumed mislabelled (conservative DPO, eq. 3 of its note)."}
+    corruption: Literal["crop", "diffusion", "black", "patch", "swap"] | None = field(
+        default=None, metadata={"help": "How losses that need it corrupt the image; their papers' way by default."}
     )
+    diffusion_step: int = field(default=500, metadata={"help": "Noise of --corruption diffusion, of 1000 steps."})
+    precompute_ref_log_probs: bool = field(
+        default=False,
+        metadata={"help": "Compute the reference's log-probs once, keep them on disk, train without a reference."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        losses.check_losses(
+            self.loss_type, self.loss_weights, vars(self), precompute_ref_log_probs=self.precompute_ref_log_probs
+        )
+        ways = {loss.corruption for name in self.loss_type if (loss := losses.get_loss(name)).corruption}
+        if self.corruption and not ways:
+            raise InputError(
+                f"--corruption does nothing with --loss_type {' '.join(self.loss_type)}: no image is corrupted."
+            )
+        if len(ways) > 1 and not self.corruption:
+            raise InputError(
+                f"These losses corrupt images in different ways ({', '.join(sorted(ways))}): give --corruption."
+            )
+        self.corruption = self.corruption or next(iter(ways), None)
+        if not 0 <= self.diffusion_step < 1000:
+            raise InputError(f"--diffusion_step is a step from 0 to 999, not {self.diffusion_step}.")
 
 
 @dataclass
@@ -216,6 +251,121 @@ class RMConfig(_Config):
         default=None,
         metadata={"help": "Pull the rewards of a pair towards mean 0 (2312.09244 eq. 2); 0.01 is usual. PPO likes it."},
     )
+
+
+@dataclass
+class PPOConfig(_Config):
+    """Proximal policy optimisation against rewards (base/ppo_trainer.py). Batch sizes are counted in rollouts."""
+
+    learning_rate: float = field(
+        default=3e-6, metadata={"help": "Peak learning rate; with LoRA 10 times this is usual."}
+    )
+    num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over the rollouts of an update."})
+    num_mini_batches: int = field(
+        default=1,
+        metadata={
+            "help": "Optimizer steps per pass. An update takes per_device_train_batch_size x gradient_accumulation_steps x this x devices rollouts."
+        },
+    )
+    rollouts_per_prompt: int = field(
+        default=1, metadata={"help": "Answers sampled to each prompt; they share its tokens in every scoring pass."}
+    )
+    total_episodes: int | None = field(
+        default=None, metadata={"help": "Stop after this many rollouts, instead of --num_train_epochs or --max_steps."}
+    )
+    local_rollout_forward_batch_size: int = field(
+        default=64, metadata={"help": "Rollouts generated at once on a device."}
+    )
+    kl_coef: float = field(default=0.05, metadata={"help": "Penalty per nat of KL to the reference, at every token."})
+    kl_estimator: Literal["k1", "k3"] = field(
+        default="k1", metadata={"help": "k1 is unbiased and may be negative; k3 is not negative, with less variance."}
+    )
+    target_kl: float | None = field(
+        default=None,
+        metadata={"help": "Move --kl_coef so that an answer's KL stays near this many nats (1909.08593 §2.2)."},
+    )
+    kl_horizon: int = field(
+        default=10000, metadata={"help": "With --target_kl: rollouts in which the coefficient can move by 20 %."}
+    )
+    cliprange: float = field(default=0.2, metadata={"help": "Clip of the probability ratio (1707.06347 eq. 7)."})
+    cliprange_value: float = field(default=0.2, metadata={"help": "Clip of the value's move within an update."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount per token."})
+    lam: float = field(default=0.95, metadata={"help": "GAE's lambda: bias against variance (1506.02438)."})
+    whiten_rewards: bool = field(default=False, metadata={"help": "Scale token rewards to unit variance per update."})
+    temperature: float = field(
+        default=0.7, metadata={"help": "Of sampling, and of the log-probs that train the policy."}
+    )
+    top_p: float = field(
+        default=1.0, metadata={"help": "Nucleus of sampling; log-probs stay those of the whole vocabulary."}
+    )
+    response_length: int = field(default=53, metadata={"help": "Longest answer, in tokens."})
+    missing_eos_penalty: float | None = field(
+        default=None, metadata={"help": "Taken off the score of an answer that does not end within --response_length."}
+    )
+    reward_clip: float | None = field(default=None, metadata={"help": "Clip scores to [-x, x]."})
+    num_sample_generations: int = field(
+        default=10, metadata={"help": "How many tables of samples a run writes to its folder; 0 for none."}
+    )
+    value_adapter: Literal["separate", "shared"] = field(
+        default="separate",
+        metadata={
+            "help": "Weights of the value function: its own (an adapter; with full fine-tuning a second model), or the policy's, with a head."
+        },
+    )
+    init_value_from_reward: bool = field(
+        default=False, metadata={"help": "Start the value function, head included, as the first reward model."}
+    )
+    reward_adapter: list[str] = field(
+        default_factory=list, metadata={"help": "Output folders of train_rm.py, LoRA on the policy's base."}
+    )
+    reward_model_name_or_path: list[str] = field(
+        default_factory=list, metadata={"help": "Reward models of their own, of any family."}
+    )
+    reward_fn: list[str] = field(
+        default_factory=list,
+        metadata={"help": "file.py:name of functions (images, prompts, responses) -> one number per response."},
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights of adapters, models and functions, in this order; 1 by default."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sources = len(self.reward_adapter) + len(self.reward_model_name_or_path) + len(self.reward_fn)
+        if not sources:
+            raise InputError("PPO needs a reward: give --reward_adapter, --reward_model_name_or_path or --reward_fn.")
+        if self.reward_weights is not None and len(self.reward_weights) != sources:
+            raise InputError(
+                f"--reward_weights has {len(self.reward_weights)} numbers for {sources} reward(s): give one each."
+            )
+        if self.init_value_from_reward and self.value_adapter != "separate":
+            raise InputError(
+                "--init_value_from_reward needs --value_adapter separate: the shared trunk is the policy's."
+            )
+        if self.init_value_from_reward and not (self.reward_adapter or self.reward_model_name_or_path):
+            raise InputError("--init_value_from_reward needs a reward model: a function has no weights.")
+        if self.temperature <= 0 or not 0 < self.top_p <= 1:
+            raise InputError(
+                "--temperature must be above 0 and --top_p within (0, 1]: PPO learns from what it samples."
+            )
+        if self.per_device_train_batch_size % self.rollouts_per_prompt:
+            raise InputError(
+                f"--per_device_train_batch_size {self.per_device_train_batch_size} counts rollouts and must be a multiple of "
+                f"--rollouts_per_prompt {self.rollouts_per_prompt}: the answers to a prompt stay together."
+            )
+        if self.total_episodes is not None:
+            size = (
+                self.per_device_train_batch_size
+                * self.gradient_accumulation_steps
+                * self.num_mini_batches
+                * self.world_size
+            )
+            if self.total_episodes % size:
+                raise InputError(
+                    f"--total_episodes {self.total_episodes} is no multiple of the {size} rollouts of an update."
+                )
+            self.max_steps = self.total_episodes // size
 
 
 def parse(*classes: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
@@ -257,11 +407,6 @@ def _refuse_contradictions(parsed: Sequence[Any]) -> None:
         raise InputError("--eval_data_path and --eval_ratio both say what to evaluate on: give one of them.")
     if flags.get("pairs") == "score_margin" and flags.get("score_margin") is None:
         raise InputError("--pairs score_margin needs --score_margin.")
-    if "loss_weights" in flags and flags["loss_weights"] and len(flags["loss_weights"]) != len(flags["loss_type"]):
-        raise InputError(
-            f"--loss_weights has {len(flags['loss_weights'])} numbers for {len(flags['loss_type'])} --loss_type names: "
-            "give one weight per loss."
-        )
 
 
 def run(main: Callable[[], Any]) -> None:

@@ -16,6 +16,7 @@ from transformers import set_seed
 from args import DataArguments, DPOConfig, LoraArguments, ModelArguments, parse, run, write_run_json
 from data import load_train_eval
 from data.lengths import LengthLimits
+from losses import needs_of
 from models import core_mapper_for, load_for_training, reference_for
 
 
@@ -40,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         share_prefix=training_args.share_prefix,
         pairs=data_args.pairs,
         score_margin=data_args.score_margin,
+        needs=needs_of(training_args.loss_type),
+        corruption=training_args.corruption,
+        diffusion_step=training_args.diffusion_step,
+        seed=training_args.seed,
     )
     train_dataset, lengths = collator.drop_overlong(data.train, data_args.dataset_num_proc)
 

@@ -9,19 +9,23 @@ A family overrides a collator only where its image inputs need more than its pro
             return padded_batch
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 
+from base.corruption import Corruption, corrupt_picture, diffuse, seed_of
 from base.errors import InputError
 from base.packing import pack_rows
-from base.processor import IGNORE_INDEX, VLProcessor, image_file
+from base.processor import IGNORE_INDEX, VLProcessor, image_file, load_image
 from data.lengths import LengthCounts, LengthLimits, fit_row
 from data.pairs import ordered_pairs
+from losses import changed_tokens
 
 Row = dict[str, Any]
+Pairs = list[tuple[int, int]]  # (better, worse) response indices of a row
 
 
 class VLDataCollator:
@@ -128,6 +132,10 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
 
     The batch: what `packing.pack_rows` returns; chosen, rejected (M,) long: the pairs, as response indices 0..R-1; `packed`: whether responses share
     rows; img_path, img_input_dict; `rows`: (R,) long, the dataset row in the batch of every response; columns that losses ask for, (M,) or (R,).
+
+    What a loss needs beyond that (losses.NEEDS) is added to the same rows, or as further rows of the same forward pass, each with one image pass:
+    `corrupted_of`, `image_rejected_of`, `negative_of` (R,) give the response that repeats a response on v', on the row's second image, or that stands
+    ready for the policy's own tokens; -1 where there is none. `text_only` and `probe` are batches of their own, for passes without gradient.
     """
 
     def __init__(
@@ -137,32 +145,186 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
         share_prefix: bool = True,
         pairs: str = "all",
         score_margin: float | None = None,
+        needs: Collection[str] = (),
+        corruption: Corruption | None = None,
+        diffusion_step: int = 500,
+        seed: int = 0,
     ) -> None:
+        """
+        Args:
+            needs: keys of losses.NEEDS that the batch provides for.
+            corruption: how v' is made; `diffusion_step` of 1000 is how noisy. With `seed`, the epoch and the row it gives the draw.
+        """
         super().__init__(processor, limits)
         self.share_prefix = share_prefix
         self.pairs = pairs
         self.score_margin = score_margin
+        self.needs = frozenset(needs)
+        self.corruption = corruption
+        self.diffusion_step = diffusion_step
+        self.seed = seed
+        self.epoch = 0  # the trainer sets it, so that every epoch draws anew
 
     def __call__(self, features: Sequence[Row]) -> dict[str, Any]:
-        chosen, rejected, pair_rows, first = [], [], [], 0
-        for b, row in enumerate(features):
-            for better, worse in ordered_pairs(row["ranks"], row.get("scores"), self.pairs, self.score_margin):
-                chosen.append(first + better)
-                rejected.append(first + worse)
-                pair_rows.append(b)
-            first += len(row["responses"])
-        batch = self.encode_rows(features)
+        pairs = [ordered_pairs(r["ranks"], r.get("scores"), self.pairs, self.score_margin) for r in features]
+        rows, negatives = self._with_negatives(features, pairs)
+        starts = np.cumsum([0, *(len(row["responses"]) for row in rows)])
+        chosen = [starts[b] + better for b, row in enumerate(pairs) for better, _ in row]
+        rejected = [starts[b] + worse for b, row in enumerate(pairs) for _, worse in row]
+        views = self._views(features, pairs)
+        batch = self.encode_rows([*rows, *(row for view, _ in views.values() for row in view)])
         batch |= {
             "chosen": torch.tensor(chosen, dtype=torch.long),
             "rejected": torch.tensor(rejected, dtype=torch.long),
         }
-        for column in ("margin",):  # one number per row, given to each of its pairs
-            if all(row.get(column) is not None for row in features):
-                batch[column] = torch.tensor([float(features[b][column]) for b in pair_rows])
+
+        # Which response of the batch repeats which
+        R, next_response = len(batch["completion_ids"]), int(starts[-1])
+        for name, (_, kept) in views.items():
+            index = torch.full((R,), -1)
+            for b, responses in enumerate(kept):
+                for k in responses:
+                    index[starts[b] + k] = next_response
+                    next_response += 1
+            batch[f"{name}_of"] = index
+        if "policy_negative" in self.needs:
+            batch["negative_of"] = torch.full((R,), -1)
+            for b, row_negatives in enumerate(negatives):
+                for k, negative in row_negatives.items():
+                    batch["negative_of"][starts[b] + k] = starts[b] + negative
+
+        if "corrupted" in views and self.corruption == "diffusion":
+            batch["img_input_dict"] = self._diffused(batch["img_input_dict"], features, rows, views)
+        if "policy_negative" in self.needs:
+            batch["probe"] = self._probe(features, pairs)
+        if "text_only" in self.needs:
+            batch["text_only"] = self.encode_rows([self._without_images(row) for row in features])
+        if "changed_tokens" in self.needs:
+            batch |= self._changed(batch)
+
+        per_row = [b for b, row in enumerate(pairs) for _ in row]
+        if all(row.get("margin") is not None for row in features):  # one number per row, given to each of its pairs
+            batch["margin"] = torch.tensor([float(features[b]["margin"]) for b in per_row])
         for column in ("scores", "severity"):  # one number per response
             if all(row.get(column) is not None and None not in row[column] for row in features):
-                batch[column] = torch.tensor([float(value) for row in features for value in row[column]])
+                values = torch.full((R,), float("nan"))
+                for b, row in enumerate(features):
+                    values[starts[b] : starts[b] + len(row[column])] = torch.tensor([float(v) for v in row[column]])
+                batch[column] = values
         return batch
+
+    # -- what some losses need beyond the pairs ---------------------------------------------------------------------------
+
+    def _views(self, features: Sequence[Row], pairs: Sequence[Pairs]) -> dict[str, tuple[list[Row], list[list[int]]]]:
+        """Further rows: name -> (rows with another image, which responses of each original row they repeat)."""
+        views = {}
+        if self.needs & {"corrupted_image", "corrupted_image_per_token", "logit_shift"}:
+            kept = [
+                sorted({k for pair in row for k in (pair if "logit_shift" in self.needs else pair[:1])} or {0})
+                for row in pairs
+            ]
+            views["corrupted"] = (self._corrupted(features, kept), kept)
+        if "image_rejected" in self.needs:
+            kept = [sorted({better for better, _ in row} or {0}) for row in pairs]
+            rows = []
+            for row, responses in zip(features, kept, strict=True):
+                if not row.get("image_rejected"):
+                    raise InputError(
+                        f"{row.get('where') or 'A row'} has no image_rejected, which --loss_type rdpo reads: add it to the row."
+                    )
+                images = [row["image_rejected"], *row["images"][1:]]
+                rows.append(row | {"images": images, "responses": [row["responses"][k] for k in responses]})
+            views["image_rejected"] = (rows, kept)
+        return views
+
+    def _corrupted(self, features: Sequence[Row], kept: Sequence[Sequence[int]]) -> list[Row]:
+        """The rows with v' in the place of their images, and only the responses `kept`."""
+        if self.corruption == "swap" and len(features) < 2:
+            raise InputError("--corruption swap takes another row's image: use batches of two rows or more.")
+        pictures = [[load_image(image) for image in row["images"]] for row in features]
+        rows = []
+        for b, row in enumerate(features):
+            rng = np.random.default_rng(self._draw(row))
+            own = [corrupt_picture(picture, self.corruption, rng) for picture in pictures[b]]
+            if self.corruption == "swap":
+                others = next(
+                    (
+                        pictures[(b + n) % len(features)]
+                        for n in range(1, len(features))
+                        if pictures[(b + n) % len(features)]
+                    ),
+                    own,
+                )
+                own = [others[i % len(others)].resize(picture.size) for i, picture in enumerate(own)]
+            rows.append(row | {"images": own, "responses": [row["responses"][k] for k in kept[b]]})
+        return rows
+
+    def _draw(self, *rows: Row) -> int:
+        return seed_of(self.seed, self.epoch, [(row["prompt"], row["responses"]) for row in rows])
+
+    def _diffused(
+        self, img_inputs: dict[str, Any], features: Sequence[Row], rows: Sequence[Row], views: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Noise on the pixels of the corrupted view, which lie behind those of the original rows."""
+        if "pixel_values" not in img_inputs:
+            return img_inputs
+        pixels = img_inputs["pixel_values"]
+        if self.share_prefix and len(views) == 1:
+            first, last = len(pixels) // 2, len(pixels)
+        else:  # the other parts differ in size: count theirs
+            first = len(self.encode_rows(rows)["img_input_dict"]["pixel_values"])
+            last = first + len(self.encode_rows(views["corrupted"][0])["img_input_dict"]["pixel_values"])
+        noisy = diffuse(pixels[first:last], self.diffusion_step, self._draw(*features))
+        return img_inputs | {"pixel_values": torch.cat([pixels[:first], noisy, pixels[last:]])}
+
+    def _with_negatives(
+        self, features: Sequence[Row], pairs: Sequence[Pairs]
+    ) -> tuple[list[Row], list[dict[int, int]]]:
+        """The rows with a copy of each chosen response at their end, and for each row {response: its copy}.
+
+        The trainer puts the policy's own tokens into the copies.
+        """
+        if "policy_negative" not in self.needs:
+            return list(features), [{} for _ in features]
+        rows, copies = [], []
+        for row, row_pairs in zip(features, pairs, strict=True):
+            better = sorted({better for better, _ in row_pairs})
+            K = len(row["responses"])
+            rows.append(row | {"responses": [*row["responses"], *(row["responses"][k] for k in better)]})
+            copies.append({k: K + n for n, k in enumerate(better)})
+        return rows, copies
+
+    def _probe(self, features: Sequence[Row], pairs: Sequence[Pairs]) -> dict[str, Any]:
+        """The chosen responses on v', from which the policy's own tokens are read."""
+        kept = [sorted({better for better, _ in row} or {0}) for row in pairs]
+        probe = self.encode_rows(self._corrupted(features, kept))
+        pixels = probe["img_input_dict"].get("pixel_values")
+        if self.corruption == "diffusion" and pixels is not None:
+            probe["img_input_dict"]["pixel_values"] = diffuse(pixels, self.diffusion_step, self._draw(*features))
+        return probe
+
+    def _without_images(self, row: Row) -> Row:
+        remove = self.processor.remove_image_placeholder
+        prompt = []
+        for message in row["prompt"]:
+            content = message["content"]
+            if isinstance(content, str):
+                content = remove(content).strip("\n")
+            else:
+                content = [part for part in content if part["type"] != "image"]
+            prompt.append({"role": message["role"], "content": content})
+        return row | {"images": [], "prompt": prompt}
+
+    def _changed(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """chosen_changed, rejected_changed (M, T) bool: the segments in which the two answers of a pair differ."""
+        ids, mask = batch["completion_ids"], batch["completion_mask"]
+        flags = torch.zeros((2, len(batch["chosen"]), ids.shape[1]), dtype=torch.bool)
+        for m, (c, r) in enumerate(zip(batch["chosen"], batch["rejected"], strict=True)):
+            for side, changed in enumerate(changed_tokens(ids[c][mask[c]].tolist(), ids[r][mask[r]].tolist())):
+                flags[side, m, : len(changed)] = torch.tensor(changed)
+        return {"chosen_changed": flags[0], "rejected_changed": flags[1]}
+
+    # -----------------------------------------------------------------------------------------------------------------------
 
     def fit(self, row: Row, counts: LengthCounts, where: str) -> bool:
         text = self.processor.render(row["prompt"], add_generation_prompt=True, images=len(row["images"]))
@@ -203,3 +365,69 @@ class VLRMDataCollatorWithPadding(VLDPODataCollatorWithPadding):
 
     def __call__(self, features: Sequence[Row]) -> dict[str, Any]:
         return super().__call__(features) | {"source": [row.get("source") for row in features]}
+
+
+class VLPPODataCollator(VLDataCollator):
+    """Prompts -> token ids and images. Responses do not exist yet: the trainer samples them and calls `pack`.
+
+    The batch: rows (the dataset's rows), prompts (their token ids), img_inputs (per-token entries still one list per prompt), img_path.
+    """
+
+    def __init__(self, processor: VLProcessor, limits: LengthLimits | None = None, share_prefix: bool = True) -> None:
+        super().__init__(processor, limits)
+        self.share_prefix = share_prefix
+
+    def fit(self, row: Row, counts: LengthCounts, where: str) -> bool:
+        return fit_row(len(self._encode([row])[0][0]), [], self.limits, counts, row.get("where") or where) is not None
+
+    def _encode(self, features: Sequence[Row]) -> tuple[list[list[int]], dict[str, Any]]:
+        texts = [
+            self.processor.render(r["prompt"], add_generation_prompt=True, images=len(r["images"])) for r in features
+        ]
+        return self.processor.encode_prompts(texts, [r["images"] for r in features])
+
+    def __call__(self, features: Sequence[Row]) -> dict[str, Any]:
+        prompts, img_inputs = self._encode(features)
+        return {
+            "rows": list(features),
+            "prompts": prompts,
+            "img_inputs": img_inputs,
+            "img_path": self.image_files(features),
+        }
+
+    def per_token(self, img_inputs: dict[str, Any]) -> dict[str, list[Any]]:
+        """The image inputs that have one entry per token."""
+        return {k: v for k, v in img_inputs.items() if k in self.processor.per_token_keys}
+
+    def pad_for_generation(self, prompts: Sequence[Sequence[int]], per_token: dict[str, list[Any]]) -> dict[str, Any]:
+        """Left-padded input_ids, attention_mask (B, L) and per-token image inputs."""
+        self.processor.infer()
+        try:
+            return {
+                "input_ids": self.processor.pad(prompts, self.processor.tokenizer.pad_token_id),
+                "attention_mask": self.processor.pad([[1] * len(p) for p in prompts], 0),
+                **self.processor.pad_img_inputs(per_token),
+            }
+        finally:
+            self.processor.train()
+
+    def pack(
+        self, prompts: Sequence[list[int]], responses: Sequence[Sequence[list[int]]], per_token: dict[str, list[Any]]
+    ) -> dict[str, Any]:
+        """Lay out prompts with the token ids of their K responses as DPO's rows; `img_input_dict` holds per-token entries only.
+
+        Without a shared prefix every response gets a row of its own, the first response of all prompts first.
+        """
+        if not self.share_prefix:
+            K, B = len(responses[0]), len(prompts)
+            responses = [[responses[b][k]] for k in range(K) for b in range(B)]
+            prompts = [*prompts] * K
+            per_token = {key: [*values] * K for key, values in per_token.items()}
+        sources = [
+            [*range(len(prompt)), *[-1] * sum(map(len, row))] for prompt, row in zip(prompts, responses, strict=True)
+        ]
+        return {
+            **pack_rows(prompts, responses, self.processor.tokenizer.pad_token_id),
+            "packed": any(len(row) > 1 for row in responses),
+            "img_input_dict": self.processor.pad_img_inputs(self.processor.follow_tokens(per_token, sources)),
+        }

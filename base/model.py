@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from transformers import GenerationMixin
 from transformers.utils import ModelOutput
@@ -22,10 +23,12 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from base import packing
+from losses import token_kl
 
 # Above this many logits the vocabulary is walked in chunks, so that no more than a chunk of logits exists at a time.
 MAX_LOGITS = 1 << 27
 VOCAB_CHUNK = 8192
+TOKEN_CHUNK = 512  # tokens at a time where all their logits are needed
 
 
 @dataclass
@@ -240,3 +243,28 @@ def token_logps(
             hidden, lm_head.weight, lm_head.bias, token_ids, temperature, VOCAB_CHUNK, softcap, 1.0, outputs
         )
     return logps, entropy
+
+
+def token_logits(model: nn.Module, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Raw logit of each token, (N, D), (N,) -> (N,) float32, from the head's rows of those tokens alone."""
+    lm_head = model.get_output_embeddings()
+    with maybe_gather_lm_head_ctx(lm_head.weight, lm_head.bias):
+        logits = (hidden * lm_head.weight[token_ids]).sum(-1)
+        return (logits if lm_head.bias is None else logits + lm_head.bias[token_ids]).float()
+
+
+def vocabulary_kl(
+    reference: nn.Module, reference_hidden: torch.Tensor, policy: nn.Module, policy_hidden: torch.Tensor
+) -> torch.Tensor:
+    """KL(reference || policy) of the next token over the whole vocabulary, (N, D), (N, D) -> (N,), with gradient to the policy.
+
+    Never more than TOKEN_CHUNK tokens' logits exist: the backward pass computes each chunk's again.
+    """
+
+    def chunk(ref: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        return token_kl(
+            reference.get_output_embeddings()(ref).float().detach(), policy.get_output_embeddings()(own).float()
+        )
+
+    chunks = zip(reference_hidden.split(TOKEN_CHUNK), policy_hidden.split(TOKEN_CHUNK), strict=True)
+    return torch.cat([torch.utils.checkpoint.checkpoint(chunk, ref, own, use_reentrant=False) for ref, own in chunks])

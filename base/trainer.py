@@ -20,15 +20,28 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import disable_dropout_in_model, use_adapter
 
 from base.errors import InputError
+from base.model import TOKEN_CHUNK, CompletionOutput, token_logits, vocabulary_kl
 from base.packing import scatter_to_responses
 from base.processor import VLProcessor
 from base.reward import last_token_positions
-from losses import PreferenceBatch, bradley_terry, get_loss, preference_loss, row_mean
+from losses import (
+    PreferenceBatch,
+    bradley_terry,
+    check_losses,
+    get_loss,
+    implicit_rewards,
+    needs_of,
+    preference_loss,
+    row_mean,
+    sample_mean,
+    update_running_mean,
+)
 
 Batch = dict[str, Any]
 
@@ -102,16 +115,20 @@ class VLTrainer(Trainer):
         core.train(training)
         return features
 
-    def completion_logps(self, model: nn.Module, batch: Batch, image_inputs: dict[str, Any]) -> Tensor:
-        """Log-probs of all response tokens of a packed batch: (R, T) float32, zero where padded."""
+    def completion_outputs(self, model: nn.Module, batch: Batch, image_inputs: dict[str, Any]) -> CompletionOutput:
+        """Log-probs (N,) and hidden states (N, D) of the N response tokens of a packed batch, response after response."""
         mask = batch["completion_mask"]
         core = self.base_model(model)
-        outputs = model(
+        return model(
             **core.packed_inputs(batch["input_ids"], batch["segment_ids"], image_inputs, batch["packed"]),
             completion_index=batch["completion_index"][mask],
             completion_ids=batch["completion_ids"][mask],
         )
-        return scatter_to_responses(outputs.logps, mask)
+
+    def completion_logps(self, model: nn.Module, batch: Batch, image_inputs: dict[str, Any]) -> Tensor:
+        """Log-probs of all response tokens of a packed batch: (R, T) float32, zero where padded."""
+        outputs = self.completion_outputs(model, batch, image_inputs)
+        return scatter_to_responses(outputs.logps, batch["completion_mask"])
 
     # -- metrics ------------------------------------------------------------------------------------------------------------
 
@@ -176,11 +193,15 @@ class VLDPOTrainer(VLTrainer):
     def __init__(
         self, model: nn.Module, args: TrainingArguments, *rest: Any, ref_model: nn.Module | None = None, **kwargs: Any
     ) -> None:
-        for name in args.loss_type:
-            try:
-                get_loss(name)
-            except ValueError as error:
-                raise InputError(str(error)) from error
+        columns = kwargs["train_dataset"].column_names if kwargs.get("train_dataset") is not None else None
+        try:
+            check_losses(args.loss_type, args.loss_weights, vars(args), columns, args.precompute_ref_log_probs)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        self.needs = needs_of(args.loss_type)
+        self.reference_free = all(get_loss(name).reference_free for name in args.loss_type)
+        if "running_delta" in self.needs:
+            args.restore_callback_states_from_checkpoint = True
         if ref_model is None and not isinstance(model, PeftModel):
             raise ValueError("Full fine-tuning needs ref_model, a frozen copy of the initial model.")
         for m in (model, ref_model):
@@ -189,6 +210,9 @@ class VLDPOTrainer(VLTrainer):
         super().__init__(model, args, *rest, **kwargs)
         # The loss is a mean over pairs: Trainer must divide it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
+        self.add_callback(SetEpoch(self.data_collator))
+        if "running_delta" in self.needs:
+            self.add_callback(RunningDelta())
         self.ref_model = self._prepare_reference(ref_model)
 
     def _prepare_reference(self, ref_model: nn.Module | None) -> nn.Module | None:
@@ -203,31 +227,27 @@ class VLDPOTrainer(VLTrainer):
 
     def response_logps(self, model: nn.Module, batch: Batch) -> Tensor:
         """Policy log-probs of every response token, (R, T)."""
-        return self.completion_logps(model, batch, batch["image_inputs"])
+        return self._logps(model, batch, "policy_hidden")
 
     def reference_logps(self, batch: Batch) -> Tensor:
         """Reference log-probs of every response token, (R, T), without gradient."""
         with torch.no_grad(), self.reference_context() as reference:
-            return self.completion_logps(reference, batch, batch["image_inputs"])
+            return self._logps(reference, batch, "reference_hidden")
 
     def preference_loss(
         self, policy: Tensor, reference: Tensor | None, batch: Batch
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of each pair (M,), and the unweighted parts of a mixture."""
-        return preference_loss(
-            self.preference_batch(policy, reference, batch),
-            self.args.loss_type,
-            self.args.loss_weights,
-            vars(self.args),
-        )
+        pairs = self.preference_batch(policy, reference, batch)
+        return preference_loss(pairs, self.args.loss_type, self.args.loss_weights, vars(self.args))
 
     def log_metrics(self, policy: Tensor, reference: Tensor | None, parts: dict[str, Tensor], batch: Batch) -> None:
         """Store TRL's metrics: implicit rewards beta * log-ratio, their accuracy and margin, and log-probs."""
-        pairs = self.preference_batch(policy, reference, batch)
-        metrics = {"logps/chosen": pairs.chosen_logps, "logps/rejected": pairs.rejected_logps}
+        chosen, rejected = policy.sum(1)[batch["chosen"]], policy.sum(1)[batch["rejected"]]  # (M,)
+        metrics = {"logps/chosen": chosen, "logps/rejected": rejected}
         if reference is not None:
-            chosen = self.args.beta * (pairs.chosen_logps - pairs.ref_chosen_logps)
-            rejected = self.args.beta * (pairs.rejected_logps - pairs.ref_rejected_logps)
+            chosen = self.args.beta * (chosen - reference.sum(1)[batch["chosen"]])
+            rejected = self.args.beta * (rejected - reference.sum(1)[batch["rejected"]])
             metrics |= {
                 "rewards/chosen": chosen,
                 "rewards/rejected": rejected,
@@ -250,33 +270,166 @@ class VLDPOTrainer(VLTrainer):
         with use_adapter(policy, REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None):
             yield self.model_wrapped
 
-    def preference_batch(self, policy: Tensor, reference: Tensor | None, batch: Batch) -> PreferenceBatch:
-        """The M pairs of a batch as losses.py reads them."""
-        chosen, rejected = batch["chosen"], batch["rejected"]
-        lengths = batch["completion_mask"].sum(1)  # (R,)
-        logps = policy.sum(1)  # (R,)
-        ref = reference.sum(1) if reference is not None else None
-        return PreferenceBatch(
-            chosen_logps=logps[chosen],
-            rejected_logps=logps[rejected],
-            chosen_lengths=lengths[chosen],
-            rejected_lengths=lengths[rejected],
-            ref_chosen_logps=ref[chosen] if ref is not None else None,
-            ref_rejected_logps=ref[rejected] if ref is not None else None,
-        )
+    def _logps(self, model: nn.Module, batch: Batch, keep_hidden_as: str) -> Tensor:
+        outputs = self.completion_outputs(model, batch, batch["image_inputs"])
+        if self.needs & {"token_kl", "logit_shift"}:
+            batch[keep_hidden_as] = outputs.hidden
+        return scatter_to_responses(outputs.logps, batch["completion_mask"])
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        if "policy_negative" in self.needs:
+            inputs = self._say_what_the_policy_says(model, inputs)
         batch = inputs | {"image_inputs": self.image_inputs(model, inputs)}
-        reference = (
-            None if all(get_loss(name).reference_free for name in self.args.loss_type) else self.reference_logps(batch)
-        )
+        reference = None if self.reference_free else self.reference_logps(batch)
+        if "text_only" in self.needs:
+            with torch.no_grad():
+                batch["text_only_logps"] = self.completion_logps(
+                    model, batch["text_only"], batch["text_only"]["img_input_dict"]
+                )
         policy = self.response_logps(model, batch)
         per_pair, parts = self.preference_loss(policy, reference, batch)
         self.log_metrics(policy.detach(), reference, parts, batch)
-        loss = per_pair.mean()
+        # Ranks may hold different numbers of pairs: dividing by their mean makes DDP's average the mean over all pairs.
+        count = torch.tensor(float(per_pair.numel()), device=per_pair.device)
+        loss = sample_mean(
+            per_pair, self.accelerator.reduce(count, reduction="mean").clamp(min=1 / self.args.world_size)
+        )
         return (loss, {"policy": policy}) if return_outputs else loss
+
+    # -- what losses read beyond plain log-probs: the keys of losses.NEEDS --------------------------------------------------
+
+    def preference_batch(self, policy: Tensor, reference: Tensor | None, batch: Batch) -> PreferenceBatch:
+        """The M pairs of a batch as losses.py reads them.
+
+        Args:
+            policy, reference: (R, T) log-probs of all responses of the batch, further rows of the collator included.
+        """
+        chosen, rejected, needs = batch["chosen"], batch["rejected"], self.needs  # (M,), (M,)
+        mask = batch["completion_mask"]
+        lengths, logps = mask.sum(1), policy.sum(1)  # (R,)
+        fields: dict[str, Tensor | None] = {
+            "chosen_logps": logps[chosen],
+            "rejected_logps": logps[rejected],
+            "chosen_lengths": lengths[chosen],
+            "rejected_lengths": lengths[rejected],
+        }
+        # The policy's and the reference's log-probs, with the prefix of their fields.
+        passes = {"": policy} | ({"ref_": reference} if reference is not None else {})
+        for prefix, per_token in passes.items():
+            summed = per_token.sum(1)
+            if prefix:
+                fields |= {"ref_chosen_logps": summed[chosen], "ref_rejected_logps": summed[rejected]}
+            if "per_token" in needs:
+                fields |= {
+                    f"{prefix}chosen_per_token_logps": per_token[chosen],
+                    f"{prefix}rejected_per_token_logps": per_token[rejected],
+                }
+            if "corrupted_image" in needs:
+                fields[f"{prefix}corrupted_chosen_logps"] = summed[batch["corrupted_of"][chosen]]
+            if "corrupted_image_per_token" in needs:
+                fields[f"{prefix}corrupted_chosen_per_token_logps"] = per_token[batch["corrupted_of"][chosen]]
+            if "image_rejected" in needs:
+                fields[f"{prefix}image_rejected_chosen_logps"] = summed[batch["image_rejected_of"][chosen]]
+            if "policy_negative" in needs:
+                fields[f"{prefix}negative_logps"] = summed[batch["negative_of"][chosen]]
+            if "logit_shift" in needs:
+                shift = self._logit_shift(batch, "reference_hidden" if prefix else "policy_hidden")
+                fields |= {
+                    f"{prefix}chosen_logit_shift": shift[chosen],
+                    f"{prefix}rejected_logit_shift": shift[rejected],
+                }
+        if "per_token" in needs:
+            fields |= {"chosen_mask": mask[chosen], "rejected_mask": mask[rejected]}
+        if "changed_tokens" in needs:
+            fields |= {"chosen_changed": batch["chosen_changed"], "rejected_changed": batch["rejected_changed"]}
+        if "text_only" in needs:
+            text_only = batch["text_only_logps"].sum(1)
+            fields |= {"text_only_chosen_logps": text_only[chosen], "text_only_rejected_logps": text_only[rejected]}
+        if "token_kl" in needs:
+            kl = self._token_kl(batch).sum(1)
+            fields |= {"chosen_token_kl": kl[chosen], "rejected_token_kl": kl[rejected]}
+        if "severity" in needs:
+            fields["rejected_severity"] = batch["severity"][rejected]
+        if "margin" in needs:
+            fields["margin"] = batch["margin"]
+        if "running_delta" in needs:
+            fields["running_delta"] = self._running_delta(fields)
+        return PreferenceBatch(**fields)
+
+    def _logit_shift(self, batch: Batch, hidden_key: str) -> Tensor:
+        """logit(y_t|v) - logit(y_t|v') of each response's own tokens, (R, T); zero for responses without a corrupted twin."""
+        mask, twin = batch["completion_mask"], batch["corrupted_of"]
+        logits = token_logits(self._scored_by(hidden_key), batch[hidden_key], batch["completion_ids"][mask])
+        logits = scatter_to_responses(logits, mask)  # (R, T)
+        return torch.where((twin >= 0)[:, None], logits - logits[twin.clamp(min=0)], 0)
+
+    def _token_kl(self, batch: Batch) -> Tensor:
+        """KL(reference || policy) over the whole vocabulary at each response token, (R, T)."""
+        kl = vocabulary_kl(
+            self._scored_by("reference_hidden"),
+            batch["reference_hidden"],
+            self._scored_by("policy_hidden"),
+            batch["policy_hidden"],
+        )
+        return scatter_to_responses(kl, batch["completion_mask"])
+
+    def _scored_by(self, hidden_key: str) -> nn.Module:
+        """The model whose lm_head turns these hidden states into logits."""
+        return self.base_model(
+            self.ref_model if hidden_key == "reference_hidden" and self.ref_model is not None else self.model
+        )
+
+    def _say_what_the_policy_says(self, model: nn.Module, batch: Batch) -> Batch:
+        """Fill the responses that stand ready for it with the policy's argmax tokens on v' under the chosen answer's teacher forcing."""
+        probe = batch["probe"]
+        mask = probe["completion_mask"]
+        with torch.no_grad():
+            hidden = self.completion_outputs(model, probe, self.image_inputs(model, probe)).hidden
+            said = torch.cat(
+                [self.base_model(model).get_output_embeddings()(h).argmax(-1) for h in hidden.split(TOKEN_CHUNK)]
+            )
+        said = scatter_to_responses(said, mask)  # (R', T')
+        twins = batch["negative_of"][batch["negative_of"] >= 0]  # (R',) in the order of the probe's responses
+        ids = batch["completion_ids"].clone()
+        ids[twins, : said.shape[1]] = torch.where(mask, said, ids[twins, : said.shape[1]])
+        # Response tokens stand in a row, and rows in the batch, in the order of the responses.
+        input_ids = batch["input_ids"].masked_scatter(batch["segment_ids"] > 0, ids[batch["completion_mask"]])
+        return batch | {"completion_ids": ids, "input_ids": input_ids}
+
+    def _running_delta(self, fields: dict[str, Tensor | None]) -> Tensor:
+        """Mean implicit reward of both sides over all training batches so far, this one included (MPO's delta)."""
+        rewards = torch.cat(implicit_rewards(PreferenceBatch(**fields), self.args.beta))
+        sums = self.accelerator.reduce(
+            torch.stack([rewards.sum(), rewards.new_tensor(rewards.numel())]), reduction="sum"
+        )
+        # Resuming puts another object in the place of the one that was added.
+        state = next(c for c in self.callback_handler.callbacks if isinstance(c, RunningDelta))
+        mean, count = update_running_mean(state.mean, state.count, (sums[0] / sums[1]).expand(int(sums[1])).cpu())
+        if self.model.training:
+            state.mean, state.count = mean, count
+        return mean.to(rewards.device)
+
+
+class RunningDelta(TrainerCallback, ExportableState):
+    """The running mean reward of MPO, saved in trainer_state.json so that a resumed run goes on with it."""
+
+    def __init__(self, mean: float = 0.0, count: int = 0) -> None:
+        self.mean, self.count = torch.tensor(float(mean)), torch.tensor(count)
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"mean": self.mean.item(), "count": int(self.count)}, "attributes": {}}
+
+
+class SetEpoch(TrainerCallback):
+    """Tells the collator the epoch, before the loader's workers start."""
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.collator.epoch = int(state.epoch or 0)
 
 
 class VLHeadTrainer(VLTrainer):

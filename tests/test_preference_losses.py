@@ -1,0 +1,228 @@
+"""What losses need beyond plain log-probs, provided by collator and trainer: every loss through the real trainer."""
+
+import json
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+
+import args
+import losses
+import train_dpo
+from base.errors import InputError
+from models import core_mapper_for, load_for_training, reference_for
+from tests import zoo
+from tests.test_dpo import LORA
+
+
+@pytest.fixture(scope="module")
+def rows(preference_rows, image_dir) -> list[dict]:
+    return [
+        row
+        | {"severity": [0.0, 1.0 + i % 3], "margin": 0.5 * i, "image_rejected": str(image_dir / f"{(i + 1) % 8}.png")}
+        for i, row in enumerate(preference_rows)
+    ]
+
+
+def trainer_for(checkpoint: str, rows: list[dict], out, flags: str):
+    model_args, _, lora_args, training_args = args.parse(
+        args.ModelArguments,
+        args.DataArguments,
+        args.LoraArguments,
+        args.DPOConfig,
+        argv=f"--model_name_or_path {checkpoint} --dataset_name x --output_dir {out} --max_steps 2 --per_device_train_batch_size 4 "
+        f"--learning_rate 1e-3 --lr_scheduler_type constant --save_strategy no --disable_tqdm True {flags}".split(),
+    )
+    torch.manual_seed(0)
+    adapter = core_mapper_for(checkpoint)
+    processor = adapter.processor(checkpoint)
+    model = load_for_training(model_args, lora_args, training_args)
+    return adapter.dpo_trainer(
+        model=model,
+        ref_model=reference_for(model, model_args, lora_args, training_args),
+        args=training_args,
+        processor=processor,
+        data_collator=adapter.dpo_collator(
+            processor,
+            share_prefix=training_args.share_prefix,
+            needs=losses.needs_of(training_args.loss_type),
+            corruption=training_args.corruption,
+            seed=training_args.seed,
+        ),
+        train_dataset=Dataset.from_list(rows),
+    )
+
+
+def first_losses(trainer) -> list[float]:
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def extra(name: str) -> str:
+    return " --label_smoothing 0.001" if name == "exo_pair" else ""
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_every_loss_trains_and_layouts_agree(llava, rows, tmp_path, name: str):
+    found = []
+    for share in (True, False):
+        trainer = trainer_for(llava, rows, tmp_path, f"{LORA} --loss_type {name} --share_prefix {share}{extra(name)}")
+        before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+        found.append(first_losses(trainer))
+        assert all(math.isfinite(value) for value in found[-1])
+        assert any(not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if n in before)
+    if losses.LOSSES[name].corruption != "diffusion":  # the noise's shape, and so its draw, depends on the layout
+        assert found[0] == pytest.approx(found[1], abs=1e-4)
+
+
+# Policy == reference, so every log-ratio is 0 at the first step.
+AT_START = {
+    "mdpo": 3 * math.log(2),
+    "ddpo": math.log(2),
+    "rdpo": 2 * math.log(2),
+    "hsa": None,
+    "povid": math.log(2),
+    "kto_pair": 0.5,
+}
+
+
+@pytest.mark.parametrize("name", AT_START)
+def test_losses_at_the_reference(llava, rows, tmp_path, name: str):
+    value = first_losses(trainer_for(llava, rows, tmp_path, f"{LORA} --loss_type {name} --max_steps 1"))[0]
+    if AT_START[name] is not None:
+        assert value == pytest.approx(AT_START[name], abs=1e-5)
+
+
+def test_corrupted_image_is_one_more_row_and_one_more_picture(llava, rows, tmp_path):
+    """v' costs a row and a vision pass, not a second copy of the batch; the tower still runs once per step."""
+    plain = trainer_for(llava, rows, tmp_path, f"{LORA} --loss_type sigmoid")
+    mdpo = trainer_for(llava, rows, tmp_path, f"{LORA} --loss_type mdpo --max_steps 1")
+    before, after = plain.data_collator(rows[:3]), mdpo.data_collator(rows[:3])
+    assert len(before["input_ids"]) == 3 and len(after["input_ids"]) == 6
+    assert len(before["completion_ids"]) == 6 and len(after["completion_ids"]) == 9  # three chosen answers again
+    assert after["corrupted_of"].tolist() == [6, -1, 7, -1, 8, -1, -1, -1, -1]
+    assert torch.equal(after["completion_ids"][6], after["completion_ids"][0])
+    assert not torch.equal(after["img_input_dict"]["pixel_values"][0], after["img_input_dict"]["pixel_values"][3])
+    calls = []
+    mdpo.base_model(mdpo.model).get_vision_tower().register_forward_hook(lambda *_: calls.append(1))
+    mdpo.train()
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("corruption", ["crop", "diffusion", "black", "patch", "swap"])
+def test_the_draw_depends_on_seed_epoch_and_row_alone(llava, rows, corruption: str):
+    adapter = core_mapper_for(llava)
+
+    def pixels(seed: int = 0, epoch: int = 0) -> torch.Tensor:
+        collator = adapter.dpo_collator(
+            adapter.processor(llava), needs={"corrupted_image"}, corruption=corruption, seed=seed
+        )
+        collator.epoch = epoch
+        return collator(rows[:2])["img_input_dict"]["pixel_values"]
+
+    again = pixels()
+    assert torch.equal(again, pixels())
+    clean = adapter.dpo_collator(adapter.processor(llava))(rows[:2])["img_input_dict"]["pixel_values"]
+    assert torch.equal(again[:2], clean) and not torch.equal(again[2:], clean)
+    if corruption in ("crop", "diffusion", "patch"):
+        assert not torch.equal(again, pixels(seed=1)) and not torch.equal(again, pixels(epoch=1))
+    if corruption == "swap":
+        assert torch.equal(again[2], clean[1]) and torch.equal(again[3], clean[0])
+
+
+def test_text_only_rows_have_no_image(llava, rows, tmp_path):
+    trainer = trainer_for(llava, rows, tmp_path, f"{LORA} --loss_type vdpo")
+    batch = trainer.data_collator(rows[:2])
+    assert "pixel_values" not in batch["text_only"]["img_input_dict"]
+    assert (batch["text_only"]["input_ids"] != trainer.model.config.image_token_id).all()
+    assert torch.equal(batch["text_only"]["completion_ids"], batch["completion_ids"])
+
+
+def test_negatives_are_the_policys_own_tokens(llava, rows, tmp_path):
+    trainer = trainer_for(llava, rows, tmp_path, f"{LORA} --loss_type povid --corruption black")
+    batch = trainer.data_collator(rows[:2])
+    filled = trainer._say_what_the_policy_says(trainer.model, batch)
+    model, processor = trainer.base_model(trainer.model), core_mapper_for(llava).processor(llava)
+    for b, row in enumerate(rows[:2]):
+        ids = processor.encode_prompts([processor.render(row["prompt"], True, 1)], [row["images"]])[0][0]
+        response = processor.encode_response(row["responses"][0])
+        black = torch.zeros_like(batch["probe"]["img_input_dict"]["pixel_values"][:1])
+        black[:] = batch["probe"]["img_input_dict"]["pixel_values"][:, :, :1, :1][:1]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids + response]), pixel_values=black).logits[0]
+        expected = logits[len(ids) - 1 : -1].argmax(-1)
+        negative = int(filled["negative_of"][2 * b + b])
+        assert filled["completion_ids"][negative, : len(response)].tolist() == expected.tolist()
+        assert filled["input_ids"][b][filled["segment_ids"][b] == 3].tolist() == expected.tolist()
+
+
+def test_token_kl_and_logit_shift_against_full_logits(llava, rows, tmp_path):
+    trainer = trainer_for(llava, rows, tmp_path, f"{LORA} --loss_type chip tpo_token")
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    batch = trainer.data_collator(rows[:2])
+    batch["image_inputs"] = trainer.image_inputs(trainer.model, batch)
+    reference = trainer.reference_logps(batch)
+    policy = trainer.response_logps(trainer.model, batch)
+    pairs = trainer.preference_batch(policy, reference, batch)
+    model = trainer.base_model(trainer.model)
+    packed = model.packed_inputs(batch["input_ids"], batch["segment_ids"], batch["image_inputs"])
+    with torch.no_grad():
+        own = model(**packed).logits.flatten(0, 1)
+        with trainer.reference_context():
+            ref = model(**packed).logits.flatten(0, 1)
+    mask, index, ids = batch["completion_mask"], batch["completion_index"], batch["completion_ids"]
+    kl = (ref.softmax(-1) * (ref.log_softmax(-1) - own.log_softmax(-1))).sum(-1)[index].masked_fill(~mask, 0).sum(1)
+    torch.testing.assert_close(pairs.chosen_token_kl, kl[batch["chosen"]], atol=1e-4, rtol=1e-4)
+    assert pairs.chosen_token_kl.min() > 1e-3 and pairs.chosen_token_kl.requires_grad
+    raw = own[index].gather(-1, ids[..., None])[..., 0].masked_fill(~mask, 0)
+    shift = raw - raw[batch["corrupted_of"].clamp(min=0)]
+    torch.testing.assert_close(pairs.rejected_logit_shift, shift[batch["rejected"]], atol=1e-4, rtol=1e-4)
+    assert shift[batch["rejected"]].abs().max() > 1e-3
+
+
+def test_running_delta_survives_a_resume(command, tmp_path):
+    flags = "--use_lora True --lora_dropout 0 --loss_type mpo --max_steps 4 --save_strategy steps --save_steps 2"
+
+    def curve(out):
+        return [e["loss"] for e in json.loads((out / "trainer_state.json").read_text())["log_history"] if "loss" in e]
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_dpo.main(command("dpo", flags, out=whole))
+    train_dpo.main(command("dpo", flags, out=parts))
+    before = curve(parts)
+    for leftover in ("checkpoint-4", "trainer_state.json"):
+        path = parts / leftover
+        path.rename(tmp_path / leftover)
+    train_dpo.main(command("dpo", flags + " --resume_from_checkpoint True", out=parts))
+    assert curve(parts) == before == curve(whole)
+
+
+MISFITS = {
+    "--loss_type hsa": r"reads the column 'severity'",
+    "--loss_type mdpo --precompute_ref_log_probs True": r"--precompute_ref_log_probs cannot serve --loss_type mdpo",
+    "--loss_type sigmoid --ddpo_gamma 3": r"--ddpo_gamma does nothing with --loss_type sigmoid",
+    "--loss_type sigmoid --corruption crop": r"no image is corrupted",
+    "--loss_type mdpo povid": r"corrupt images in different ways",
+}
+
+
+@pytest.mark.parametrize("flags, message", MISFITS.items())
+def test_what_does_not_fit_is_said_at_the_start(command, flags: str, message: str):
+    with pytest.raises(InputError, match=message):
+        train_dpo.main(command("dpo", flags))
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "idefics3", "mllama"])
+def test_corrupted_rows_on_other_layouts_of_pixels(rows, tmp_path, family: str):
+    """Pixels by patch, by row and by tile: packed and plain agree, and the corruption reaches the right rows."""
+    found = [
+        first_losses(
+            trainer_for(zoo.checkpoint(family), rows, tmp_path, f"{LORA} --loss_type mdpo --share_prefix {share}")
+        )
+        for share in (True, False)
+    ]
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+    trainer_for(zoo.checkpoint(family), rows, tmp_path, f"{LORA} --loss_type povid tpo_token").train()
