@@ -5,6 +5,7 @@ reason); without them its tests fail. The reference everywhere is the plain tran
 """
 
 import base.compat  # noqa: F401  isort: skip  (must come before transformers)
+import importlib
 import io
 import json
 import subprocess
@@ -572,3 +573,64 @@ def test_saved_checkpoints_load_without_this_project(tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == [architecture_of(zoo.checkpoint(name)) for name in names]
+
+
+# -- the scripts ---------------------------------------------------------------------------------------------------------
+
+SCRIPTS = sorted(path.stem for path in Path(__file__).parents[1].glob("train_*.py"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with pictures of three shapes, conversations.json and pairs.json: one image and one question per row."""
+    folder = tmp_path_factory.mktemp("files")
+    conversations, pairs = [], []
+    for i in range(4):
+        picture(i).save(folder / f"{i}.png")
+        prompt, chosen, rejected = QUESTIONS[1] + " photo" * i, ANSWERS[i], ANSWERS[(i + 1) % 4]
+        turns = [{"from": "user", "value": "<image>\n" + prompt}, {"from": "assistant", "value": chosen}]
+        conversations.append({"image": f"{i}.png", "conversations": turns})
+        pairs.append({"image": f"{i}.png", "prompt": prompt, "chosen": chosen, "rejected": rejected})
+    (folder / "conversations.json").write_text(json.dumps(conversations))
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_trains_two_steps(script: str, mode: str, name: str, files: Path, tmp_path: Path):
+    """Loss finite, the vision tower bit-equal, what trains moved, the saved model still looks at the image."""
+    path = zoo.checkpoint(name)
+    data = "vlquery_json conversations" if script == "train_sft" else "plain_dpo pairs"
+    dataset, file = data.split()
+    command = (
+        f"--model_name_or_path {path} --dataset_name {dataset} --data_path {files}/{file}.json --image_root {files} "
+        f"--output_dir {tmp_path} --max_steps 2 --per_device_train_batch_size 2 --learning_rate 1e-3 --save_strategy no "
+        f"--disable_tqdm True --use_cpu True --seed 0"
+    ).split()
+    if mode == "lora":
+        command += ["--use_lora", "True", "--lora_r", "4"]
+    importlib.import_module(script).main(command)
+
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert len(losses) == 2 and np.isfinite(losses).all()
+    before, after = load_model(path).eval(), load_model(str(tmp_path)).eval()
+    if mode == "lora":
+        assert any(weight.any() for key, weight in after.named_parameters() if "lora_B" in key)
+        after = after.merge_and_unload()
+    tower = {id(p) for p in before.get_vision_tower().parameters()}
+    if part := FAMILIES[name].trains_on:
+        tower -= {id(p) for p in before.get_vision_tower().get_submodule(part).parameters()}
+    same = {
+        key: torch.equal(old, new)
+        for (key, old), new in zip(before.named_parameters(), after.parameters(), strict=True)
+    }
+    assert all(same[key] for key, weight in before.named_parameters() if id(weight) in tower)
+    assert not all(same.values())
+    processor = core_mapper_for(path).processor(str(tmp_path))
+    batches = [VLDPODataCollatorWithPadding(processor)([row(1, seed=seed)]) for seed in (0, 3)]
+    with torch.no_grad():
+        logps = [response_logps(after, batch, batch["img_input_dict"]) for batch in batches]
+    assert (logps[0] - logps[1]).abs().max() > 1e-3
