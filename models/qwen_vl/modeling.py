@@ -124,7 +124,8 @@ class QwenVLVisionModel(CLIPPreTrainedModel):
             init.normal_(self.position_embedding, std=self.config.hidden_size**-0.5)
         elif isinstance(module, QwenVLAttentionPool):
             init.normal_(module.query, std=0.02)
-            init.copy_(module.pos_embed, sincos_grid(module.query.shape[1], int(module.query.shape[0] ** 0.5)))
+            n, width = module.pos_embed.shape  # not `query`, which is empty where ZeRO-3 has partitioned it
+            init.copy_(module.pos_embed, sincos_grid(width, int(n**0.5)))
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
