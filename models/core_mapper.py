@@ -2,10 +2,16 @@
 
 from dataclasses import dataclass
 
-from base.collator import VLDPODataCollatorWithPadding, VLRMDataCollatorWithPadding, VLSFTDataCollatorWithPadding
+from base.collator import (
+    VLDPODataCollatorWithPadding,
+    VLPPODataCollator,
+    VLRMDataCollatorWithPadding,
+    VLSFTDataCollatorWithPadding,
+)
 from base.model import VLModelMixin
+from base.ppo_trainer import VLPPOTrainer
 from base.processor import VLProcessor
-from base.reward import VLRewardModel
+from base.reward import VLModelWithValueHead, VLRewardModel
 from base.trainer import VLDPOTrainer, VLRMTrainer, VLSFTTrainer
 
 
@@ -18,10 +24,10 @@ class ModelCoreMapper:
     dpo_collator: type = VLDPODataCollatorWithPadding
     dpo_trainer: type = VLDPOTrainer
     reward_model: type[VLRewardModel] = VLRewardModel
-    value_model: type | None = None
+    value_model: type[VLModelWithValueHead] = VLModelWithValueHead
     reward_collator: type = VLRMDataCollatorWithPadding
     reward_trainer: type = VLRMTrainer
     sft_collator: type = VLSFTDataCollatorWithPadding
     sft_trainer: type = VLSFTTrainer
-    ppo_collator: type | None = None
-    ppo_trainer: type | None = None
+    ppo_collator: type = VLPPODataCollator
+    ppo_trainer: type = VLPPOTrainer
