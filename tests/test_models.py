@@ -27,6 +27,7 @@ from base.collator import VLDPODataCollatorWithPadding, VLSFTDataCollatorWithPad
 from base.errors import InputError
 from base.model import VLModelMixin
 from base.processor import IGNORE_INDEX
+from base.reward import last_token_positions
 from base.trainer import disable_dropout
 from models import FLASH_ATTN_MODELS, MODEL_NICKNAME_MAP, add_lora, architecture_of, core_mapper_for, load_model
 from models.internlm_xcomposer2.processing import SYSTEM
@@ -434,6 +435,21 @@ class TestFamily:
             packed = response_logps(it.model, batch, batch["img_input_dict"])
             causal = response_logps(it.model, batch | {"packed": False}, batch["img_input_dict"])
         assert (packed - causal).abs().max() > 1e-3
+
+    def test_packed_rewards_equal_single_rows(self, it: SimpleNamespace):
+        """A scalar head reads the last token of every response, wherever it stands."""
+        torch.manual_seed(0)
+        reward_model = it.adapter.reward_model(load_model(it.path)).eval()
+        rewards = []
+        for share_prefix in (True, False):
+            batch = it.adapter.reward_collator(it.processor, share_prefix=share_prefix)(rows(it, 4))
+            inputs = it.model.packed_inputs(
+                batch["input_ids"], batch["segment_ids"], batch["img_input_dict"], batch["packed"]
+            )
+            with torch.no_grad():
+                rewards.append(reward_model(**inputs, completion_index=last_token_positions(batch["segment_ids"])))
+        assert rewards[0].std() > 1e-3
+        torch.testing.assert_close(*rewards, atol=1e-5, rtol=0)
 
     @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
     @pytest.mark.parametrize("responses", [2, 4])
