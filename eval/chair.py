@@ -309,13 +309,13 @@ def _first(targets: list[tuple[str, int]], matches: Callable[[str], bool]) -> in
 # ------------------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = scorer_parser(__doc__, ("chair", "objhal", "amber"))
     parser.add_argument("--coco", help="folder with instances_{train,val}2014.json and captions_{train,val}2014.json")
     parser.add_argument("--synonyms", help="CHAIR: synonyms.txt; Object HalBench: synonyms_refine.txt")
     parser.add_argument("--annotations", help="AMBER's annotations.json; relation.json and safe_words.txt beside it")
     add_judge_arguments(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     rows, answers, meta = load(args)
     if args.task == "amber":
         return _amber(args, rows, answers, meta)

@@ -266,10 +266,10 @@ def _detail(row: Row, answer: str, right: bool, parsed: object, category: object
     return {"id": row["id"], "answer": answer, "correct": right, "parsed": parsed, "category": category}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = scorer_parser(__doc__, ("mmbench", "seed", "mmmu"))
     parser.add_argument("--likelihood", action="store_true", help="seed: --answers holds the losses of the choices")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.likelihood:
         if args.task != "seed":
             raise DataError("--likelihood is a variant of --task seed only; leave it out")

@@ -412,7 +412,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="start again instead of going on")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True, choices=list(TASKS))
     parser.add_argument("--model", required=True, help="checkpoint, hub id or LoRA adapter folder")
@@ -422,7 +422,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="answers.jsonl")
     parser.add_argument("--likelihood", action="store_true", help="seed: losses of the choices instead of answers")
     add_generation_arguments(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.likelihood and args.task != "seed":
         raise DataError("--likelihood is a variant of --task seed only; leave it out")
     rows = read_task(args.task, args.data, args.image_dir, args.limit)

@@ -266,13 +266,13 @@ def score_hallusion_judged(rows: list[Row], answers: list[str], replies: list[st
 # ------------------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = scorer_parser(__doc__, ("mmhal", "mmvet", "refomb", "hallusion"))
     parser.add_argument("--num_run", type=int, default=1, help="MM-Vet: judge runs to average (the paper has 5)")
     parser.add_argument("--reference", help="RefoMB: GPT-4V's answers (gpt4v_RefoMB_dev.jsonl)")
     parser.add_argument("--trust_prompt", help="RefoMB: file with the second prompt; field {review}")
     add_judge_arguments(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     rows, answers, meta = load(args)
     judge = Judge.from_args(args)
     if args.task == "mmhal":

@@ -98,12 +98,12 @@ def score_mathvista(
     return {name: sum(v) / len(v) for name, v in cells.items()}, details
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = scorer_parser(__doc__, ("mathvista",))
     parser.add_argument("--quick_extract", action="store_true", help='believe The answer is "..". without asking')
     parser.add_argument("--ignore_empty_extractions", action="store_true", help="an empty extraction is wrong")
     add_judge_arguments(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     rows, answers, meta = load(args)
     options = {"quick": args.quick_extract, "ignore_empty": args.ignore_empty_extractions}
     if not args.judge:

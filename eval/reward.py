@@ -192,7 +192,7 @@ def _detail(row: Row, pair: Pair, right: bool, category: str) -> dict:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True, choices=list(SCORERS))
     parser.add_argument("--data", required=True, help="the benchmark's file, as published")
@@ -212,7 +212,7 @@ def main() -> None:
     model.add_argument("--batch_size", type=int, default=4, help="rows (pairs) per forward")
     model.add_argument("--bf16", action="store_true")
     model.add_argument("--skip_video", action="store_true", help="mmrlhf: leave the video rows out (recorded)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     source = args.scores or args.replies
     if bool(source) == bool(args.model) or (args.scores and args.replies):
         raise DataError("pass exactly one of --model, --scores and --replies")

@@ -254,10 +254,10 @@ def _detail(row: Row, answer: str, right: bool, parsed: str, category: object) -
     return {"id": row["id"], "answer": answer, "correct": right, "parsed": parsed, "category": category}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = scorer_parser(__doc__, ("pope", "mme", "hallusion", "amber"))
     parser.add_argument("--annotations", help="AMBER's annotations.json; default: beside --data")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     rows, answers, meta = load(args)
     if args.task == "amber":
         truth = read_amber_truth(args.annotations or Path(args.data).parent / "annotations.json", rows)

@@ -1,0 +1,150 @@
+"""Several checkpoints on several benchmarks: generate, score, report, with a curve over steps.
+
+    python -m eval.sweep --checkpoints llava-hf/llava-1.5-7b-hf runs/dpo/checkpoint-* --benchmarks benchmarks.yaml \
+        --tasks pope,mme,chair --output runs/dpo/sweep --bf16
+    torchrun --nproc_per_node 8 -m eval.sweep ...
+
+benchmarks.yaml says once where everything lies; `generate` and `score` hold flags of eval.generate and of the task's scorers:
+
+    pope:    {data: coco_pope/, image_dir: val2014/}
+    chair:   {data: chair_images.jsonl, generate: {num_beams: 3}, score: {coco: annotations/, synonyms: synonyms.txt}}
+    mmhal:   {data: mmhal-bench_answer_template.json, image_dir: images/, score: {judge: "http://localhost:8000/v1", judge_model: M}}
+
+Each checkpoint is loaded once. Everything resumes: what is answered is not answered again.
+"""
+
+import base.compat  # noqa: F401  isort: skip  (must come before transformers)
+import argparse
+import copy
+from pathlib import Path
+
+import torch
+import yaml
+
+from base.errors import InputError
+from eval import chair, choice, judged, mathvista, report, reward, yesno
+from eval.data import DataError, read_task
+from eval.generate import Answerer, add_generation_arguments, answer_rows, barrier, ranks
+from eval.results import run
+
+SCORERS = {
+    "pope": [yesno.main],
+    "mme": [yesno.main],
+    "hallusion": [yesno.main],
+    "amber": [yesno.main, chair.main],
+    "mmbench": [choice.main],
+    "seed": [choice.main],
+    "mmmu": [choice.main],
+    "mathvista": [mathvista.main],
+    "chair": [chair.main],
+    "objhal": [chair.main],
+    "mmhal": [judged.main],
+    "mmvet": [judged.main],
+    "refomb": [judged.main],
+    **{task: [reward.main] for task in reward.SCORERS},
+}
+
+
+def read_benchmarks(path: str, tasks: str | None) -> dict[str, dict]:
+    """The entries of benchmarks.yaml (paths relative to the working directory), cut down to `tasks` (joined by commas)."""
+    try:
+        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as e:
+        raise DataError(f"{path} is not YAML: {str(e).splitlines()[0]}") from None
+    if not isinstance(entries, dict) or not all(isinstance(e, dict) and "data" in e for e in entries.values()):
+        raise DataError(f"{path}: every task needs an entry with 'data'; python -m eval.sweep --help shows one")
+    names = tasks.split(",") if tasks else list(entries)
+    for name in names:
+        if name not in entries:
+            raise DataError(f"{path} has no entry '{name}'; it has {', '.join(entries)}")
+        if name not in SCORERS:
+            raise DataError(f"there is no scorer for '{name}'; known are {', '.join(SCORERS)}")
+        wrong = set(entries[name]) - {"data", "image_dir", "generate", "score"}
+        if wrong:
+            raise DataError(f"{path}: {name} has '{min(wrong)}'; known are data, image_dir, generate and score")
+    return {name: entries[name] for name in names}
+
+
+def run_names(checkpoints: list[str]) -> list[str]:
+    """A folder name per checkpoint: the shortest ends of the paths that tell them apart."""
+    parts = [Path(c).parts for c in checkpoints]
+    depth = 1
+    while depth < 8 and len({p[-depth:] for p in parts}) < len(parts):
+        depth += 1
+    names = ["-".join(p.strip("/") for p in part[-depth:]) for part in parts]
+    if len(set(names)) < len(names):
+        raise DataError("--checkpoints names the same folder twice")
+    return names
+
+
+def flags(values: dict | None) -> list[str]:
+    """{"coco": "x", "quick_extract": True} -> ["--coco", "x", "--quick_extract"]."""
+    out: list[str] = []
+    for name, value in (values or {}).items():
+        if value is not False and value is not None:
+            out += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return out
+
+
+def evaluate(
+    args: argparse.Namespace, checkpoint: str, folder: Path, benchmarks: dict[str, dict], place: tuple
+) -> None:
+    """Generate on every rank, score on the first."""
+    rank, world, device = place
+    answerer = None
+    for task, entry in benchmarks.items():
+        common = ["--task", task, "--data", entry["data"], *flags({"image_dir": entry.get("image_dir")})]
+        common += flags({"results_db": args.results_db})
+        if task in reward.SCORERS:  # loads the model by itself, on one rank
+            if rank == 0:
+                reward.main([*common, "--model", checkpoint, "--output", str(folder), *flags(entry.get("score"))])
+            continue
+        own = copy.copy(args)
+        unknown = set(entry.get("generate") or {}) - set(vars(args))
+        if unknown:
+            raise DataError(f"{args.benchmarks}: {task} has the unknown generate setting '{min(unknown)}'")
+        vars(own).update({"num_workers": args.num_workers, **(entry.get("generate") or {})})
+        vars(own).update(
+            task=task, data=entry["data"], image_dir=entry.get("image_dir"), model=checkpoint, adapter=None
+        )
+        own.output = str(folder / f"{task}.jsonl")
+        if answerer is None:
+            answerer = Answerer(checkpoint, None, device, args.bf16)
+        answer_rows(own, read_task(task, own.data, own.image_dir, own.limit), answerer, rank, world)
+        if rank == 0:
+            for score in SCORERS[task]:
+                score([*common, "--answers", own.output, *flags(_accepted(score, entry.get("score")))])
+    del answerer
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the next checkpoint needs the room at once
+
+
+def _accepted(score: object, values: dict | None) -> dict | None:
+    """AMBER has two scorers with one `score` entry: --annotations is for both, other flags for the generative one."""
+    if score is yesno.main:
+        return {k: v for k, v in (values or {}).items() if k == "annotations"}
+    return values
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoints", nargs="+", required=True, help="checkpoints, hub ids or adapter folders")
+    parser.add_argument("--benchmarks", required=True, help="benchmarks.yaml, see above")
+    parser.add_argument("--tasks", help="joined by commas; default: all of the file")
+    parser.add_argument("--output", required=True, help="one folder per checkpoint, and report/")
+    parser.add_argument("--results_db", help="also append the scores here: any SQLAlchemy URL")
+    parser.add_argument("--max_rows", type=int, default=200, help="rows per benchmark on the report page")
+    add_generation_arguments(parser)
+    args = parser.parse_args(argv)
+    benchmarks = read_benchmarks(args.benchmarks, args.tasks)
+    folders = [Path(args.output) / name for name in run_names(args.checkpoints)]
+    with ranks() as place:
+        for checkpoint, folder in zip(args.checkpoints, folders, strict=True):
+            evaluate(args, checkpoint, folder, benchmarks, place)
+            barrier(place[1])
+        if place[0] == 0:
+            report.write_report(report.read_runs(folders), Path(args.output) / "report", args.max_rows)
+
+
+if __name__ == "__main__":
+    run(main, InputError)
