@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=training_args.seed,
     )
     train_dataset, lengths = collator.drop_overlong(data.train, data_args.dataset_num_proc)
+    eval_dataset, _ = collator.drop_overlong(data.eval, data_args.dataset_num_proc)
 
     # ---- Training --------------------------------------------------------------------------------------------------
     trainer = adapter.dpo_trainer(
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         processor=processor,
         data_collator=collator,
         train_dataset=train_dataset,
-        eval_dataset=data.eval,
+        eval_dataset=eval_dataset,
     )
     write_run_json(
         training_args.output_dir, model_args, data_args, lora_args, training_args, data=data.info, lengths=lengths

@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         score_margin=data_args.score_margin,
     )
     train_dataset, lengths = collator.drop_overlong(data.train, data_args.dataset_num_proc)
+    eval_dataset, _ = collator.drop_overlong(data.eval, data_args.dataset_num_proc)
 
     # ---- Training --------------------------------------------------------------------------------------------------
     trainer = adapter.reward_trainer(
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         processor=processor,
         data_collator=collator,
         train_dataset=train_dataset,
-        eval_dataset=data.eval,
+        eval_dataset=eval_dataset,
     )
     write_run_json(
         training_args.output_dir, model_args, data_args, lora_args, training_args, data=data.info, lengths=lengths

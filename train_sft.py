@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         data = load_train_eval(data_args, "conversation", training_args.seed, training_args.output_dir)
     collator = adapter.sft_collator(processor, LengthLimits.from_args(data_args), train_on=data_args.train_on)
     train_dataset, lengths = collator.drop_overlong(data.train, data_args.dataset_num_proc)
+    eval_dataset, _ = collator.drop_overlong(data.eval, data_args.dataset_num_proc)
 
     # ---- Training --------------------------------------------------------------------------------------------------
     trainer = adapter.sft_trainer(
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         processor=processor,
         data_collator=collator,
         train_dataset=train_dataset,
-        eval_dataset=data.eval,
+        eval_dataset=eval_dataset,
     )
     write_run_json(
         training_args.output_dir, model_args, data_args, lora_args, training_args, data=data.info, lengths=lengths

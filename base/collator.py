@@ -9,6 +9,7 @@ A family overrides a collator only where its image inputs need more than its pro
             return padded_batch
 """
 
+import logging
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ from base.processor import IGNORE_INDEX, VLProcessor, image_file, load_image
 from data.lengths import LengthCounts, LengthLimits, fit_row
 from data.pairs import ordered_pairs
 from losses import changed_tokens
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 Pairs = list[tuple[int, int]]  # (better, worse) response indices of a row
@@ -40,13 +43,15 @@ class VLDataCollator:
         self.processor = processor
         self.limits = limits or LengthLimits()
 
-    def drop_overlong(self, dataset: Dataset, num_proc: int | None = None) -> tuple[Dataset, dict[str, int]]:
+    def drop_overlong(
+        self, dataset: Dataset | None, num_proc: int | None = None
+    ) -> tuple[Dataset | None, dict[str, int]]:
         """Leave out the rows whose prompt does not fit the limits (or raise, with --overlong error), and count.
 
         Returns:
             The rows that stay, and the counts of `LengthCounts` for the log and run.json. Without limits nothing is read.
         """
-        if self.limits == LengthLimits(overlong=self.limits.overlong):
+        if dataset is None or self.limits == LengthLimits(overlong=self.limits.overlong):
             return dataset, {}
 
         def count(row: Row, index: int) -> dict[str, int]:
@@ -60,7 +65,9 @@ class VLDataCollator:
         keep = [i for i, kept in enumerate(counts["keep"]) if kept]
         if not keep:
             raise InputError("No row fits --max_length / --max_prompt_length: raise the limits (image tokens count).")
-        return dataset.select(keep), {name: sum(counts[name]) for name in LengthCounts().as_dict()}
+        totals = {name: sum(counts[name]) for name in LengthCounts().as_dict()}
+        logger.warning("Lengths: %s", ", ".join(f"{name} {count}" for name, count in totals.items()))
+        return dataset.select(keep), totals
 
     def fit(self, row: Row, counts: LengthCounts, where: str) -> bool:
         """Hook: whether the row's prompt fits the limits, counted in `counts`."""

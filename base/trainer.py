@@ -78,6 +78,10 @@ class VLTrainer(Trainer):
         if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
             # Reentrant checkpointing drops the gradients of a frozen base with LoRA.
             args.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        if args.log_image_sensitivity and eval_dataset is None:
+            raise InputError(
+                "--log_image_sensitivity is measured on evaluation rows: add --eval_ratio or --eval_data_path."
+            )
         if isinstance(model, PeftModel):
             # Adapters with another hat (a frozen reference, ...) are not part of the result.
             model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=["default"])
@@ -149,6 +153,44 @@ class VLTrainer(Trainer):
         self._metrics[mode].clear()
         super().log(logs, start_time)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        if self.args.log_image_sensitivity:
+            sensitivity = {"eval_image_sensitivity": self.image_sensitivity(self.eval_dataset)}
+            self.log(dict(sensitivity))
+            metrics |= sensitivity
+        return metrics
+
+    def response_scores(self, model: nn.Module, batch: Batch) -> Tensor:
+        """One number per response (or conversation) that should depend on the image: its log-prob, or its reward."""
+        raise NotImplementedError
+
+    def image_sensitivity(self, dataset: Dataset, num_rows: int = 64) -> float:
+        """Mean absolute change of `response_scores` when a row gets the images of the next one: 0 for a model that ignores images.
+
+        On the first `num_rows` rows; a row without images, or next to one with another number of images, keeps its own and is not counted.
+        """
+        rows = [dataset[i] for i in range(min(num_rows, len(dataset)))]
+        changes, size = [], max(2, self.args.per_device_eval_batch_size)
+        self.model.eval()
+        for start in range(0, len(rows), size):
+            batch_rows = rows[start : start + size]
+            others = batch_rows[1:] + batch_rows[:1]
+            swapped = [
+                (row, row | {"images": other["images"]})
+                for row, other in zip(batch_rows, others, strict=True)
+                if row["images"] and len(row["images"]) == len(other["images"]) and row["images"] != other["images"]
+            ]
+            if not swapped:
+                continue
+            with torch.no_grad(), self.compute_loss_context_manager():
+                own, other = (
+                    self.response_scores(self.model_wrapped, self._prepare_inputs(self.data_collator(list(side))))
+                    for side in zip(*swapped, strict=True)
+                )
+            changes.append((own - other).abs().float().cpu())
+        return torch.cat(changes).mean().item() if changes else float("nan")
+
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
@@ -182,6 +224,12 @@ class VLSFTTrainer(VLTrainer):
             loss = -outputs.logps.sum() / num_items_in_batch
             loss = loss * (self.accelerator.num_processes if self.args.average_tokens_across_devices else 1)
         return (loss, outputs) if return_outputs else loss
+
+    def response_scores(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Log-prob of each conversation's trained tokens, (B,)."""
+        rows = torch.div(batch["completion_index"], batch["input_ids"].shape[1], rounding_mode="floor")
+        logps = self.compute_loss(model, batch, return_outputs=True)[1].logps
+        return logps.new_zeros(len(batch["input_ids"])).index_add(0, rows, logps)
 
 
 class VLDPOTrainer(VLTrainer):
@@ -233,6 +281,10 @@ class VLDPOTrainer(VLTrainer):
         """Reference log-probs of every response token, (R, T), without gradient."""
         with torch.no_grad(), self.reference_context() as reference:
             return self._logps(reference, batch, "reference_hidden")
+
+    def response_scores(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Policy log-prob of every response, (R,)."""
+        return self.completion_logps(model, batch, batch["img_input_dict"]).sum(1)
 
     def preference_loss(
         self, policy: Tensor, reference: Tensor | None, batch: Batch
@@ -484,6 +536,10 @@ class VLRMTrainer(VLHeadTrainer):
             batch["input_ids"], batch["segment_ids"], self.image_inputs(model, batch), batch["packed"]
         )
         return model(**inputs, completion_index=last_token_positions(batch["segment_ids"]))
+
+    def response_scores(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The same: what the image should change is the reward."""
+        return self.response_rewards(model, batch)
 
     def ranking_loss(self, rewards: Tensor, batch: Batch) -> Tensor:
         """Loss of each row that has a pair, (rows,): the mean over its pairs, each with its margin if the data has one."""

@@ -28,9 +28,11 @@ def history(out: Path) -> list[dict]:
 @pytest.mark.parametrize("flags", ["", "--use_lora True", "--freeze_vision_tower False --gradient_checkpointing True"])
 @pytest.mark.parametrize("algorithm", ["sft", "dpo"])
 def test_script_trains_and_describes_its_run(command, tmp_path, llava, algorithm: str, flags: str):
-    MAIN[algorithm](command(algorithm, flags + " --eval_ratio 0.25 --eval_strategy steps --eval_steps 2"))
+    evaluation = "--eval_ratio 0.25 --eval_strategy steps --eval_steps 2 --log_image_sensitivity True"
+    MAIN[algorithm](command(algorithm, f"{flags} {evaluation}"))
     out = tmp_path / algorithm
     steps = history(out)
+    assert next(e["eval_image_sensitivity"] for e in steps if "eval_image_sensitivity" in e) > 1e-3
     assert [entry["step"] for entry in steps if "loss" in entry] == [1, 2]
     assert any("eval_loss" in entry for entry in steps)
     run = json.loads((out / "run.json").read_text())
@@ -110,7 +112,9 @@ BAD_INPUT = {
     "quantised base without an adapter": ("--q_lora True", r"--use_lora True"),
     "LoRA flag without LoRA": ("--lora_r 8", r"--lora_r needs --use_lora True"),
     "LoRA target that is not there": ("--use_lora True --lora_target_modules c_attn", r"c_attn.*choose from.*q_proj"),
-    "weights for other losses": ("--loss_type sigmoid --loss_weights 1 2", r"2 numbers for 1 --loss_type"),
+    "weights for other losses": ("--loss_type sigmoid --loss_weights 1 2", r"loss_weights has 2 values for 1 losses"),
+    "image sensitivity of nothing": ("--log_image_sensitivity True", r"add --eval_ratio or --eval_data_path"),
+    "wandb names without wandb": ("--project_name p", r"add --report_to wandb"),
     "flash attention where there is none": (
         "--use_flash_attention_2 True --share_prefix False",
         r"FlashAttention-2 is not available",
