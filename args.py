@@ -395,6 +395,8 @@ def _refuse_contradictions(parsed: Sequence[Any]) -> None:
     flags = {f.name: getattr(p, f.name) for p in parsed for f in dataclasses.fields(p)}
     if flags.get("q_lora") and not flags.get("use_lora"):
         raise InputError("--q_lora trains an adapter on a quantised base: add --use_lora True.")
+    if flags.get("use_lora") and not flags.get("freeze_vision_tower", True):
+        raise InputError("--use_lora trains adapters in the language model: leave --freeze_vision_tower False out.")
     if not flags.get("use_lora"):
         defaults = {
             f.name: (f.default_factory() if f.default is dataclasses.MISSING else f.default)

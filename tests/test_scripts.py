@@ -110,6 +110,7 @@ BAD_INPUT = {
     "missing config file": ("--config nowhere.yaml", r"Config file nowhere\.yaml does not exist"),
     "unknown loss": ("--loss_type sigmoidd", r"sigmoidd.*sigmoid"),
     "quantised base without an adapter": ("--q_lora True", r"--use_lora True"),
+    "tower that LoRA does not train": ("--use_lora True --freeze_vision_tower False", r"leave --freeze_vision_tower"),
     "LoRA flag without LoRA": ("--lora_r 8", r"--lora_r needs --use_lora True"),
     "LoRA target that is not there": ("--use_lora True --lora_target_modules c_attn", r"c_attn.*choose from.*q_proj"),
     "weights for other losses": ("--loss_type sigmoid --loss_weights 1 2", r"loss_weights has 2 values for 1 losses"),
