@@ -19,7 +19,7 @@ from datasets import Dataset
 
 from base.corruption import Corruption, corrupt_picture, diffuse, seed_of
 from base.errors import InputError
-from base.packing import pack_rows
+from base.packing import common_beginning, pack_rows, packed_length
 from base.processor import IGNORE_INDEX, VLProcessor, image_file, load_image
 from data.lengths import LengthCounts, LengthLimits, fit_row
 from data.pairs import ordered_pairs
@@ -173,6 +173,7 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
         self.epoch = 0  # the trainer sets it, so that every epoch draws anew
 
     def __call__(self, features: Sequence[Row]) -> dict[str, Any]:
+        self._check_columns(features)
         pairs = [ordered_pairs(r["ranks"], r.get("scores"), self.pairs, self.score_margin) for r in features]
         rows, negatives = self._with_negatives(features, pairs)
         starts = np.cumsum([0, *(len(row["responses"]) for row in rows)])
@@ -222,6 +223,14 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
 
     # -- what some losses need beyond the pairs ---------------------------------------------------------------------------
 
+    def _check_columns(self, features: Sequence[Row]) -> None:
+        for column in ("severity", "margin", "image_rejected"):
+            for row in features if column in self.needs else ():
+                if not row.get(column) and row.get(column) != 0:
+                    raise InputError(
+                        f"{row.get('where') or 'A row'} has no {column}, which the loss reads: add it to the row."
+                    )
+
     def _views(self, features: Sequence[Row], pairs: Sequence[Pairs]) -> dict[str, tuple[list[Row], list[list[int]]]]:
         """Further rows: name -> (rows with another image, which responses of each original row they repeat)."""
         views = {}
@@ -235,10 +244,6 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
             kept = [sorted({better for better, _ in row} or {0}) for row in pairs]
             rows = []
             for row, responses in zip(features, kept, strict=True):
-                if not row.get("image_rejected"):
-                    raise InputError(
-                        f"{row.get('where') or 'A row'} has no image_rejected, which --loss_type rdpo reads: add it to the row."
-                    )
                 images = [row["image_rejected"], *row["images"][1:]]
                 rows.append(row | {"images": images, "responses": [row["responses"][k] for k in responses]})
             views["image_rejected"] = (rows, kept)
@@ -355,11 +360,14 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
         ]
         if None in responses:
             raise InputError("A prompt is longer than the limits: call drop_overlong on the data first.")
+        # The policy's own tokens will stand in the place of some responses: nothing of those is shared.
+        shared = [0 if "policy_negative" in self.needs else common_beginning(row) for row in responses]
         sources = [
-            [*range(len(prompt)), *[-1] * sum(map(len, row))] for prompt, row in zip(prompts, responses, strict=True)
+            [*range(len(prompt)), *[-1] * (packed_length(prompt, row, n) - len(prompt))]
+            for prompt, row, n in zip(prompts, responses, shared, strict=True)
         ]
         return {
-            **pack_rows(prompts, responses, processor.tokenizer.pad_token_id),
+            **pack_rows(prompts, responses, processor.tokenizer.pad_token_id, shared),
             "packed": any(len(row) > 1 for row in responses),
             "rows": rows,
             "img_path": self.image_files(features),

@@ -215,6 +215,14 @@ def test_what_does_not_fit_is_said_at_the_start(command, flags: str, message: st
         train_dpo.main(command("dpo", flags))
 
 
+def test_a_row_without_the_losss_column_is_named(llava, rows):
+    adapter = core_mapper_for(llava)
+    for column in ("severity", "margin", "image_rejected"):
+        collator = adapter.dpo_collator(adapter.processor(llava), needs={column})
+        with pytest.raises(InputError, match=rf"pairs\.json, row 1 has no {column}"):
+            collator([rows[0], rows[1] | {column: None, "where": "pairs.json, row 1"}])
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "idefics3", "mllama"])
 def test_corrupted_rows_on_other_layouts_of_pixels(rows, tmp_path, family: str):
     """Pixels by patch, by row and by tile: packed and plain agree, and the corruption reaches the right rows."""
