@@ -1,5 +1,6 @@
 """Data: every format from a file made here, the checks of rows and files, and the splits."""
 
+import importlib
 import io
 import json
 import os
@@ -749,3 +750,63 @@ def test_row_counts_as_callers_see_them(folder: Path) -> None:
         "train": 3,
         "drawn_per_epoch": 3,
     }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# docs/data.md
+
+
+def examples() -> dict[str, list[dict]]:
+    """The JSON lines under each format's heading."""
+    sections = re.split(r"^### ", (ROOT / "docs" / "data.md").read_text(), flags=re.MULTILINE)[1:]
+    found = {}
+    for section in sections:
+        blocks = re.findall(r"```json\n(.*?)```", section, flags=re.DOTALL)
+        found[section.split("\n")[0].strip("` ")] = [
+            json.loads(line) for block in blocks for line in block.splitlines()
+        ]
+    return found
+
+
+def names_in(rows: list[dict]) -> set[str]:
+    return {name for row in rows for key in ("image", "images") for name in np.atleast_1d(row.get(key, [])).tolist()}
+
+
+def test_documentation_has_an_example_of_every_format() -> None:
+    assert set(examples()) == {*data.DATASET_MAP, "any other value"} - {"shapes"} and all(examples().values())
+
+
+@pytest.mark.parametrize("name", sorted(examples()))
+def test_example_of_the_documentation_loads(folder: Path, name: str) -> None:
+    rows = examples()[name]
+    for image in names_in(rows):
+        (folder / "images" / image).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), "red").save(folder / "images" / image)
+    write(folder / "d.jsonl", rows)
+    args = (
+        arguments(folder, name, "d.jsonl")
+        if name in data.DATASET_MAP
+        else arguments(folder, str(folder / "d.jsonl"), None)
+    )
+    kind = "conversation" if "conversations" in rows[0] else "preference"
+    train = load(args, kind).train
+    assert len(train) == len(rows) and "duplicates" in load(args, kind).info["sets"][0]
+    if name in ("vlfeedback_paired", "rlhfv", "rlaifv"):  # the same rows as the hub has them
+        images = [{"bytes": (folder / "images" / row["image"]).read_bytes(), "path": None} for row in rows]
+        hub = datasets.Dataset.from_list([row | {"image": image} for row, image in zip(rows, images, strict=True)])
+        hub.cast_column("image", datasets.Image()).to_parquet(folder / "d.parquet")
+        parquet = load(arguments(folder, name, "d.parquet")).train
+        assert [row["responses"] for row in parquet] == [row["responses"] for row in train]
+        assert [row["prompt"] for row in parquet] == [row["prompt"] for row in train]
+        assert parquet[0]["images"] == images[:1]
+
+
+def test_loader_of_the_documentation_works(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), flags=re.DOTALL).group(1)
+    (folder / "a_users_format.py").write_text(code)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setitem(data.DATASET_MAP, "mine", importlib.import_module("a_users_format").load)
+    write(folder / "d.json", [{"image": "0.png", "q": "Q?", "good": "a", "bad": "b"}, {"q": "Q?", "good": "a"}])
+    found = load(arguments(folder, "mine", "d.json", on_bad_row="drop"), out=folder)
+    assert found.train[0]["responses"] == ["a", "b"] and found.train[0]["prompt"][0]["content"] == "<image>Q?"
+    assert "has no `bad` (it has good, q)" in (folder / "bad_rows.jsonl").read_text()
