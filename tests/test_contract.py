@@ -1,0 +1,122 @@
+"""A user who follows docs/CustomizedModel.md to the letter succeeds: twelve classes, a collator that makes its own pixels, one map line."""
+
+import json
+import sys
+import types
+
+import pytest
+from PIL import Image
+from transformers import LlavaForConditionalGeneration
+
+import models
+import train_dpo
+import train_rm
+import train_sft
+from base.collator import (
+    VLDPODataCollatorWithPadding,
+    VLPPODataCollator,
+    VLRMDataCollatorWithPadding,
+    VLSFTDataCollatorWithPadding,
+)
+from base.model import VLModelMixin
+from base.ppo_trainer import VLPPOTrainer
+from base.processor import VLProcessor
+from base.reward import VLModelWithValueHead, VLRewardModel
+from base.trainer import VLDPOTrainer, VLRMTrainer, VLSFTTrainer
+from models import ModelCoreMapper
+
+
+def own_pixels(collator, padded_batch):
+    """As in the contract: open the images of img_path and process them by hand."""
+    imgs = [Image.open(img_path).convert("RGB") for img_path in padded_batch["img_path"]]
+    padded_batch["img_input_dict"] = dict(
+        pixel_values=collator.processor.image_processor(images=imgs, return_tensors="pt")["pixel_values"]
+    )
+    return padded_batch
+
+
+class LlavaForRL(VLModelMixin, LlavaForConditionalGeneration): ...
+
+
+class LlavaProcessor(VLProcessor): ...
+
+
+class LlavaSFTDataCollatorWithPadding(VLSFTDataCollatorWithPadding):
+    def __call__(self, features):
+        return own_pixels(self, super().__call__(features))
+
+
+class LlavaDPODataCollatorWithPadding(VLDPODataCollatorWithPadding):
+    def __call__(self, features):
+        return own_pixels(self, super().__call__(features))
+
+
+class LlavaRMDataCollatorWithPadding(VLRMDataCollatorWithPadding):
+    def __call__(self, features):
+        return own_pixels(self, super().__call__(features))
+
+
+class LlavaPPODataCollator(VLPPODataCollator): ...
+
+
+class LlavaSFTTrainer(VLSFTTrainer): ...
+
+
+class LlavaDPOTrainer(VLDPOTrainer): ...
+
+
+class LlavaRMTrainer(VLRMTrainer): ...
+
+
+class LlavaPPOTrainer(VLPPOTrainer): ...
+
+
+class LlavaRewardModel(VLRewardModel): ...
+
+
+class LlavaWithValueHead(VLModelWithValueHead): ...
+
+
+core_mapper = ModelCoreMapper(
+    model=LlavaForRL,
+    processor=LlavaProcessor,
+    dpo_collator=LlavaDPODataCollatorWithPadding,
+    dpo_trainer=LlavaDPOTrainer,
+    reward_model=LlavaRewardModel,
+    value_model=LlavaWithValueHead,
+    reward_collator=LlavaRMDataCollatorWithPadding,
+    reward_trainer=LlavaRMTrainer,
+    sft_collator=LlavaSFTDataCollatorWithPadding,
+    sft_trainer=LlavaSFTTrainer,
+    ppo_collator=LlavaPPODataCollator,
+    ppo_trainer=LlavaPPOTrainer,
+)
+
+MAIN = {"sft": train_sft.main, "dpo": train_dpo.main, "rm": train_rm.main}
+
+
+@pytest.mark.parametrize("algorithm", MAIN)
+@pytest.mark.parametrize("mapper", ["twelve", "two"])
+def test_a_users_folder_trains_like_the_projects_own(command, tmp_path, monkeypatch, algorithm: str, mapper: str):
+    def curve(out) -> list[float]:
+        history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+        return [entry["loss"] for entry in history if "loss" in entry]
+
+    MAIN[algorithm](command(algorithm, "--use_lora True --lora_dropout 0", out=tmp_path / "theirs"))
+    module = types.ModuleType("models.my_own_folder")
+    module.core_mapper = (
+        core_mapper if mapper == "twelve" else ModelCoreMapper(model=LlavaForRL, processor=LlavaProcessor)
+    )
+    monkeypatch.setitem(sys.modules, "models.my_own_folder", module)
+    monkeypatch.setitem(models.MODEL_NICKNAME_MAP, "LlavaForConditionalGeneration", "my_own_folder")
+    MAIN[algorithm](command(algorithm, "--use_lora True --lora_dropout 0", out=tmp_path / "mine"))
+    assert curve(tmp_path / "mine") == curve(tmp_path / "theirs")
+
+
+def test_every_field_has_a_class(llava):
+    for mapper in (core_mapper, models.core_mapper_for(llava)):
+        assert all(isinstance(getattr(mapper, name), type) for name in mapper.__dataclass_fields__)
+        assert len(mapper.__dataclass_fields__) == 12
+        assert isinstance(mapper.model.default_lora_target, list)
+        assert mapper.model.prepare_default_generation_kwargs()["do_sample"] is False
+        assert mapper.model.__name__ == "LlavaForConditionalGeneration"
