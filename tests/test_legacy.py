@@ -433,6 +433,48 @@ def test_public_sizes(family: str, total: int, part: str, of_part: int):
         assert sum(n for name, n in tensors.items() if "plora" in name) == 603_979_776
 
 
+PUBLIC_SHAPES = {
+    "qwen_vl": {
+        "transformer.wte.weight": (151936, 4096),
+        "transformer.h.31.attn.c_attn.weight": (12288, 4096),
+        "transformer.h.31.attn.c_attn.bias": (12288,),
+        "transformer.h.31.mlp.w1.weight": (11008, 4096),
+        "transformer.h.31.mlp.c_proj.weight": (4096, 11008),
+        "transformer.visual.conv1.weight": (1664, 3, 14, 14),
+        "transformer.visual.positional_embedding": (256, 1664),
+        "transformer.visual.transformer.resblocks.47.attn.in_proj.weight": (4992, 1664),
+        "transformer.visual.transformer.resblocks.47.mlp.c_fc.weight": (8192, 1664),
+        "transformer.visual.attn_pool.query": (256, 4096),
+        "transformer.visual.attn_pool.kv_proj.weight": (4096, 1664),
+        "transformer.visual.attn_pool.attn.in_proj_weight": (12288, 4096),
+        "transformer.visual.proj": (4096, 4096),
+    },
+    "internlm_xcomposer2": {
+        "model.tok_embeddings.weight": (92544, 4096),
+        "model.layers.31.attention.wqkv.weight": (6144, 4096),
+        "model.layers.31.attention.wqkv.Plora_A.weight": (256, 4096),
+        "model.layers.31.attention.wqkv.Plora_B.weight": (6144, 256),
+        "model.layers.31.feed_forward.w2.Plora_A.weight": (256, 14336),
+        "model.layers.31.feed_forward.w3.weight": (14336, 4096),
+        "vit.vision_tower.vision_model.embeddings.position_embedding.weight": (1226, 1024),
+        "vit.vision_tower.vision_model.encoder.layers.23.mlp.fc1.weight": (4096, 1024),
+        "vision_proj.0.weight": (4096, 1024),
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_public_names_and_shapes(family: str):
+    """The converter's rules at the public sizes: every native tensor once, and the published shapes on the other side."""
+    module = convert_of(family)
+    original = json.loads((GOLDENS / family / "config.json").read_text())
+    config_class = type(module.to_native_config(original))
+    rules, native = module.rules(config_class()), module.native_shapes(config_class())
+    assert sorted(name for rule in rules for name in rule.new) == sorted(native)
+    published = in_original_names({name: torch.empty(shape, device="meta") for name, shape in native.items()}, rules)
+    assert {name: tuple(published[name].shape) for name in PUBLIC_SHAPES[family]} == PUBLIC_SHAPES[family]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Qwen-VL beyond its training length (200 tokens in the tiny checkpoint)
 
