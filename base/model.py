@@ -23,6 +23,7 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from base import packing
+from base.errors import InputError
 from losses import token_kl
 
 # Above this many logits the vocabulary is walked in chunks, so that no more than a chunk of logits exists at a time.
@@ -58,6 +59,9 @@ class VLModelMixin:
         "up_proj",
         "down_proj",
     ]
+
+    # Whether responses can share a row. Not if layers mix a row's tokens whatever the mask says (convolutions, linear attention).
+    packs: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -124,8 +128,9 @@ class VLModelMixin:
         """
         if img_inputs.get("pixel_values") is None:
             return dict(img_inputs)
-        names = set(inspect.signature(self.base_model.get_image_features).parameters)
-        features = self.get_image_features(**{k: v for k, v in img_inputs.items() if k in names}, return_dict=True)
+        extract = self.base_model.get_image_features
+        names = set(inspect.signature(extract).parameters)
+        features = extract(**{k: v for k, v in img_inputs.items() if k in names}, return_dict=True)
         # The grid is still needed for M-RoPE positions; everything else that the tower read has served.
         rest = {k: v for k, v in img_inputs.items() if k not in names or k == "image_grid_thw"}
         return {**rest, "mm_encoder_outputs": {"image": features}}
@@ -158,8 +163,13 @@ class VLModelMixin:
         """
         inputs = {"input_ids": input_ids, "use_cache": False, **img_inputs}
         if packed:
+            if not self.packs:
+                raise InputError(
+                    f"Layers of {type(self).__name__} would mix a row's responses: add --share_prefix False."
+                )
             inputs["attention_mask"] = self.packed_attention_mask(input_ids, segment_ids, img_inputs)
             inputs["position_ids"] = self.packed_position_ids(input_ids, segment_ids, img_inputs)
+            inputs.pop("token_type_ids", None)  # they say who sees whom, as the mask does
         else:
             inputs["attention_mask"] = (segment_ids >= 0).long()
         return inputs
@@ -167,8 +177,18 @@ class VLModelMixin:
     def packed_attention_mask(
         self, input_ids: torch.Tensor, segment_ids: torch.Tensor, img_inputs: dict[str, Any]
     ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Hook: the mask of packed rows, (B, 1, L, L) bool. Families with windows or bidirectional spans override it."""
-        return packing.packed_mask(segment_ids)
+        """Hook: the mask of packed rows, (B, 1, L, L) bool, or one per kind of layer. Families with bidirectional spans override it.
+
+        A sliding window is measured in positions: in a packed row they differ from the columns.
+        """
+        mask = packing.packed_mask(segment_ids)
+        text = self.config.get_text_config()
+        window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
+        if window is None or (kinds and "sliding_attention" not in kinds):
+            return mask
+        position = packing.packed_positions(segment_ids)
+        near = mask & (position[:, :, None] - position[:, None, :] < window)[:, None]
+        return {"full_attention": mask, "sliding_attention": near} if kinds else near
 
     def packed_position_ids(
         self, input_ids: torch.Tensor, segment_ids: torch.Tensor, img_inputs: dict[str, Any]

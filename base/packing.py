@@ -77,6 +77,13 @@ def packed_mask(segment_ids: torch.Tensor) -> torch.Tensor:
     return (causal & ((key == 0) | (key == query)))[:, None]
 
 
+def same_span(inside: torch.Tensor) -> torch.Tensor:
+    """Pairs of tokens that stand in one unbroken run of `inside`, an image for example: (B, L) bool -> (B, 1, L, L) bool."""
+    first = inside & ~torch.nn.functional.pad(inside, (1, -1))
+    number = first.cumsum(dim=1) * inside  # (B, L): 1, 2, ... in the runs, 0 between them
+    return (inside[:, :, None] & (number[:, :, None] == number[:, None, :]))[:, None]
+
+
 def offset_in_segment(segment_ids: torch.Tensor) -> torch.Tensor:
     """Distance of each token from the first token of its segment: (B, L) -> (B, L) long."""
     L = segment_ids.shape[1]

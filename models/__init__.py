@@ -186,6 +186,11 @@ def load_for_training(model_args: Any, lora_args: Any, training_args: Any) -> to
     dtype = getattr(torch, model_args.torch_dtype, None)
     if dtype is None:  # auto: a frozen base may be bf16, trained weights keep float32 masters under autocast
         dtype = torch.bfloat16 if training_args.bf16 and lora_args.use_lora else torch.float32
+    if training_args.share_prefix and not core_mapper_for(model_args.model_name_or_path).model.packs:
+        logging.getLogger(__name__).warning(
+            "Layers of this model would mix a row's responses: --share_prefix is switched off."
+        )
+        training_args.share_prefix = False
     flash = model_args.use_flash_attention_2
     if flash and training_args.share_prefix:
         logging.getLogger(__name__).warning(

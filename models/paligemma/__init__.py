@@ -21,17 +21,9 @@ class PaliGemmaForRL(VLModelMixin, PaliGemmaForConditionalGeneration):
     def packed_attention_mask(
         self, input_ids: torch.Tensor, segment_ids: torch.Tensor, img_inputs: dict[str, Any]
     ) -> torch.Tensor:
-        """The packed mask, with the prompt seeing all of itself."""
-        prompt = segment_ids == 0
+        """The packed mask, with the prompt seeing all of itself. What answers share, also in segment 0, is no prompt."""
+        prompt = (segment_ids == 0) & (img_inputs["token_type_ids"] == 0)
         return packing.packed_mask(segment_ids) | (prompt[:, :, None] & prompt[:, None, :])[:, None]
-
-    def packed_inputs(
-        self, input_ids: torch.Tensor, segment_ids: torch.Tensor, img_inputs: dict[str, Any], packed: bool = True
-    ) -> dict[str, Any]:
-        inputs = super().packed_inputs(input_ids, segment_ids, img_inputs, packed)
-        if packed:
-            inputs.pop("token_type_ids", None)  # the mask says it
-        return inputs
 
 
 class PaliGemmaProcessor(VLProcessor):
