@@ -60,6 +60,12 @@ class ModelArguments:
         default=False, metadata={"help": "Load the base in --bits and train LoRA on it (needs --use_lora)."}
     )
     bits: Literal[4, 8] = field(default=4, metadata={"help": "With --q_lora: 4 (NF4, double quantisation) or 8."})
+    merge_first: bool = field(
+        default=False,
+        metadata={
+            "help": "Merge the adapter that --model_name_or_path names into its base, and start from that; else the adapter itself continues."
+        },
+    )
 
 
 @dataclass

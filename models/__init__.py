@@ -4,16 +4,20 @@ To add a family: a folder with a `core_mapper`, one line in MODEL_NICKNAME_MAP (
 """
 
 import base.compat  # noqa: F401  isort: skip  (must come before transformers)
+import contextlib
 import importlib
 import json
 import logging
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoConfig, BitsAndBytesConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file
 
 from base.compat import keep_quantised_linears_trainable
@@ -174,6 +178,9 @@ def load_model(
         raise InputError(
             f"The weights of {path} do not fit {model_class.__name__}: {listed}. Save the checkpoint anew."
         )
+    if is_deepspeed_zero3_enabled():
+        # transformers keeps all renamings of a class here, not only those that this checkpoint's names needed, and saves wrong names with them.
+        model._weight_conversions = [c for c in getattr(model, "_weight_conversions", None) or [] if c.was_used()]
     if bits is not None:
         keep_quantised_linears_trainable(model)
     if path != model_name_or_path:
@@ -183,6 +190,8 @@ def load_model(
 
 def load_for_training(model_args: Any, lora_args: Any, training_args: Any) -> torch.nn.Module:
     """Load the policy as the flags of args.py say, freeze its vision tower, add LoRA."""
+    if model_args.merge_first:
+        model_args.model_name_or_path = _merged_base(model_args, training_args)
     dtype = getattr(torch, model_args.torch_dtype, None)
     if dtype is None:  # auto: a frozen base may be bf16, trained weights keep float32 masters under autocast
         dtype = torch.bfloat16 if training_args.bf16 and lora_args.use_lora else torch.float32
@@ -209,6 +218,39 @@ def load_for_training(model_args: Any, lora_args: Any, training_args: Any) -> to
     if lora_args.use_lora and not isinstance(model, PeftModel):
         model = add_lora(model, lora_args, gradient_checkpointing=training_args.gradient_checkpointing)
     return model
+
+
+def _merged_base(model_args: Any, training_args: Any) -> str:
+    """For --merge_first: the folder `merged_base` of the run, a plain checkpoint. What is trained next names it as its base."""
+    from models.merging import bits_of, merge_to  # merging imports this module
+
+    adapter, merged = model_args.model_name_or_path, Path(training_args.output_dir) / "merged_base"
+    if adapter == str(merged):  # done for the policy; now the reference is loaded
+        return adapter
+    base = base_model_path(adapter)
+    if base == adapter:
+        raise InputError(f"--merge_first needs a LoRA adapter, and {adapter} has no adapter_config.json: leave it out.")
+    with training_args.main_process_first(local=training_args.save_on_each_node, desc="merging the adapter"):
+        first = training_args.local_process_index if training_args.save_on_each_node else training_args.process_index
+        if first == 0 and not (training_args.resume_from_checkpoint and merged.is_dir()):
+            shutil.rmtree(merged, ignore_errors=True)
+            with one_process_loads():
+                merge_to(base, adapter, merged, bits_of(adapter))
+    return str(merged)
+
+
+@contextlib.contextmanager
+def one_process_loads() -> Iterator[None]:
+    """Load whole models, on one process alone: under ZeRO-3 from_pretrained would share them out and wait for the others."""
+    from transformers.integrations import deepspeed
+
+    config = deepspeed.deepspeed_config() and deepspeed._hf_deepspeed_config_weak_ref()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
 
 
 def reference_for(

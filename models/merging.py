@@ -1,0 +1,98 @@
+"""LoRA adapter + base -> one plain checkpoint."""
+
+import base.compat  # noqa: F401  isort: skip  (must come before transformers)
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+
+from base.errors import InputError
+from base.reward import REWARD_HEAD, checkpoint_fingerprint, load_head, save_head
+from models import base_model_path, core_mapper_for, load_model
+
+
+def bits_of(adapter: str) -> int | None:
+    """The quantisation that an adapter was trained on, as the run.json of its run says: 4, 8 or None.
+
+    run.json lies in the run's folder: beside the final adapter, or above a checkpoint's.
+    """
+    for folder in (Path(adapter), Path(adapter).parent):
+        if (folder / "run.json").is_file():
+            flags = json.loads((folder / "run.json").read_text())["arguments"]["ModelArguments"]
+            return flags["bits"] if flags.get("q_lora") else None
+    return None
+
+
+def merge(base: str, adapter: str, bits: int | None = None, dtype: torch.dtype | str = "auto") -> torch.nn.Module:
+    """The base model with the adapter's update added to its weights.
+
+    Args:
+        bits: 4 or 8 for an adapter that was trained on a quantised base. The base is quantised and dequantised again, so that the result is the
+            model that was trained, quantisation error included. None adds the update to the weights as they are on disk.
+        dtype: of the result; "auto" is the base's own, float32 with `bits`.
+
+    Raises:
+        InputError: `adapter` is no LoRA adapter, was trained on other weights than those of `base`, or on other layers.
+    """
+    if base_model_path(adapter) == adapter:
+        raise InputError(f"{adapter} has no adapter_config.json: give the output folder of a run with --use_lora True.")
+    _check_base(base, adapter)
+    if bits is not None and dtype == "auto":
+        dtype = torch.float32
+    model = load_model(base, dtype=dtype, bits=bits)
+    if bits is not None:
+        model = model.dequantize()
+    try:
+        model = PeftModel.from_pretrained(model, adapter)
+        found, wanted = (
+            load_peft_weights(adapter, device="cpu"),
+            get_peft_model_state_dict(model, save_embedding_layers=False),
+        )
+        if found.keys() != wanted.keys():  # peft only warns
+            raise ValueError(f"{min(found.keys() ^ wanted.keys())} is in one of them only.")
+    except (ValueError, RuntimeError) as error:  # target modules are missing, or of another size
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"The adapter in {adapter} does not fit {base}: {reason}") from error
+    return model.merge_and_unload(safe_merge=True)
+
+
+def merge_to(
+    base: str, adapter: str, out: str | Path, bits: int | None = None, dtype: torch.dtype | str = "auto"
+) -> None:
+    """Write what `merge` returns as a plain checkpoint with processor, and with a reward model's head.
+
+    The folder appears when it is whole: it is written under another name first.
+
+    Raises:
+        InputError: as `merge`; or `out` holds files already.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists already: give a folder that is empty or not there.")
+    model = merge(base, adapter, bits, dtype)
+    aside = out.with_name(f".{out.name}.incomplete")
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside)
+    core_mapper_for(base).processor(adapter if _has_processor(adapter) else base).save_pretrained(aside)
+    if (Path(adapter) / REWARD_HEAD).is_file():
+        save_head(model, load_head(adapter, REWARD_HEAD, model).weight, str(aside), REWARD_HEAD)
+    if out.exists():
+        out.rmdir()
+    os.rename(aside, out)
+
+
+def _check_base(base: str, adapter: str) -> None:
+    """Refuse another base than the adapter was trained on, as far as the latter is still there."""
+    trained_on = base_model_path(adapter)
+    if os.path.isdir(trained_on) and checkpoint_fingerprint(trained_on) != checkpoint_fingerprint(base):
+        raise InputError(
+            f"The adapter in {adapter} was trained on {trained_on}, which has other weights than {base}: give that base."
+        )
+
+
+def _has_processor(adapter: str) -> bool:
+    return (Path(adapter) / "processor_config.json").is_file()
