@@ -609,6 +609,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pairs.append({"image": f"{i}.png", "prompt": prompt, "chosen": chosen, "rejected": rejected})
     (folder / "conversations.json").write_text(json.dumps(conversations))
     (folder / "pairs.json").write_text(json.dumps(pairs))
+    (folder / "reward.py").write_text(
+        "def letters(images, prompts, responses):\n    return [float(sum(c.isalpha() for c in r)) for r in responses]\n"
+    )
     return folder
 
 
@@ -627,6 +630,8 @@ def test_script_trains_two_steps(script: str, mode: str, name: str, files: Path,
     ).split()
     if mode == "lora":
         command += ["--use_lora", "True", "--lora_r", "4"]
+    if script == "train_ppo":
+        command += ["--reward_fn", f"{files}/reward.py:letters", "--response_length", "6"]
     importlib.import_module(script).main(command)
 
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
