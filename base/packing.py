@@ -8,32 +8,48 @@
 
 A VLM's prompt is long (576 to 3,000 image tokens) and its responses short, so the prompt is computed once per row instead of once per response.
 A row with one response is an ordinary causal row: the plain layout is this layout with K = 1.
+
+Segment 0 is what all responses of the row share: the prompt and, where they begin alike (RLHF-V's edited answers), their common beginning too.
+Its tokens then belong to every response, at one and the same position.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
+
+
+def common_beginning(responses: Sequence[Sequence[int]]) -> int:
+    """Number of tokens with which all K >= 2 responses begin; every response keeps at least one token of its own. 0 for K = 1."""
+    if len(responses) < 2:
+        return 0
+    same = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*responses, strict=False))
+    return min(sum(1 for _ in same), min(map(len, responses)) - 1)
 
 
 def pack_rows(
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[Sequence[int]]],
     pad_token_id: int,
+    shared: Sequence[int] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Lay out B prompts with their responses, padded on the right.
 
     Args:
         prompts: B token-id lists.
         responses: for each prompt its K_b token-id lists, each with at least one token.
+        shared: for each row how many first tokens its responses have in common, to be laid out once; none by default.
 
     Returns:
         input_ids, segment_ids: (B, L) long.
         completion_index: (R, T) long, R = sum of K_b: flat position b * L + t whose hidden state predicts the token; 0 where padded.
         completion_ids: (R, T) long, the tokens of each response; 0 where padded.
         completion_mask: (R, T) bool, True on real tokens.
+        With shared tokens only: scored, scored_as (N,), for the N = completion_mask.sum() response tokens in their order: bool, True at the first
+        of equal ones; and which of the True ones each token is. A shared token needs to go through lm_head once.
     """
-    lengths = [len(p) + sum(len(r) for r in row) for p, row in zip(prompts, responses, strict=True)]
-    B, L = len(prompts), max(lengths)
+    shared = shared if shared is not None else [0] * len(prompts)
+    B, L = len(prompts), max(map(packed_length, prompts, responses, shared))
     flat = [r for row in responses for r in row]
     R, T = len(flat), max(len(r) for r in flat)
     input_ids = torch.full((B, L), pad_token_id, dtype=torch.long)
@@ -41,29 +57,46 @@ def pack_rows(
     index = torch.zeros((R, T), dtype=torch.long)
     ids = torch.zeros((R, T), dtype=torch.long)
     mask = torch.zeros((R, T), dtype=torch.bool)
-    r = 0
-    for b, (prompt, row) in enumerate(zip(prompts, responses, strict=True)):
+    scored: list[bool] = []
+    scored_as: list[int] = []
+    r = count = 0
+    for b, (prompt, row, S) in enumerate(zip(prompts, responses, shared, strict=True)):
         P = len(prompt)
-        input_ids[b, :P] = torch.as_tensor(prompt)
-        segment_ids[b, :P] = 0
-        start = P
+        start = P + S
+        input_ids[b, :start] = torch.as_tensor([*prompt, *row[0][:S]])
+        segment_ids[b, :start] = 0
         for segment, response in enumerate(row, start=1):
             n = len(response)
-            input_ids[b, start : start + n] = torch.as_tensor(response)
-            segment_ids[b, start : start + n] = segment
-            index[r, :n] = b * L + torch.arange(start - 1, start + n - 1)
-            index[r, 0] = b * L + P - 1
+            own = n - S
+            input_ids[b, start : start + own] = torch.as_tensor(response[S:])
+            segment_ids[b, start : start + own] = segment
+            index[r, : S + 1] = b * L + torch.arange(P - 1, P + S)  # the shared tokens and the first of its own
+            index[r, S + 1 : n] = b * L + torch.arange(start, start + own - 1)
             ids[r, :n] = torch.as_tensor(response)
             mask[r, :n] = True
-            start += n
+            start += own
             r += 1
-    return {
+            if segment == 1:
+                first = count
+            fresh = n if segment == 1 else own
+            scored += [False] * (n - fresh) + [True] * fresh
+            scored_as += [*range(first, first + n - fresh), *range(count, count + fresh)]
+            count += fresh
+    packed = {
         "input_ids": input_ids,
         "segment_ids": segment_ids,
         "completion_index": index,
         "completion_ids": ids,
         "completion_mask": mask,
     }
+    if any(shared):
+        packed |= {"scored": torch.tensor(scored), "scored_as": torch.tensor(scored_as)}
+    return packed
+
+
+def packed_length(prompt: Sequence[int], responses: Sequence[Sequence[int]], shared: int = 0) -> int:
+    """Tokens that a row takes: prompt, common beginning once, and what is left of each response."""
+    return len(prompt) + shared + sum(len(response) - shared for response in responses)
 
 
 def packed_mask(segment_ids: torch.Tensor) -> torch.Tensor:
@@ -94,9 +127,9 @@ def offset_in_segment(segment_ids: torch.Tensor) -> torch.Tensor:
 
 
 def packed_positions(segment_ids: torch.Tensor) -> torch.Tensor:
-    """Positions of a packed row: the prompt counts from 0, every response from the prompt's length P. (B, L) -> (B, L) long."""
-    prompt_length = (segment_ids == 0).sum(dim=1, keepdim=True)  # (B, 1)
-    return offset_in_segment(segment_ids) + torch.where(segment_ids == 0, 0, prompt_length)
+    """Positions of a packed row: segment 0 counts from 0, every response goes on from its length. (B, L) -> (B, L) long."""
+    shared_length = (segment_ids == 0).sum(dim=1, keepdim=True)  # (B, 1)
+    return offset_in_segment(segment_ids) + torch.where(segment_ids == 0, 0, shared_length)
 
 
 def scatter_to_responses(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

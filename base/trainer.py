@@ -123,11 +123,17 @@ class VLTrainer(Trainer):
         """Log-probs (N,) and hidden states (N, D) of the N response tokens of a packed batch, response after response."""
         mask = batch["completion_mask"]
         core = self.base_model(model)
-        return model(
+        index, ids = batch["completion_index"][mask], batch["completion_ids"][mask]
+        if "scored" in batch:  # what responses share goes through lm_head once
+            index, ids = index[batch["scored"]], ids[batch["scored"]]
+        outputs = model(
             **core.packed_inputs(batch["input_ids"], batch["segment_ids"], image_inputs, batch["packed"]),
-            completion_index=batch["completion_index"][mask],
-            completion_ids=batch["completion_ids"][mask],
+            completion_index=index,
+            completion_ids=ids,
         )
+        if "scored" in batch:
+            outputs.logps, outputs.hidden = outputs.logps[batch["scored_as"]], outputs.hidden[batch["scored_as"]]
+        return outputs
 
     def completion_logps(self, model: nn.Module, batch: Batch, image_inputs: dict[str, Any]) -> Tensor:
         """Log-probs of all response tokens of a packed batch: (R, T) float32, zero where padded."""

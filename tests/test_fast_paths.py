@@ -1,0 +1,109 @@
+"""What makes a step cheaper must not change it: shared beginnings of answers, cached reference log-probs, batches of equal length."""
+
+import pytest
+import torch
+
+from base.packing import common_beginning, pack_rows, packed_mask, packed_positions
+from models import core_mapper_for, load_model
+from tests import zoo
+from tests.test_dpo import LORA, dpo_trainer
+
+EDITED = [
+    "A red square on the table and a blue circle left of a yellow star.",
+    "A red square on the table and two green triangles.",
+]
+
+
+# -- a common beginning of the responses ---------------------------------------------------------------------------------
+
+
+def test_common_beginning_leaves_every_response_a_token():
+    assert common_beginning([[1, 2, 3], [1, 2, 4, 5]]) == 2
+    assert common_beginning([[1, 2], [1, 2, 3]]) == 1  # one begins with the whole other
+    assert common_beginning([[7], [7]]) == 0
+    assert common_beginning([[1, 2, 3], [1, 2, 4], [1, 9]]) == 1
+    assert common_beginning([[1, 2, 3]]) == 0
+
+
+def test_layout_of_a_shared_beginning_by_hand():
+    packed = pack_rows([[1, 2], [3]], [[[10, 11, 12, 13], [10, 11, 14]], [[20], [21]]], pad_token_id=0, shared=[2, 0])
+    assert packed["input_ids"].tolist() == [[1, 2, 10, 11, 12, 13, 14], [3, 20, 21, 0, 0, 0, 0]]
+    assert packed["segment_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 2], [0, 1, 2, -1, -1, -1, -1]]
+    assert packed["completion_index"].tolist() == [[1, 2, 3, 4], [1, 2, 3, 0], [7, 0, 0, 0], [7, 0, 0, 0]]
+    assert packed["completion_ids"].tolist() == [[10, 11, 12, 13], [10, 11, 14, 0], [20, 0, 0, 0], [21, 0, 0, 0]]
+    assert packed_positions(packed["segment_ids"])[0].tolist() == [0, 1, 2, 3, 4, 5, 4]
+    assert packed_mask(packed["segment_ids"])[0, 0, 6].tolist() == [True, True, True, True, False, False, True]
+    # Ten response tokens, of which the second response's first two are the first's
+    assert packed["scored"].tolist() == [True] * 4 + [False, False, True, True, True]
+    assert packed["scored_as"].tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6]
+
+
+@pytest.mark.parametrize("family", sorted(zoo.BUILDERS))
+def test_edited_answers_on_every_family(family: str):
+    """Log-probs of a shared beginning equal those of separate rows: masks and positions of every family stay right."""
+    path = zoo.checkpoint(family)
+    adapter = core_mapper_for(path)
+    processor = adapter.processor(path)
+    model = load_model(path, dtype=torch.float32).eval()
+    rows = [
+        {
+            "images": [zoo.image(seed)],
+            "prompt": [{"role": "user", "content": question}],
+            "responses": [*EDITED, EDITED[0] + " no"][: 2 + seed],
+            "ranks": [0.0, 1.0, 2.0][: 2 + seed],
+        }
+        for seed, question in enumerate(("What is in this image?", "Describe the photo, yes or no"))
+    ]
+    found, shapes = [], []
+    for share in (True, False):
+        batch = adapter.dpo_collator(processor, share_prefix=share)(rows)
+        mask = batch["completion_mask"]
+        with torch.no_grad():
+            images = model.encode_images(batch["img_input_dict"])
+            logps = model(
+                **model.packed_inputs(batch["input_ids"], batch["segment_ids"], images, batch["packed"]),
+                completion_index=batch["completion_index"][mask],
+                completion_ids=batch["completion_ids"][mask],
+            ).logps
+        found.append(logps)
+        shapes.append(batch)
+    shared = common_beginning(
+        [
+            r[: n.sum()].tolist()
+            for r, n in zip(shapes[1]["completion_ids"][:2], shapes[1]["completion_mask"], strict=False)
+        ]
+    )
+    assert shared > 3 and "scored" in shapes[0] and "scored" not in shapes[1]
+    torch.testing.assert_close(found[0], found[1], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("flags", [LORA, LORA + " --gradient_checkpointing True", ""])
+def test_edited_answers_give_the_same_gradients(llava, preference_rows, tmp_path, flags: str):
+    rows = [row | {"responses": EDITED} for row in preference_rows[:2]] + [preference_rows[2]]
+    found = {}
+    for share in (True, False):
+        trainer = dpo_trainer(llava, _dataset(rows), tmp_path, f"{flags} --share_prefix {share}")
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+        batch = trainer._prepare_inputs(trainer.data_collator(rows))
+        assert ("scored" in batch) == share
+        seen = []
+        trainer.base_model(trainer.model).lm_head.register_forward_hook(
+            lambda module, inputs, output, seen=seen: seen.append(inputs[0].shape[0])
+        )
+        trainer.model.train()
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        tokens = int(batch["completion_mask"].sum())
+        assert seen[-1] == int(batch["scored"].sum()) < tokens if share else seen[-1] == tokens
+        found[share] = loss, {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(found[True][0], found[False][0], atol=1e-6, rtol=0)
+    for name, gradient in found[False][1].items():
+        assert (gradient - found[True][1][name]).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+
+
+def _dataset(rows):
+    from datasets import Dataset
+
+    return Dataset.from_list(rows)
