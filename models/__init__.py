@@ -184,6 +184,8 @@ def load_model(
     if bits is not None:
         keep_quantised_linears_trainable(model)
     if path != model_name_or_path:
+        if bits is not None and is_trainable:
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         model = PeftModel.from_pretrained(model, model_name_or_path, is_trainable=is_trainable)
     return model
 
