@@ -42,7 +42,7 @@ class MllamaForRL(VLModelMixin, MllamaForConditionalGeneration):
         text_only = ~img_inputs["cross_attention_mask"].flatten(1).any(dim=1)  # (B,)
         states = states.masked_fill(text_only.view(-1, 1, 1, 1, 1), 0)
         rest = {name: value for name, value in img_inputs.items() if name not in TOWER_INPUTS}
-        return {**rest, "cross_attention_states": states.flatten(0, 2)}
+        return {**rest, "cross_attention_states": states.flatten(1, 3)}
 
     def hide_absent_images(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Tokens before the first image attend to all tiles: to those of their own row's images only, not of the batch's padding."""
