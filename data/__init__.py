@@ -188,7 +188,7 @@ def _load_part(args: DataArgs, kind: Kind, data_args: MixArgs) -> _Part:
     verdicts = verify(
         rows, kind, image_root_of(args), args.allow_outside_image_root, *pairs, num_proc=args.dataset_num_proc
     )
-    refused = _refused(rows, verdicts, args.dataset_name)
+    refused = refused_rows(rows, verdicts, args.dataset_name)
     good = np.array([problem is None for problem in verdicts.problem], dtype=bool)
     bad = sum(not entry["skipped"] for entry in refused)
     counts: dict[str, object] = {"name": args.dataset_name, "file": args.data_path, "rows": len(rows), "bad": bad}
@@ -200,7 +200,8 @@ def _load_part(args: DataArgs, kind: Kind, data_args: MixArgs) -> _Part:
     return part
 
 
-def _refused(rows: Dataset, verdicts: Verdicts, name: str) -> list[dict[str, object]]:
+def refused_rows(rows: Dataset, verdicts: Verdicts, name: str) -> list[dict[str, object]]:
+    """What bad_rows.jsonl lists: {"source", "where", "skipped", "reason"} of every row with a problem."""
     indices = [i for i, problem in enumerate(verdicts.problem) if problem is not None]
     wheres = rows.select_columns(["where"]).select(indices)["where"]
     return [

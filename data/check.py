@@ -30,7 +30,7 @@ from PIL import Image
 from args import DataArguments, parse, run
 from base.errors import InputError
 from base.processor import IGNORE_INDEX, VLProcessor, load_image
-from data import load_rows, per_name
+from data import load_rows, per_name, refused_rows
 from data.lengths import LengthLimits
 from data.rows import IMAGE_MARK, Kind, Row
 from data.source import image_root_of
@@ -83,11 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             decode=check_args.decode_images,
         )
         good = [i for i, problem in enumerate(verdicts.problem) if problem is None]
-        found = [
-            {"source": args.dataset_name, "where": where, "skipped": bool(skipped), "reason": problem}
-            for where, skipped, problem in zip(rows["where"], verdicts.skipped, verdicts.problem, strict=True)
-            if problem is not None
-        ]
+        found = refused_rows(rows, verdicts, args.dataset_name)
         bad += sum(not entry["skipped"] for entry in found)
         refused += found
         usable = rows.select(good)

@@ -25,7 +25,15 @@ _CHUNK_CHARS = 1 << 20
 _DECODER = json.JSONDecoder()
 _AFTER_VALUE = (",", "]", " ", "\n", "\r", "\t")
 _NO_SPACE = re.compile(r"[ \t\r\n]*")
-_RECORD = Features({"text": Value("large_string"), "line": Value("int64"), "unreadable": Value("string")})
+_RECORD = Features(
+    {
+        "text": Value("large_string"),
+        "unreadable": Value("string"),
+        "file": Value("string"),
+        "row": Value("int64"),
+        "line": Value("int64"),
+    }
+)
 
 
 def code_state() -> str:
@@ -40,7 +48,7 @@ def read_file(path: str, what: str) -> tuple[Dataset, bool]:
     """Records of a JSON, JSON lines or parquet file, or of a folder of them; `what` is the flag that named it.
 
     Returns:
-        The data set, and whether its rows are JSON texts (columns text, line, unreadable) instead of columns.
+        The data set, and whether its rows are JSON texts (columns text, unreadable, file, row, line) instead of columns.
 
     Raises:
         InputError: missing file, unknown kind of file, or a file that is damaged as a whole.
@@ -103,9 +111,9 @@ def _records_of_files(stamps: list[tuple[str, int, int]], code: str) -> Iterator
     empty = True
     for path, *_ in stamps:
         records = json_list if path.endswith(".json") and _first_character(path) == "[" else json_lines
-        for record in records(path):
+        for row, record in enumerate(records(path)):
             empty = False
-            yield record
+            yield record | {"file": path, "row": row}
     if empty:
         raise InputError(f"{', '.join(path for path, *_ in stamps)} holds no rows: is it the right file?")
 

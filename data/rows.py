@@ -342,8 +342,10 @@ def convert_batch(
         record = {name: values[i] for name, values in batch.items()}
         row: Row = {}
         problem, skipped = None, False
+        where = f"{label}, row {index}"
         try:
             if is_text:
+                where = f"{record['file']}, row {record['row']} (line {record['line']})"
                 record = _parse(record)
             row = convert(record, kind)
             row["images"] = _with_paths(row.get("images") or [], image_root, allow_outside, image_bytes)  # type: ignore
@@ -352,9 +354,10 @@ def convert_batch(
             row = check_row(kind, row)
         except BadRow as error:
             row, problem, skipped = {}, str(error), isinstance(error, SkippedRow)
-        line = batch["line"][i] if is_text else None
-        row |= {"source": source, "problem": problem, "skipped": skipped}
-        row["where"] = f"{label}, row {index}" + (f" (line {line})" if line else "")
+        except Exception as error:  # a loader's mistake, not the file's: keep its traceback, and say where it happened
+            error.add_note(f"The record was {where}.")
+            raise
+        row |= {"source": source, "where": where, "problem": problem, "skipped": skipped}
         for column in columns:
             out[column].append(row.get(column))
     return out

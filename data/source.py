@@ -55,28 +55,32 @@ def to_rows(
     image_bytes = not is_text and any(_holds_bytes(dataset, name) for name in _IMAGE_COLUMNS)
     features = features_of(kind, image_bytes) | {"problem": Value("string"), "skipped": Value("bool")}
     small = 100 if image_bytes else 1000  # rows held at a time: images are some hundred kB each
-    return dataset.map(
-        convert_batch,
-        with_indices=True,
-        batched=True,
-        batch_size=small,
-        writer_batch_size=small,
-        num_proc=_processes(data_args, len(dataset)),
-        remove_columns=dataset.column_names,
-        features=Features(features),
-        desc=f"Reading {data_args.dataset_name}",
-        fn_kwargs={
-            "convert": convert,
-            "kind": kind,
-            "is_text": is_text,
-            "image_bytes": image_bytes,
-            "image_root": image_root_of(data_args),
-            "allow_outside": data_args.allow_outside_image_root,
-            "source": data_args.dataset_name,
-            "label": label,
-            "code": code_state(),
-        },
-    )
+    try:
+        return dataset.map(
+            convert_batch,
+            with_indices=True,
+            batched=True,
+            batch_size=small,
+            writer_batch_size=small,
+            num_proc=_processes(data_args, len(dataset)),
+            remove_columns=dataset.column_names,
+            features=Features(features),
+            desc=f"Reading {data_args.dataset_name}",
+            fn_kwargs={
+                "convert": convert,
+                "kind": kind,
+                "is_text": is_text,
+                "image_bytes": image_bytes,
+                "image_root": image_root_of(data_args),
+                "allow_outside": data_args.allow_outside_image_root,
+                "source": data_args.dataset_name,
+                "label": label,
+                "code": code_state(),
+            },
+        )
+    except UnicodeDecodeError as error:  # parquet's texts are decoded row by row, by `datasets`
+        row = next(i for i in range(len(dataset)) if not _decodes(dataset, i))
+        raise InputError(f"{label}, row {row}: a text is not UTF-8 ({error.reason}): is the file whole?") from error
 
 
 def image_root_of(data_args: DataArgs) -> str:
@@ -119,6 +123,13 @@ def _holds_bytes(dataset: Dataset, name: str) -> bool:
     feature = dataset.features.get(name)
     feature = getattr(feature, "feature", feature)
     return feature is not None and not isinstance(feature, Value)
+
+
+def _decodes(dataset: Dataset, row: int) -> bool:
+    try:
+        return bool(dataset[row])
+    except UnicodeDecodeError:
+        return False
 
 
 def _processes(data_args: DataArgs, rows: int) -> int | None:

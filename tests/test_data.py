@@ -13,6 +13,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 from PIL import Image, ImageFile
 
@@ -209,6 +210,16 @@ def test_rlaifv_parquet(folder: Path) -> None:
     datasets.Dataset.from_list([row | {"idx": "1", "origin_dataset": "o"}]).to_parquet(folder / "r.parquet")
     train = load(arguments(folder, "rlaifv", "r.parquet")).train
     assert train[0]["responses"] == ["good", "bad"] and train[0]["images"][0]["bytes"] == png((1, 2, 3))
+
+
+def test_parquet_text_that_is_not_utf8_names_the_row(folder: Path) -> None:
+    row = {"image": "0.png", "question": "Q?", "chosen": "a word to find", "rejected": "bad"}
+    table = pyarrow.Table.from_pylist([row | {"chosen": "good"}] * 2 + [row])
+    pyarrow.parquet.write_table(table, folder / "r.parquet", compression="none")
+    content = (folder / "r.parquet").read_bytes()
+    (folder / "r.parquet").write_bytes(content.replace(b"a word to find", b"a word to \xff\xfe\xfd\xfc"))
+    with pytest.raises(InputError, match=r"r\.parquet, row 2: a text is not UTF-8"):
+        load(arguments(folder, "rlaifv", "r.parquet"))
 
 
 def test_mmrlhf_pairs_ranked_responses_and_video(folder: Path) -> None:

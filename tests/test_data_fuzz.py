@@ -87,7 +87,7 @@ def mutate(row: dict, rng: random.Random) -> object:
             holder = holder[key]
         match rng.randrange(6):
             case 0 | 1 | 2:
-                holder[last] = rng.choice(STRANGE)
+                holder[last] = copy.deepcopy(rng.choice(STRANGE))
             case 3:
                 del holder[last]
             case 4 if isinstance(holder, dict):
