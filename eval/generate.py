@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from transformers.utils import ModelOutput
 
 from base.errors import InputError
 from base.packing import scatter_to_responses
@@ -207,20 +208,26 @@ class Answerer:
             out = out[:, length:]  # else only new tokens are there (InstructBLIP generates from embeddings)
         return [text.strip() for text in self.processor.tokenizer.batch_decode(out, skip_special_tokens=True)]
 
-    @torch.inference_mode()
     def response_logps(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs of the response tokens of a packed batch (VLDPODataCollatorWithPadding) and their mask, (R, T) each."""
-        batch = self.to_device({k: v for k, v in batch.items() if k != "img_input_dict"}) | {
-            "img_input_dict": self.to_device(batch["img_input_dict"])
-        }
-        core, mask = self.core, batch["completion_mask"]
-        images = core.encode_images(batch["img_input_dict"])
-        out = self.model(
-            **core.packed_inputs(batch["input_ids"], batch["segment_ids"], images, batch["packed"]),
-            completion_index=batch["completion_index"][mask],
-            completion_ids=batch["completion_ids"][mask],
-        )
+        mask = batch["completion_mask"].to(self.device)
+        out = self._completions(batch, completion_ids=batch["completion_ids"].to(self.device)[mask])
         return scatter_to_responses(out.logps, mask), mask
+
+    @torch.inference_mode()
+    def greedy_tokens(self, batch: dict) -> torch.Tensor:
+        """The likeliest token at the place of every response token, (N,) on the CPU."""
+        hidden = self._completions(batch).hidden
+        return self.core.get_output_embeddings()(hidden).argmax(-1).cpu()
+
+    @torch.inference_mode()
+    def _completions(self, batch: dict, **kwargs: torch.Tensor) -> ModelOutput:
+        core = self.core
+        index = batch["completion_index"][batch["completion_mask"]].to(self.device)
+        images = core.encode_images(self.to_device(batch["img_input_dict"]))
+        inputs = self.to_device({k: batch[k] for k in ("input_ids", "segment_ids")})
+        packed = core.packed_inputs(inputs["input_ids"], inputs["segment_ids"], images, batch["packed"])
+        return self.model(**packed, completion_index=index, **kwargs)
 
 
 def processor_for(model: str, adapter: str | None = None) -> VLProcessor:

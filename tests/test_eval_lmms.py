@@ -1,0 +1,77 @@
+"""eval.lmms: the command line that lmms-eval gets, and, where it is installed, a local task through its own entry point."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from eval import lmms
+from eval.data import DataError
+from tests import zoo
+
+INSTALLED = importlib.util.find_spec("lmms_eval") is not None
+
+TASK = """
+task: tiny_pope
+dataset_path: json
+dataset_kwargs:
+  data_files: {test: DATA}
+test_split: test
+output_type: OUTPUT
+doc_to_visual: !function utils.visual
+doc_to_text: !function utils.text
+doc_to_target: label
+generation_kwargs: {max_new_tokens: 4, until: ["."]}
+process_results: !function utils.results
+metric_list: [{metric: answered, aggregation: mean, higher_is_better: true}]
+"""
+
+UTILS = """
+from PIL import Image
+
+
+def visual(doc):
+    return [Image.open(doc["image"]).convert("RGB")]
+
+
+def text(doc, kwargs=None):
+    return doc["text"]
+
+
+def results(doc, results):
+    text = str(results[0])  # lmms-eval 0.7.3 hands the pair (loss, greedy) over as text
+    return {"answered": float(float(text[1:].split(",")[0]) > 0 if text.startswith("(") else "." not in text)}
+"""
+
+
+def test_flags_go_to_the_model_and_the_rest_to_lmms_eval() -> None:
+    argv = lmms.forwarded(["--model", "m", "--adapter", "a", "--bf16", "--tasks", "mmstar,ai2d", "--limit", "4"])
+    assert argv[:4] == ["--model", "vl_rlhf", "--model_args", "pretrained=m,adapter=a,bf16=True"]
+    assert argv[4:] == ["--batch_size", "8", "--tasks", "mmstar,ai2d", "--limit", "4"]
+    with pytest.raises(DataError, match="cannot take a path with ',' or '='"):
+        lmms.forwarded(["--model", "runs/lr=1e-6"])
+
+
+@pytest.mark.skipif(INSTALLED, reason="lmms-eval is installed")
+def test_without_lmms_eval_the_command_says_what_to_install() -> None:
+    with pytest.raises(DataError, match=r"pip install -r requirements-lmms\.txt"):
+        lmms.register()
+
+
+@pytest.mark.skipif(not INSTALLED, reason="needs lmms-eval (requirements-lmms.txt)")
+@pytest.mark.parametrize("output", ["generate_until", "loglikelihood"])
+def test_a_local_task_runs_through_lmms_eval(output: str, tmp_path: Path, llava: str) -> None:
+    zoo.image(0).save(tmp_path / "0.png")
+    rows = [
+        {"image": str(tmp_path / "0.png"), "text": f"Is there a {w}?", "label": "no"} for w in ("dog", "cat", "star")
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    task = tmp_path / "tasks"
+    task.mkdir()
+    (task / "tiny.yaml").write_text(TASK.replace("DATA", str(tmp_path / "data.jsonl")).replace("OUTPUT", output))
+    (task / "utils.py").write_text(UTILS)
+    argv = ["--model", llava, "--batch_size", "2", "--tasks", "tiny_pope", "--include_path", str(task)]
+    lmms.main([*argv, "--output_path", str(tmp_path / "logs"), "--log_samples"])
+    found = [json.loads(p.read_text()) for p in (tmp_path / "logs").rglob("*results.json")]
+    assert len(found) == 1 and found[0]["results"]["tiny_pope"]["answered,none"] == 1.0
