@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from transformers import set_seed
 
 from args import DataArguments, LoraArguments, ModelArguments, PPOConfig, parse, run, write_run_json
-from base.ppo_trainer import load_rewards
+from base.ppo_rewards import load_rewards
 from data import load_train_eval
 from data.lengths import LengthLimits
 from models import core_mapper_for, load_for_training, reference_for

@@ -210,6 +210,8 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
         if "changed_tokens" in self.needs:
             batch |= self._changed(batch)
 
+        if all(row.get("reference_logps") is not None for row in features):
+            batch["reference_logps"] = self._reference(features, batch)
         per_row = [b for b, row in enumerate(pairs) for _ in row]
         if all(row.get("margin") is not None for row in features):  # one number per row, given to each of its pairs
             batch["margin"] = torch.tensor([float(features[b]["margin"]) for b in per_row])
@@ -220,6 +222,16 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
                     values[starts[b] : starts[b] + len(row[column])] = torch.tensor([float(v) for v in row[column]])
                 batch[column] = values
         return batch
+
+    def _reference(self, features: Sequence[Row], batch: dict[str, Any]) -> torch.Tensor:
+        """The cached log-probs of the reference (base/reference_cache.py), (R, T), zero where padded."""
+        mask = batch["completion_mask"]
+        reference = torch.zeros(mask.shape)
+        row_of = batch["rows"] % len(features)  # further rows repeat the batch's rows in order
+        for b, row in enumerate(features):
+            own = mask & (row_of == b)[:, None]
+            reference[own] = torch.tensor(row["reference_logps"])
+        return reference
 
     # -- what some losses need beyond the pairs ---------------------------------------------------------------------------
 
@@ -385,7 +397,8 @@ class VLRMDataCollatorWithPadding(VLDPODataCollatorWithPadding):
 class VLPPODataCollator(VLDataCollator):
     """Prompts -> token ids and images. Responses do not exist yet: the trainer samples them and calls `pack`.
 
-    The batch: rows (the dataset's rows), prompts (their token ids), img_inputs (per-token entries still one list per prompt), img_path.
+    The batch: rows (the dataset's rows), prompts (their token ids), img_path, img_input_dict (per-token entries still one list per
+    prompt).
     """
 
     def __init__(self, processor: VLProcessor, limits: LengthLimits | None = None, share_prefix: bool = True) -> None:
@@ -406,7 +419,7 @@ class VLPPODataCollator(VLDataCollator):
         return {
             "rows": list(features),
             "prompts": prompts,
-            "img_inputs": img_inputs,
+            "img_input_dict": img_inputs,
             "img_path": self.image_files(features),
         }
 

@@ -27,14 +27,11 @@ Departures from TRL's former PPO (1.10), besides those of losses.py:
 """
 
 import base.compat  # noqa: F401  isort: skip  (must come before transformers)
-import hashlib
-import importlib.util
-import inspect
+import functools
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,324 +40,40 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    TopPLogitsWarper,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import GenerationConfig, LogitsProcessorList, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
-from transformers.utils import ModelOutput
 from trl.models.utils import prepare_deepspeed, unwrap_model_for_generation
 
 import losses
+from base.checkpoints import _ignore_sigterm
 from base.errors import InputError
 from base.packing import scatter_to_responses
+from base.ppo_rewards import Reward, call_reward_fn
 from base.reward import (
     POLICY,
     REFERENCE,
     VALUE_ADAPTER,
     VLModelWithValueHead,
-    VLRewardModel,
     adapter_active,
-    check_same_base,
-    head_metadata,
     last_token_positions,
     score_rows,
     to_device,
+)
+from base.rollout import (
+    BatchSizes,
+    PromptBatches,
+    Rollouts,
+    SeededSampling,
+    cut_after_end,
+    mini_batches,
+    slim_features,
+    stable_seed,
+    tile_images,
 )
 from base.samples import write_samples
 from base.trainer import VLHeadTrainer, disable_dropout
 
 logger = logging.getLogger(__name__)
-
-Row = dict[str, Any]
-RewardFunction = Callable[..., Sequence[float]]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Batch sizes and order
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class BatchSizes:
-    """The batch vocabulary of one run, divided exactly. See the head of this file."""
-
-    micro_prompts: int  # prompts of a micro batch, on one device
-    micro_batches: int  # of an update, on one device
-    mini_batches: int  # of an update
-    update_prompts: int  # of an update, on all devices
-    update_rollouts: int
-
-    @classmethod
-    def of(cls, args: TrainingArguments) -> "BatchSizes":
-        micro, K = args.per_device_train_batch_size, args.rollouts_per_prompt
-        if micro % K:
-            raise InputError(
-                f"--per_device_train_batch_size {micro} counts rollouts and must be a multiple of --rollouts_per_prompt {K}."
-            )
-        micro_batches = args.gradient_accumulation_steps * args.num_mini_batches
-        rollouts = micro * micro_batches * args.world_size
-        return cls(micro // K, micro_batches, args.num_mini_batches, rollouts // K, rollouts)
-
-
-def stable_seed(*parts: int | str) -> int:
-    """A 63-bit seed from numbers and names, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
-
-
-class PromptBatches:
-    """Which prompts each micro batch of one device holds, epoch by epoch: a function of seed, epoch and update only.
-
-    Each epoch is a new permutation of the data; its last update is filled up from its beginning.
-    """
-
-    def __init__(self, num_prompts: int, sizes: BatchSizes, rank: int, seed: int) -> None:
-        self.num_prompts, self.sizes, self.rank, self.seed = num_prompts, sizes, rank, seed
-        self.epoch = self.first_update = 0
-
-    @property
-    def updates(self) -> int:
-        """Updates per epoch."""
-        return math.ceil(self.num_prompts / self.sizes.update_prompts)
-
-    def __len__(self) -> int:
-        return self.updates * self.sizes.micro_batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(stable_seed(self.seed, "prompts", self.epoch))
-        order = torch.randperm(self.num_prompts, generator=generator).tolist()
-        sizes = self.sizes
-        local = sizes.micro_prompts * sizes.micro_batches
-        for update in range(self.first_update, self.updates):
-            start = update * sizes.update_prompts + self.rank * local
-            for m in range(start, start + local, sizes.micro_prompts):
-                yield [order[i % self.num_prompts] for i in range(m, m + sizes.micro_prompts)]
-
-
-def mini_batches(sizes: BatchSizes, rank: int, seed: int, update: int, ppo_epoch: int) -> list[list[int]]:
-    """Which micro batches of this device make up each mini batch: one out of each block of num_mini_batches, at random."""
-    M = sizes.mini_batches
-    blocks = sizes.micro_batches // M
-    parts: list[list[int]] = [[] for _ in range(M)]
-    for block in range(blocks):
-        generator = torch.Generator().manual_seed(stable_seed(seed, "mini", update, ppo_epoch, rank * blocks + block))
-        for part, place in enumerate(torch.randperm(M, generator=generator).tolist()):
-            parts[part].append(block * M + place)
-    return parts
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rollouts
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Rollouts:
-    """One micro batch through an update: B prompts, R = B * K answers of at most T tokens.
-
-    Order of the R answers: those of `batch` (prompt by prompt, or with --share_prefix False round by round); `prompt_of` says whose they are.
-    """
-
-    rows: list[Row]  # (B,) of the dataset
-    prompts: list[list[int]]  # (B,) token ids
-    img_inputs: dict[str, Any]
-    images: dict[str, dict[str, Any]]  # what stands for the images, by hat; "" for all hats without own vision
-    places: list[int]  # (B,) place of each prompt in the update, over all devices
-    prompt_of: list[int] = field(default_factory=list)  # (R,)
-    texts: list[str] = field(default_factory=list)  # (R,)
-    ended: Tensor | None = None  # (R,) bool, whether the answer has an end token
-    batch: dict[str, Any] = field(default_factory=dict)  # packed, on the device
-    scores: Tensor | None = None  # (R,)
-    parts: dict[str, Tensor] = field(default_factory=dict)  # (R,) of each reward
-    logps: Tensor | None = None  # (R, T), at sampling time
-    ref_logps: Tensor | None = None
-    values: Tensor | None = None
-    entropy: Tensor | None = None
-    advantages: Tensor | None = None
-    returns: Tensor | None = None
-
-    @property
-    def mask(self) -> Tensor:
-        """(R, T) bool, True on answer tokens up to and with the end token."""
-        return self.batch["completion_mask"]
-
-    def where(self, r: int) -> str:
-        """How a message names answer r."""
-        row = self.rows[self.prompt_of[r]]
-        return f"{row.get('where') or 'a row'} (answer {self.texts[r][:80]!r})"
-
-
-class SeededSampling(LogitsProcessor):
-    """Sample by inverting the cumulative distribution at given uniform numbers; greedy decoding then takes the sampled token.
-
-    One number per row and step, so that neither batch size, device count nor global random state changes what is sampled.
-    """
-
-    def __init__(self, uniforms: Tensor, temperature: float, top_p: float = 1.0) -> None:
-        """
-        Args:
-            uniforms: (B, T) in [0, 1), for T steps.
-        """
-        self.uniforms, self.temperature = uniforms, temperature
-        self.top_p = TopPLogitsWarper(top_p) if top_p < 1 else None
-        self.first_length: int | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.first_length is None:
-            self.first_length = input_ids.shape[1]
-        scores = scores.float() / self.temperature
-        if self.top_p is not None:
-            scores = self.top_p(input_ids, scores)
-        cumulative = scores.softmax(-1).double().cumsum(-1)  # (B, V)
-        target = self.uniforms[:, input_ids.shape[1] - self.first_length, None] * cumulative[:, -1:]
-        token = (cumulative <= target).sum(-1, keepdim=True)  # a token of probability 0 is never hit
-        return torch.full_like(scores, -math.inf).scatter(-1, token, 0.0)
-
-
-def tile_images(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Image inputs of several batches, one after the other (or of one batch several times).
-
-    Of features only what the language model reads is kept.
-    """
-
-    def joined(name: str, values: list[Any]) -> Any:
-        first = values[0]
-        if isinstance(first, Tensor):
-            return torch.cat(values)
-        if isinstance(first, ModelOutput):
-            return type(first)(**{k: joined(k, [v[k] for v in values]) for k in first})
-        if isinstance(first, dict):
-            return {k: joined(k, [v[k] for v in values]) for k in first}
-        if name == "pooler_output":  # one tensor per image
-            return [t for v in values for t in v]
-        return [joined(name, [v[i] for v in values]) for i in range(len(first))]  # one entry per layer
-
-    return joined("", list(parts)) if len(parts) > 1 else dict(parts[0])
-
-
-def slim_features(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Drop the encoder's inner states from image features: they would live as long as the update."""
-    outputs = inputs.get("mm_encoder_outputs")
-    if outputs is None:
-        return inputs
-    keep = ("pooler_output", "deepstack_features")
-    slim = {m: type(o)(**{k: o[k] for k in keep if k in o}) for m, o in outputs.items()}
-    return inputs | {"mm_encoder_outputs": slim}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rewards
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Reward:
-    """One term of the score: an adapter on the policy's base (`hat`), a model of its own, or a function."""
-
-    name: str
-    weight: float = 1.0
-    hat: str | None = None
-    model: VLRewardModel | None = None
-    processor: Any = None
-    function: RewardFunction | None = None
-
-
-def load_reward_fn(spec: str) -> RewardFunction:
-    """`file.py:name` -> the function.
-
-    Raises:
-        InputError: no such file or function, or the file does not run.
-    """
-    file, colon, name = spec.rpartition(":")
-    if not colon or not Path(file).is_file():
-        raise InputError(f"--reward_fn {spec}: give file.py:name, with a Python file that exists.")
-    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise InputError(f"--reward_fn {spec}: {file} is not valid Python ({error}).") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise InputError(f"--reward_fn {spec}: {file} defines no function {name}.")
-    return function
-
-
-def load_rewards(model: VLModelWithValueHead, model_args: Any, lora_args: Any, args: TrainingArguments) -> list[Reward]:
-    """All rewards of the command line, and the value function that may start from the first of them.
-
-    Raises:
-        InputError: a head is missing, an adapter was trained on another base, a function cannot be found.
-    """
-    from models import base_model_path, core_mapper_for  # models imports this module
-
-    if lora_args.lora_bias != "none":
-        raise InputError(
-            "--lora_bias must be none in PPO: trained biases belong to the base, which the reference and the rewards share."
-        )
-    base_path = base_model_path(model_args.model_name_or_path)
-    if model_args.freeze_vision_tower:
-        model.freeze_vision_side()
-    if args.value_adapter == "separate":
-        folders = [*args.reward_adapter, *args.reward_model_name_or_path]
-        if args.init_value_from_reward and args.reward_adapter:
-            check_same_base(folders[0], head_metadata(folders[0]), base_path)
-        model.add_value_function(folders[0] if args.init_value_from_reward else None)
-        if model_args.freeze_vision_tower:
-            model.freeze_vision_side()
-    rewards = []
-    for folder in args.reward_adapter:
-        rewards.append(Reward(Path(folder).name, hat=model.add_reward_adapter(folder, base_path)))
-    for path in args.reward_model_name_or_path:
-        own = core_mapper_for(path)
-        dtype = torch.bfloat16 if args.bf16 else torch.float32
-        rewards.append(
-            Reward(
-                Path(path).name,
-                model=own.reward_model.from_pretrained(path, dtype=dtype),
-                processor=own.processor(path),
-            )
-        )
-    for spec in args.reward_fn:
-        rewards.append(Reward(spec.rpartition(":")[2], function=load_reward_fn(spec)))
-    for n, reward in enumerate(rewards):
-        if any(reward.name == other.name for other in rewards[:n]):
-            reward.name = f"{reward.name}_{n}"
-        reward.weight = args.reward_weights[n] if args.reward_weights else 1.0
-    return rewards
-
-
-def call_reward_fn(name: str, function: RewardFunction, rollouts: Sequence[Rollouts]) -> list[Tensor]:
-    """Call a user's function once for all answers of an update on this device; (R,) per micro batch.
-
-    It gets the keyword arguments images, prompts, responses (one entry per answer: the row's image list, its messages, the answer's text) and, as
-    far as it takes them, the data's other columns.
-
-    Raises:
-        InputError: another number of rewards than answers, or one that is no finite number.
-    """
-    rows = [(r.rows[p], text) for r in rollouts for p, text in zip(r.prompt_of, r.texts, strict=True)]
-    arguments = {
-        "images": [row["images"] for row, _ in rows],
-        "prompts": [row["prompt"] for row, _ in rows],
-        "responses": [text for _, text in rows],
-    }
-    parameters = inspect.signature(function).parameters
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    columns = [c for c in rows[0][0] if c not in ("images", "prompt", "responses") and (takes_all or c in parameters)]
-    values = list(function(**arguments, **{c: [row.get(c) for row, _ in rows] for c in columns}))
-    if len(values) != len(rows):
-        raise InputError(f"Reward {name} returned {len(values)} numbers for {len(rows)} answers: return one each.")
-    try:
-        scores = torch.tensor([float(v) for v in values])
-    except (TypeError, ValueError) as error:
-        raise InputError(f"Reward {name} must return numbers: {error}.") from error
-    return list(scores.split([len(r.texts) for r in rollouts]))
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # State that a checkpoint carries besides weights and optimizer
@@ -452,9 +165,9 @@ class VLPPOTrainer(VLHeadTrainer):
         device, K = self.args.device, self.args.rollouts_per_prompt
         rollouts = []
         for batch, place in zip(micro_batches, places, strict=True):
-            images = to_device(self.data_collator.processor.pad_img_inputs(batch["img_inputs"]), device)
+            images = to_device(self.data_collator.processor.pad_img_inputs(batch["img_input_dict"]), device)
             rollouts.append(
-                Rollouts(batch["rows"], batch["prompts"], batch["img_inputs"], {"": self._encode(images)}, place)
+                Rollouts(batch["rows"], batch["prompts"], batch["img_input_dict"], {"": self._encode(images)}, place)
             )
         per_call = max(1, self.args.local_rollout_forward_batch_size // (self.sizes.micro_prompts * K))
         if len({len(row["images"]) for r in rollouts for row in r.rows}) > 1:
@@ -762,7 +475,7 @@ class VLPPOTrainer(VLHeadTrainer):
                 "policy/entropy_avg": entropy[mask].sum(),
                 "val/clipfrac_avg": flags["value_clipped"][mask].sum(),
                 "val/ratio": ratio[mask].sum(),
-                "val/ratio_squared": (ratio[mask] ** 2).sum(),
+                "val/ratio_var": ((ratio[mask] - 1) ** 2).sum(),
             }
             if (
                 first
@@ -831,13 +544,6 @@ class VLPPOTrainer(VLHeadTrainer):
                 )  # fmt: skip
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        squared = self._metrics["train"].pop("val/ratio_squared", None) if "loss" in logs else None
-        if squared is not None:
-            ratio, square = (
-                self.accelerator.reduce(torch.stack(sums).sum(0), reduction="sum").tolist()
-                for sums in (self._metrics["train"]["val/ratio"], squared)
-            )
-            logs["val/ratio_var"] = max(square[0] / square[1] - (ratio[0] / ratio[1]) ** 2, 0.0)
         if "loss" in logs:
             logs["episode"] = self.state.global_step * self.sizes.update_rollouts
         super().log(logs, start_time)
@@ -939,6 +645,7 @@ class VLPPOTrainer(VLHeadTrainer):
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
+            worker_init_fn=functools.partial(_ignore_sigterm, None),
         )
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[int, ...]:
@@ -1000,11 +707,3 @@ class VLPPOTrainer(VLHeadTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-def cut_after_end(ids: Sequence[int], end_ids: Sequence[int]) -> list[int]:
-    """Tokens up to and with the first end token."""
-    for n, token in enumerate(ids):
-        if token in end_ids:
-            return list(ids[: n + 1])
-    return list(ids)
