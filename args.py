@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -19,10 +20,10 @@ from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
 import losses
+from base.checkpoints import check_writable, newest_whole_checkpoint, what_is_wrong_with
 from base.errors import InputError
 
 __all__ = [
@@ -177,13 +178,12 @@ class _Config(TrainingArguments):
             self.dataloader_pin_memory = False  # pinned memory needs an accelerator to copy to
         super().__post_init__()
         if self.resume_from_checkpoint in ("True", "true", "False", "false"):
+            # Nothing saved yet is a start from the beginning, so that one command line serves a job and its restarts.
             self.resume_from_checkpoint = (
-                self._last_checkpoint() if self.resume_from_checkpoint in ("True", "true") else None
+                newest_whole_checkpoint(self.output_dir) if self.resume_from_checkpoint in ("True", "true") else None
             )
-
-    def _last_checkpoint(self) -> str | None:
-        # Nothing saved yet is a start from the beginning, so that one command line serves a job and its restarts.
-        return get_last_checkpoint(self.output_dir) if os.path.isdir(self.output_dir) else None
+        elif self.resume_from_checkpoint and (reason := what_is_wrong_with(self.resume_from_checkpoint)):
+            raise InputError(f"--resume_from_checkpoint {self.resume_from_checkpoint} cannot be used: {reason}.")
 
 
 @dataclass
@@ -225,6 +225,15 @@ class DPOConfig(_LossFlags):
     precompute_ref_log_probs: bool = field(
         default=False,
         metadata={"help": "Compute the reference's log-probs once, keep them on disk, train without a reference."},
+    )
+    precompute_ref_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows per device in that pass; --per_device_train_batch_size by default."}
+    )
+    ref_log_probs_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where they are kept, for all runs of all nodes; $HF_HOME/vl_rlhf/reference_logps by default."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -360,6 +369,8 @@ class PPOConfig(_Config):
                 f"--per_device_train_batch_size {self.per_device_train_batch_size} counts rollouts and must be a multiple of "
                 f"--rollouts_per_prompt {self.rollouts_per_prompt}: the answers to a prompt stay together."
             )
+        if self.log_image_sensitivity:
+            raise InputError("--log_image_sensitivity reads answers in the data; in PPO there are none: leave it out.")
         if self.total_episodes is not None:
             size = (
                 self.per_device_train_batch_size
@@ -381,7 +392,10 @@ def parse(*classes: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
         InputError: unknown flags, a missing or malformed config file, flags that contradict each other.
     """
     argv = [*(sys.argv[1:] if argv is None else argv)]
-    base.compat.init_deepspeed_on_cpu(argv)
+    try:
+        base.compat.init_deepspeed_on_cpu(argv)
+    except torch.distributed.DistError as error:
+        raise InputError(_unreachable(error)) from error
     if "--config" in argv:
         path = Path(argv[argv.index("--config") + 1]) if argv[-1] != "--config" else Path()
         if not path.is_file():
@@ -392,7 +406,12 @@ def parse(*classes: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
         raise
     except ValueError as error:
         raise InputError(str(error)) from error
+    except torch.distributed.DistError as error:
+        raise InputError(_unreachable(error)) from error
     _refuse_contradictions(parsed)
+    for config in parsed:
+        if isinstance(config, TrainingArguments):
+            check_writable(config.output_dir)
     return parsed
 
 
@@ -424,9 +443,25 @@ def run(main: Callable[[], Any]) -> None:
     except InputError as error:
         sys.exit(_fail(error))
 
+    except RuntimeError as error:
+        # gloo knows no exception of its own.
+        if not (isinstance(error, torch.distributed.DistError) or re.search(r"\bgloo\b|NCCL", str(error))):
+            raise
+        sys.exit(_fail(_unreachable(error)))
 
-def _fail(error: InputError) -> int:
-    print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+
+def _unreachable(error: BaseException) -> str:
+    """One sentence for a process of the run that cannot be reached, or has died."""
+    environment = os.environ
+    return (
+        f"Process {environment.get('RANK', 0)} of {environment.get('WORLD_SIZE', 1)} cannot reach the others at "
+        f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')} ({' '.join(str(error).split())[:160]}): look at the first "
+        "error of the other processes, at the address and its firewall, and at --ddp_timeout."
+    )
+
+
+def _fail(message: InputError | str) -> int:
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     return 2
 
 

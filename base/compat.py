@@ -5,7 +5,9 @@
    calls them.
 """
 
+import itertools
 import os
+from datetime import timedelta
 
 import torch
 
@@ -30,7 +32,8 @@ def init_deepspeed_on_cpu(argv: list[str]) -> None:
     if not torch.distributed.is_initialized():
         import deepspeed  # slow to import, needed by nobody else
 
-        deepspeed.init_distributed("gloo", verbose=False)
+        seconds = next((b for a, b in itertools.pairwise(argv) if a == "--ddp_timeout"), 1800)
+        deepspeed.init_distributed("gloo", timeout=timedelta(seconds=float(seconds)), verbose=False)
 
 
 def keep_quantised_linears_trainable(model: torch.nn.Module) -> None:

@@ -6,29 +6,45 @@ VLRMTrainer: `response_rewards` -> `ranking_loss` -> `log_metrics`.
 """
 
 import base.compat  # noqa: F401  isort: skip  (must come before transformers)
+import dataclasses
 import functools
+import importlib.metadata
 import json
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset
+from datasets import Dataset, List, Value
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import ExportableState
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import disable_dropout_in_model, use_adapter
 
+from base.checkpoints import SafeCheckpoints
 from base.errors import InputError
 from base.model import TOKEN_CHUNK, CompletionOutput, token_logits, vocabulary_kl
 from base.packing import scatter_to_responses
 from base.processor import VLProcessor
+from base.reference_cache import (
+    COLUMN,
+    ReferenceCache,
+    default_folder,
+    processor_digest,
+    row_key,
+    weights_digest,
+)
 from base.reward import last_token_positions
 from losses import (
     PreferenceBatch,
@@ -45,6 +61,8 @@ from losses import (
 
 Batch = dict[str, Any]
 
+logger = logging.getLogger(__name__)
+
 REFERENCE_ADAPTER = "ref"  # name of the frozen copy of an adapter that training continues (TRL's name)
 
 
@@ -56,7 +74,7 @@ def disable_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0
 
 
-class VLTrainer(Trainer):
+class VLTrainer(SafeCheckpoints):
     """What all trainers share: images encoded once per step, response log-probs, metrics averaged over steps and ranks."""
 
     def __init__(
@@ -256,7 +274,11 @@ class VLDPOTrainer(VLTrainer):
         self.reference_free = all(get_loss(name).reference_free for name in args.loss_type)
         if "running_delta" in self.needs:
             args.restore_callback_states_from_checkpoint = True
-        if ref_model is None and not isinstance(model, PeftModel):
+        if args.precompute_ref_log_probs and self.reference_free:
+            raise InputError(
+                f"--precompute_ref_log_probs does nothing with --loss_type {' '.join(args.loss_type)}, which reads no reference."
+            )
+        if ref_model is None and not isinstance(model, PeftModel) and not args.precompute_ref_log_probs:
             raise ValueError("Full fine-tuning needs ref_model, a frozen copy of the initial model.")
         for m in (model, ref_model):
             if m is not None:
@@ -285,6 +307,8 @@ class VLDPOTrainer(VLTrainer):
 
     def reference_logps(self, batch: Batch) -> Tensor:
         """Reference log-probs of every response token, (R, T), without gradient."""
+        if "reference_logps" in batch:
+            return batch["reference_logps"]
         with torch.no_grad(), self.reference_context() as reference:
             return self._logps(reference, batch, "reference_hidden")
 
@@ -325,6 +349,13 @@ class VLDPOTrainer(VLTrainer):
             yield self.ref_model
             return
         policy = self.accelerator.unwrap_model(self.model)
+        if not isinstance(policy, PeftModel):  # --precompute_ref_log_probs
+            if self.state.global_step:
+                raise ValueError(
+                    "These rows have no cached reference log-probs, and the policy is no longer its own reference."
+                )
+            yield self.model_wrapped
+            return
         with use_adapter(policy, REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None):
             yield self.model_wrapped
 
@@ -355,6 +386,108 @@ class VLDPOTrainer(VLTrainer):
             per_pair, self.accelerator.reduce(count, reduction="mean").clamp(min=1 / self.args.world_size)
         )
         return (loss, {"policy": policy}) if return_outputs else loss
+
+    # -- the reference's log-probs of the whole data set, before the first step ------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; with `--precompute_ref_log_probs` the reference answers first, and is then dropped."""
+        if self.args.precompute_ref_log_probs:
+            self.precompute_reference_logps()
+        return super().train(*args, **kwargs)
+
+    def precompute_reference_logps(self) -> None:
+        """Give the data sets the column `reference_logps`, from disk where it is there (base/reference_cache.py)."""
+        names = [n for n in ("train_dataset", "eval_dataset") if getattr(self, n) is not None]
+        names = [n for n in names if COLUMN not in getattr(self, n).column_names]
+        if not names:
+            return
+        cache = ReferenceCache(self.args.ref_log_probs_dir or default_folder(), self._about_reference())
+        rank, world = self.args.process_index, self.args.world_size
+        for name in names:
+            dataset = getattr(self, name)
+            # What the reference is asked about beyond prompt, responses and images
+            columns = ["image_rejected", "ranks", "scores"] if "image_rejected" in self.needs else []
+            keys = self._row_keys(dataset, columns)
+            there = cache.keys()
+            todo = list({key: i for i, key in enumerate(keys) if key not in there}.values())
+            logger.info(
+                "Reference log-probs of %s: %d of %d rows are in %s",
+                name,
+                len(keys) - len(todo),
+                len(keys),
+                cache.folder,
+            )
+            mine = todo[rank::world]
+            self._compute_reference(dataset.select(mine), [keys[i] for i in mine], cache, len(todo))
+            self.accelerator.wait_for_everyone()
+            values = cache.read(keys)
+            setattr(
+                self, name, dataset.add_column(COLUMN, [values[key] for key in keys], feature=List(Value("float32")))
+            )
+        self.ref_model = None
+        if isinstance(self.model, PeftModel) and REFERENCE_ADAPTER in self.model.peft_config:
+            self.model.delete_adapter(REFERENCE_ADAPTER)
+
+    def _about_reference(self) -> dict[str, Any]:
+        """Everything that changes the log-probs of every row."""
+        reference = self.ref_model if self.ref_model is not None else self.model
+        config = self.base_model(reference).config.to_dict()
+        about = {
+            "weights": weights_digest(self.accelerator.unwrap_model(reference)),
+            "config": {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")},
+            "processor": processor_digest(self.processing_class),
+            "limits": dataclasses.asdict(self.data_collator.limits),
+            "autocast": self.accelerator.mixed_precision,
+            "share_prefix": self.args.share_prefix,
+            "losses": sorted(self.needs & {"image_rejected"}),
+            "pairs": [self.data_collator.pairs, self.data_collator.score_margin]
+            if "image_rejected" in self.needs
+            else None,
+            "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers")},
+        }
+        if is_deepspeed_zero3_enabled():  # every rank holds a part of the weights
+            about["weights"] = gather_object([about["weights"]])
+        return about
+
+    def _row_keys(self, dataset: Dataset, columns: list[str]) -> list[str]:
+        """`row_key` of every row; each rank reads the images of its share."""
+        rank, world = self.args.process_index, self.args.world_size
+        with ThreadPoolExecutor() as pool:
+            mine = pool.map(lambda i: row_key(dataset[i], columns), range(rank, len(dataset), world))
+            shares = gather_object([list(tqdm(mine, "Reading rows", len(dataset) // world, disable=self._quiet()))])
+        keys = [""] * len(dataset)
+        for start, share in enumerate(shares):
+            keys[start::world] = share
+        return keys
+
+    def _compute_reference(self, dataset: Dataset, keys: list[str], cache: ReferenceCache, total: int) -> None:
+        """Write the reference's log-probs of these rows, this rank's share of `total`."""
+        if self.is_deepspeed_enabled and self.ref_model is None:
+            self.model.to(self.args.device)  # Trainer leaves it to DeepSpeed, which has not started
+        size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
+        loader = DataLoader(
+            dataset,
+            size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        training = self.model.training
+        self.model.eval()
+        for step, batch in enumerate(tqdm(loader, f"Reference log-probs of {total} rows", disable=self._quiet())):
+            batch = self._prepare_inputs(batch)
+            batch["image_inputs"] = self.image_inputs(self.model if self.ref_model is None else self.ref_model, batch)
+            with self.compute_loss_context_manager():
+                logps = self.reference_logps(batch)
+            rows = keys[step * size : (step + 1) * size]
+            row_of = batch["rows"] % len(rows)
+            for b, key in enumerate(rows):
+                cache.add(key, logps[batch["completion_mask"] & (row_of == b)[:, None]])
+        cache.flush()
+        self.model.train(training)
+
+    def _quiet(self) -> bool:
+        return self.args.disable_tqdm or self.args.process_index > 0
 
     # -- what losses read beyond plain log-probs: the keys of losses.NEEDS --------------------------------------------------
 

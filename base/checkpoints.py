@@ -1,0 +1,280 @@
+"""Checkpoints that are whole or not there, and training that a cluster may stop.
+
+    runs/dpo/.incomplete/checkpoint-40   while it is written; a run that is killed leaves it behind, the next save removes it
+    runs/dpo/checkpoint-40               renamed when every file is on disk
+
+SIGTERM, which a cluster sends before it takes a machine away, ends training after the current step: a checkpoint, then exit status EXIT_PREEMPTED.
+"""
+
+import base.compat  # noqa: F401  isort: skip  (must come before transformers)
+import functools
+import json
+import os
+import shutil
+import signal
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
+
+from base.errors import InputError
+from base.reward import load_weights
+
+EXIT_PREEMPTED = 75  # sysexits.h EX_TEMPFAIL: nothing is wrong, start the same command again
+ASIDE = ".incomplete"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which checkpoint to resume from
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def newest_whole_checkpoint(output_dir: str) -> str | None:
+    """The checkpoint-N with the largest N that can be resumed from; halves, which other programs may have left, are passed over."""
+    if not os.path.isdir(output_dir):
+        return None
+    for folder in reversed(sort_checkpoints(output_dir)):
+        reason = what_is_wrong_with(folder)
+        if reason is None:
+            return folder
+        print(f"{folder} is passed over: {reason}", file=sys.stderr)
+    return None
+
+
+def what_is_wrong_with(checkpoint: str | Path) -> str | None:
+    """Why a checkpoint cannot be resumed from, or None. Reads headers and sizes, not the weights."""
+    checkpoint = Path(checkpoint)
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except FileNotFoundError:
+        return f"it has no {TRAINER_STATE_NAME}"
+    except json.JSONDecodeError:
+        return f"its {TRAINER_STATE_NAME} is cut short"
+    weights = sorted(checkpoint.rglob("*.safetensors"))
+    for index in checkpoint.rglob("*.safetensors.index.json"):
+        weights += [index.parent / name for name in set(json.loads(index.read_text())["weight_map"].values())]
+    sharded_state = [*checkpoint.glob("global_step*")]
+    if not weights and not sharded_state:
+        return "it has no weights"
+    for file in weights:
+        try:
+            with safe_open(file, "pt"):  # compares the header with the size of the file
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"{file.name} is damaged ({error})"
+    for file in checkpoint.rglob("*.pt"):
+        if not zipfile.is_zipfile(file):  # the directory of a zip file is its end
+            return f"{file.name} is cut short"
+    if not sharded_state and not (checkpoint / "optimizer.pt").is_file():
+        return "it has no optimizer state (--save_only_model)"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_writable(folder: str) -> None:
+    """Raise InputError if no file can be created in a folder, or in the nearest one above that exists."""
+    there = Path(folder).absolute()
+    while not there.exists():
+        there = there.parent
+    probe = there / f".writable-{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"--output_dir {folder} cannot be written ({error.strerror}): give another folder.") from error
+
+
+def flush(folder: Path) -> None:
+    """Wait until everything in a folder is on disk, so that a rename never comes before the data that it announces."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _could_not_write(error: BaseException) -> bool:
+    # torch.save reports a full disk as a RuntimeError of its zip writer.
+    return isinstance(error, OSError | SafetensorError) or (
+        isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)
+    )
+
+
+class Preemption(TrainerCallback):
+    """Stops after the step during which any process got SIGTERM, with a checkpoint."""
+
+    def __init__(self, on_any_process: Callable[[bool], bool]) -> None:
+        self.asked = self.stopped = False
+        self.on_any_process = on_any_process
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take SIGTERM for the duration of training."""
+
+        def ask(*_: Any) -> None:
+            self.asked = True
+
+        before = signal.signal(signal.SIGTERM, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        # Every process must stop at the same step, and a launcher may signal them at different ones.
+        if self.on_any_process(self.asked):
+            self.stopped = control.should_save = control.should_training_stop = True
+
+
+def _ignore_sigterm(then: Callable[[int], None] | None, worker: int) -> None:
+    """Data-loader workers outlive the SIGTERM that the whole process group gets: the last step needs them."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if then is not None:
+        then(worker)
+
+
+class SafeCheckpoints(Trainer):
+    """transformers.Trainer with whole checkpoints, resume by the names on disk, and SIGTERM."""
+
+    _save_root: str | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's.
+
+        Raises:
+            SystemExit: with EXIT_PREEMPTED, after a SIGTERM and a checkpoint.
+        """
+        preemption = Preemption(self._on_any_process)
+        self.add_callback(preemption)
+        try:
+            with preemption.listening():
+                result = super().train(*args, **kwargs)
+        finally:
+            self.remove_callback(preemption)
+        if preemption.stopped:
+            if self.is_world_process_zero():
+                print(
+                    f"Stopped by SIGTERM after step {self.state.global_step}; `--resume_from_checkpoint True` goes on from there.",
+                    file=sys.stderr,
+                )
+            raise SystemExit(EXIT_PREEMPTED)
+        return result
+
+    def _on_any_process(self, flag: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return flag
+        flags = torch.tensor(float(flag), device=self.args.device)
+        return self.accelerator.reduce(flags, reduction="sum").item() > 0
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        for part in {id(x): x for x in (loader, getattr(loader, "base_dataloader", loader))}.values():
+            part.worker_init_fn = functools.partial(_ignore_sigterm, part.worker_init_fn)
+        return loader
+
+    # -- saving ----------------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._save_root or super()._get_output_dir(trial)
+
+    @contextmanager
+    def _aside(self, what: str) -> Iterator[Path]:
+        """A fresh folder to write to; one sentence, and no folder left, when that fails."""
+        folder = Path(self.args.output_dir) / ASIDE
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._save_root = str(folder)
+        try:
+            yield folder
+        except Exception as error:
+            if not _could_not_write(error):
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+            last = newest_whole_checkpoint(self.args.output_dir)
+            raise InputError(
+                f"{what} could not be written to {self.args.output_dir} ({' '.join(str(error).split())[:200]}). "
+                + (f"{last} is whole: free space and go on with --resume_from_checkpoint True." if last else "")
+            ) from error
+        finally:
+            self._save_root = None
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        name = f"checkpoint-{self.state.global_step}"
+        final = Path(self.args.output_dir) / name
+        with self._aside(f"The checkpoint of step {self.state.global_step}") as folder:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save and self.state.best_global_step:
+                # The best one is named by where it will be, not by where it is written.
+                best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+                if best.exists() or best == final:
+                    self.state.best_model_checkpoint = str(best)
+                    self.state.save_to_json(str(folder / name / TRAINER_STATE_NAME))
+            self.accelerator.wait_for_everyone()  # all files of all processes are written
+            if self.args.should_save:
+                flush(folder / name)
+                if final.exists():  # of an earlier run
+                    os.rename(final, folder / f"{name}.old")
+                os.rename(folder / name, final)
+                shutil.rmtree(folder)
+                rotate_checkpoints(
+                    output_dir=self.args.output_dir,
+                    save_total_limit=self.args.save_total_limit,
+                    best_model_checkpoint=self.state.best_model_checkpoint,
+                    use_mtime=True,
+                )
+            self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's; every file is replaced at once, none is ever half written."""
+        if self._save_root is not None:  # part of a checkpoint, which is renamed as a whole
+            super().save_model(output_dir, _internal_call=True)
+            return
+        out = Path(output_dir or self.args.output_dir)
+        with self._aside("The model") as folder:
+            super().save_model(str(folder), _internal_call=True)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                flush(folder)
+                for file in sorted(folder.rglob("*")):
+                    place = out / file.relative_to(folder)
+                    if file.is_dir():
+                        place.mkdir(parents=True, exist_ok=True)
+                    else:
+                        out.mkdir(parents=True, exist_ok=True)
+                        os.replace(file, place)
+                shutil.rmtree(folder)
+            self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    # -- loading ---------------------------------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        model = self.accelerator.unwrap_model(model if model is not None else self.model)
+        if isinstance(model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        # Trainer reads the file as it is. Names on disk differ from names in memory, and it would load nothing, with a warning.
+        load_weights(model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
