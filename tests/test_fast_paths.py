@@ -107,3 +107,146 @@ def _dataset(rows):
     from datasets import Dataset
 
     return Dataset.from_list(rows)
+
+
+# -- the reference's log-probs on disk -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache_dir(tmp_path):
+    return tmp_path / "cache"
+
+
+def _cached(llava, data, tmp_path, cache_dir, flags="", **kwargs):
+    return dpo_trainer(
+        llava, data, tmp_path, f"{flags} --precompute_ref_log_probs True --ref_log_probs_dir {cache_dir}", **kwargs
+    )
+
+
+def _first_losses(trainer) -> list[float]:
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("flags", [LORA, "", LORA + " --share_prefix False", LORA + " --loss_type sigmoid_norm"])
+def test_cached_reference_gives_the_same_losses(llava, preference_data, tmp_path, cache_dir, flags: str):
+    online = _first_losses(dpo_trainer(llava, preference_data, tmp_path, flags))
+    trainer = _cached(llava, preference_data, tmp_path, cache_dir, flags)
+    assert trainer.ref_model is None
+    assert _first_losses(trainer) == pytest.approx(online, abs=1e-5)
+    again = _cached(llava, preference_data, tmp_path, cache_dir, flags)
+    again._compute_reference = lambda dataset, *rest: _nothing(dataset)
+    assert _first_losses(again) == pytest.approx(online, abs=1e-5)
+
+
+def _nothing(dataset) -> None:
+    assert len(dataset) == 0, f"{len(dataset)} rows are computed again"
+
+
+def test_the_reference_is_never_asked_in_training(llava, preference_data, tmp_path, cache_dir):
+    trainer = _cached(llava, preference_data, tmp_path, cache_dir, LORA)
+    trainer.precompute_reference_logps()
+    trainer.reference_context = None  # calling it would fail
+    assert len(_first_losses(trainer)) == 3
+
+
+def test_a_killed_pass_goes_on(llava, preference_data, tmp_path, cache_dir):
+    from base.reference_cache import ReferenceCache
+
+    first = _cached(llava, preference_data, tmp_path, cache_dir, LORA)
+    calls = []
+
+    def killed(batch, compute=first.reference_logps):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return compute(batch)
+
+    first.reference_logps = killed
+    flush, ReferenceCache_add = ReferenceCache.flush, ReferenceCache.add
+    try:
+        ReferenceCache.add = lambda self, key, logps: (ReferenceCache_add(self, key, logps), flush(self))
+        with pytest.raises(KeyboardInterrupt):
+            first.train()
+    finally:
+        ReferenceCache.add = ReferenceCache_add
+    second = _cached(llava, preference_data, tmp_path, cache_dir, LORA)
+    done = []
+    compute = second._compute_reference
+    second._compute_reference = lambda dataset, *rest: (done.append(len(dataset)), compute(dataset, *rest))
+    second.precompute_reference_logps()
+    assert done == [len(preference_data) - 6]  # three batches of two were on disk
+
+
+def test_whatever_matters_changes_the_key(llava, preference_rows, tmp_path, cache_dir):
+    import shutil
+
+    from PIL import Image
+
+    def computed(rows, flags=LORA, checkpoint=llava, change=None) -> int:
+        trainer = _cached(checkpoint, _dataset(rows), tmp_path, cache_dir, flags)
+        if change:
+            change(trainer)
+        counts = []
+        compute = trainer._compute_reference
+        trainer._compute_reference = lambda dataset, *rest: (counts.append(len(dataset)), compute(dataset, *rest))
+        trainer.precompute_reference_logps()
+        return sum(counts)
+
+    def another_template(trainer):
+        processor = trainer.processing_class.processor
+        processor.chat_template = processor.chat_template.replace("ASSISTANT", "Assistant")
+
+    def other_weights(trainer):
+        with torch.no_grad():
+            next(trainer.model.get_vision_tower().parameters()).view(-1)[0] += 1e-3
+
+    def shorter(trainer):
+        from data.lengths import LengthLimits
+
+        trainer.data_collator.limits = LengthLimits(max_target_length=3)
+
+    picture = tmp_path / "picture.png"
+    shutil.copy(preference_rows[0]["images"][0], picture)
+    rows = [row | {"images": [str(picture)]} for row in preference_rows[:2]]
+    assert computed(rows) == 2
+    assert computed(rows) == computed(rows, LORA + " --seed 5") == computed(rows[:1]) == 0
+    assert computed([rows[0], rows[1] | {"responses": ["a", "b"]}]) == 1
+    assert computed([rows[0], rows[1] | {"prompt": [{"role": "user", "content": "Why?"}]}]) == 1
+    Image.new("RGB", (30, 30), "red").save(picture)  # the same path, another picture
+    assert computed(rows) == 2
+    assert computed(rows, change=another_template) == 2
+    assert computed(rows, change=other_weights) == 2
+    assert computed(rows, change=shorter) == 2
+    assert computed(rows, change=lambda trainer: trainer.model.bfloat16()) == 2
+    assert computed(rows) == 0
+
+
+def test_a_second_image_of_the_row_is_cached_too(llava, preference_rows, tmp_path, cache_dir):
+    rows = [
+        row | {"image_rejected": other["images"][0]}
+        for row, other in zip(preference_rows, reversed(preference_rows), strict=True)
+    ]
+    from tests.test_preference_losses import trainer_for
+
+    found = [
+        _first_losses(trainer_for(llava, _dataset(rows), tmp_path, f"{LORA} --loss_type rdpo {flags}"))
+        for flags in ("", f"--precompute_ref_log_probs True --ref_log_probs_dir {cache_dir}")
+    ]
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+def test_rows_come_back_in_any_batch(llava, preference_rows, tmp_path, cache_dir):
+    """Four responses, edited answers and evaluation rows: what is joined to a row is what the reference says of it."""
+    rows = [
+        preference_rows[0] | {"responses": ["a", "b c", "d e f", "g h i j"], "ranks": [0.0, 1.0, 1.0, 2.0]},
+        preference_rows[1] | {"responses": EDITED},
+        *preference_rows[2:4],
+    ]
+    trainer = _cached(llava, _dataset(rows), tmp_path, cache_dir, LORA, eval_data=_dataset(rows[1:]))
+    trainer.precompute_reference_logps()
+    for dataset, order in ((trainer.train_dataset, [2, 0, 1]), (trainer.eval_dataset, [1, 0])):
+        batch = trainer._prepare_inputs(trainer.data_collator([dataset[i] for i in order]))
+        cached = batch.pop("reference_logps")
+        batch["image_inputs"] = trainer.image_inputs(trainer.model, batch)
+        torch.testing.assert_close(cached, trainer.reference_logps(batch), atol=1e-5, rtol=0)

@@ -1,0 +1,154 @@
+"""Reference log-probs on disk, computed once: `--precompute_ref_log_probs`.
+
+    <folder>/<key>/about.json            what the key stands for
+    <folder>/<key>/<random>.safetensors  row key -> (tokens,) float32, one file per rank and a few hundred rows
+
+The key covers what changes every number: weights, configuration, processor and chat template, length limits, precision, versions. A row's key
+covers its prompt, responses and the bytes of its images. A run that was killed goes on where it stopped, a later run reads what it finds, and
+whatever changed since has another key and is computed anew.
+"""
+
+import base.compat  # noqa: F401  isort: skip  (must come before transformers)
+import hashlib
+import json
+import logging
+import tempfile
+import uuid
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.utils.hub import constants
+
+from base.errors import InputError
+from base.processor import ImageSource, VLProcessor, image_file
+
+logger = logging.getLogger(__name__)
+
+COLUMN = "reference_logps"  # of the data set: the log-probs of all response tokens of a row, response after response
+
+
+def default_folder() -> Path:
+    """Beside the hub's cache, so that every run of a user finds it."""
+    return Path(constants.HF_HOME) / "vl_rlhf" / "reference_logps"
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of the names, shapes, types and bytes of all parameters and buffers of a reference.
+
+    A policy's own adapter ("default") is left out: it is switched off when the policy stands for its reference.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
+        if isinstance(model, PeftModel) and ".default." in f"{name}.":
+            continue
+        tensor = getattr(tensor, "ds_tensor", tensor).detach()  # ZeRO-3: this rank's part
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def processor_digest(processor: VLProcessor) -> str:
+    """SHA-256 of everything that the processor saves, and of its chat template."""
+    digest = hashlib.sha256(processor.chat_template.encode())
+    with tempfile.TemporaryDirectory() as folder:
+        processor.save_pretrained(folder)
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def row_key(row: dict[str, Any], columns: Sequence[str]) -> str:
+    """SHA-256 of a row's prompt, responses and image bytes, and of the further `columns` that the reference is asked about."""
+    text = [row["prompt"], row["responses"], {name: row.get(name) for name in columns if name != "image_rejected"}]
+    digest = hashlib.sha256(json.dumps(text, sort_keys=True).encode())
+    for image in [*row["images"], *([row["image_rejected"]] if "image_rejected" in columns else [])]:
+        digest.update(_image_bytes(image))
+    return digest.hexdigest()
+
+
+def _image_bytes(image: ImageSource) -> bytes:
+    file = image_file(image)
+    if isinstance(file, Image.Image):
+        content = f"{file.mode} {file.size}".encode() + file.tobytes()
+    elif isinstance(file, str):
+        try:
+            content = Path(file).read_bytes()
+        except OSError as error:
+            raise InputError(f"Cannot read the image {file} ({error}): replace the file or drop the row.") from error
+    else:
+        content = file.getvalue()
+    return hashlib.sha256(content).digest()
+
+
+class ReferenceCache:
+    """The cached log-probs of one reference. Every process writes files of its own, whole or not at all."""
+
+    def __init__(self, folder: str | Path, about: dict[str, Any], rows_per_file: int = 256) -> None:
+        """
+        Args:
+            about: everything that changes the numbers of every row, as JSON.
+        """
+        text = json.dumps(about, indent=2, sort_keys=True, default=str)
+        self.folder = Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:32]
+        self.rows_per_file = rows_per_file
+        self._held: dict[str, Tensor] = {}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write_whole(self.folder / "about.json", lambda path: path.write_text(text + "\n"))
+        except OSError as error:
+            raise InputError(
+                f"Cannot write reference log-probs to {self.folder} ({error}): give --ref_log_probs_dir another folder."
+            ) from error
+
+    def keys(self) -> set[str]:
+        """The rows that are on disk."""
+        found: set[str] = set()
+        for path in self.folder.glob("*.safetensors"):
+            with safe_open(path, framework="pt") as file:
+                found.update(file.keys())
+        return found
+
+    def add(self, key: str, logps: Tensor) -> None:
+        """Keep the log-probs of a row, (tokens,); written with those of other rows."""
+        self._held[key] = logps.float().cpu().contiguous()
+        if len(self._held) >= self.rows_per_file:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is held."""
+        if self._held:
+            path = self.folder / f"{uuid.uuid4().hex}.safetensors"
+            _write_whole(path, lambda to: save_file(self._held, to))
+            self._held = {}
+
+    def read(self, keys: Iterable[str]) -> dict[str, list[float]]:
+        """The log-probs of rows.
+
+        Raises:
+            InputError: some are not there, because the processes do not see one and the same folder.
+        """
+        wanted, found = set(keys), {}
+        for path in self.folder.glob("*.safetensors"):
+            with safe_open(path, framework="pt") as file:
+                found |= {key: file.get_tensor(key).tolist() for key in wanted.intersection(file.keys())}
+        if missing := len(wanted) - len(found):
+            raise InputError(
+                f"{self.folder} lacks the reference log-probs of {missing} rows that another process has computed: give "
+                "--ref_log_probs_dir a folder that all nodes share."
+            )
+        return found
+
+
+def _write_whole(path: Path, write: Any) -> None:
+    """Write beside and rename: a reader sees the whole file or none."""
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    write(beside)
+    beside.replace(path)
