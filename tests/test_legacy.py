@@ -5,26 +5,35 @@ to, extrapolation beyond the training length, partial LoRA.
 """
 
 import base.compat  # noqa: F401  isort: skip  (must come before transformers)
+import functools
 import importlib
+import itertools
 import json
 import re
 import shutil
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import regex
+import sentencepiece
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, DynamicCache
+from transformers.convert_slow_tokenizer import SentencePieceExtractor
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from base import packing
 from base.errors import InputError
 from models import core_mapper_for, load_model
 from models.checkpoint_io import Rule, TensorReader
+from models.internlm_xcomposer2.processing import build_tokenizer
+from models.qwen_vl.processing import read_ranks
 from tests import zoo
 
 GOLDENS = Path(__file__).parent / "goldens" / "legacy"
@@ -187,7 +196,7 @@ def test_pixels(it: SimpleNamespace):
 
 
 def test_tokenizer(it: SimpleNamespace):
-    """Ids and texts of awkward strings; for InternLM also those of sentencepiece itself."""
+    """Ids and texts of awkward strings."""
     tokenizer = it.processor.tokenizer
     for case in it.texts["tokenizer"]:
         assert tokenizer(case["text"], add_special_tokens=False).input_ids == case["ids"]
@@ -202,6 +211,46 @@ def test_tokenizer(it: SimpleNamespace):
         assert tokenizer.decode(case["ids"]) == case["decoded"]
     ids = tokenizer.convert_tokens_to_ids(list(it.texts["special_ids"]))
     assert ids == list(it.texts["special_ids"].values())
+
+
+def byte_pair_ids(text: str, ranks: dict[bytes, int]) -> list[int]:
+    """tiktoken's algorithm, slowly: NFC, split, and in every part merge the pair of lowest rank until none is left."""
+    ids = []
+    for part in regex.findall(PRETOKENIZE_REGEX, unicodedata.normalize("NFC", text)):
+        pieces = [bytes([byte]) for byte in part.encode()]
+        while len(pieces) > 1:
+            pairs = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(pieces)]
+            if (best := min(pairs)) == len(ranks):
+                break
+            at = pairs.index(best)
+            pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+        ids += [ranks[piece] for piece in pieces]
+    return ids
+
+
+def test_tokenizer_on_random_texts(it: SimpleNamespace):
+    """Against sentencepiece itself and against the merges by rank."""
+    random = np.random.default_rng(0)
+    alphabet = [*"aeinorst AB019.,'\n\t  ", *"éïñ́ç", *"图片猫浦语", *"🐈🏽", "the ", "image ", "\r\n", "  ", "▁"]
+    if it.family == "qwen_vl":
+        reference = functools.partial(byte_pair_ids, ranks=read_ranks(it.source / "qwen.tiktoken"))
+    else:
+        reference = sentencepiece.SentencePieceProcessor(model_file=str(it.source / "tokenizer.model")).encode
+        alphabet.append("[UNUSED_TOKEN_145]")
+    for _ in range(300):
+        text = "".join(random.choice(alphabet, random.integers(1, 40)))
+        assert it.processor.tokenizer(text, add_special_tokens=False).input_ids == reference(text), repr(text)
+
+
+def test_another_tokenizer_model_is_refused(tmp_path: Path):
+    proto = SentencePieceExtractor(str(GOLDENS / "internlm_xcomposer2" / "tokenizer.model")).proto
+    for section, field in (("normalizer_spec", "add_dummy_prefix"), ("normalizer_spec", "remove_extra_whitespaces")):
+        changed = type(proto)()
+        changed.CopyFrom(proto)
+        setattr(getattr(changed, section), field, True)
+        (tmp_path / field).write_bytes(changed.SerializeToString())
+        with pytest.raises(ValueError, match=r"not InternLM2's tokenizer"):
+            build_tokenizer(tmp_path / field)
 
 
 def test_conversations(it: SimpleNamespace):
