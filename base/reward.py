@@ -270,7 +270,7 @@ def _part(state_dict: dict[str, Tensor] | None, prefix: str) -> dict[str, Tensor
 
 def save_head(backbone: nn.Module, weight: Tensor, folder: str, name: str) -> None:
     """Write a head, and the fingerprint of the base of its adapter."""
-    metadata = {"format": "pt"}
+    metadata = {}
     if isinstance(backbone, PeftModel):
         base = backbone.peft_config[backbone.active_adapter].base_model_name_or_path
         metadata["base"] = (checkpoint_fingerprint(base) if base else None) or ""
