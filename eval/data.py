@@ -79,15 +79,15 @@ def read_tsv(path: str | Path) -> list[dict[str, str]]:
     return rows
 
 
-def read_parquet(path: str | Path) -> list[dict]:
-    """Return the rows of one parquet file, or of all parquet files of a folder in name order."""
+def read_parquet(path: str | Path, pattern: str = "*.parquet") -> list[dict]:
+    """Return the rows of one parquet file, or of all files of a folder that match `pattern`, in path order."""
     import pyarrow
     import pyarrow.parquet
 
     source = _existing(path)
-    files = sorted(source.rglob("*.parquet")) if source.is_dir() else [source]
+    files = sorted(source.rglob(pattern)) if source.is_dir() else [source]
     if not files:
-        raise DataError(f"{path} holds no .parquet file")
+        raise DataError(f"{path} holds no {pattern} file")
     try:
         return [row for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]
     except pyarrow.ArrowInvalid as e:
@@ -220,29 +220,44 @@ def _mmbench(path: str | Path, image_dir: str | None) -> list[Row]:
 
 
 def _seed(path: str | Path, image_dir: str | None, video: bool = False) -> list[Row]:
-    """SEED-Bench.json, the image questions (SEEDBench-Img, types 1-9); the others only with `video`."""
+    """SEED-Bench.json, the image questions (SEEDBench-Img, types 1-9), the others only with `video`; or SEEDBench_IMG.tsv."""
+    if str(path).endswith(".tsv"):
+        return [_seed_row(r | {"data_type": "image"}, _decode(r["image"], path, n), r.get("category", "all"))
+                for n, r in enumerate(_seed_tsv(path))]  # fmt: skip
     data = read_json(path)
     rows = data.get("questions") if isinstance(data, dict) else None
     if not isinstance(rows, list):
         raise DataError(f"{path} has no 'questions'; pass SEED-Bench.json")
     need(rows, "question_id question choice_a choice_b choice_c choice_d answer data_id question_type_id", path)
     names = {v: k for k, v in data.get("question_type", {}).items()}
-    out: list[Row] = []
-    for r in rows:
-        if r.get("data_type", "image") != "image" and not video:
-            continue
-        choices = {c: str(r[f"choice_{c.lower()}"]) for c in "ABCD"}
-        options = "".join(f"{c}. {text}\n" for c, text in choices.items())
-        out.append({"id": str(r["question_id"]), "images": [_file(r["data_id"], image_dir, path)], "choices": choices,
-                    "question": f"{r['question']}\n{options}", "bare_question": r["question"], "label": r["answer"],
-                    "type_id": r["question_type_id"], "data_type": r.get("data_type", "image"),
-                    "category": names.get(r["question_type_id"], str(r["question_type_id"]))})  # fmt: skip
-    return out
+    return [
+        _seed_row(r, _file(r["data_id"], image_dir, path), names.get(r["question_type_id"], str(r["question_type_id"])))
+        for r in rows
+        if video or r.get("data_type", "image") == "image"
+    ]
+
+
+def _seed_tsv(path: str | Path) -> list[dict]:
+    """VLMEvalKit's table with the names of SEED-Bench.json."""
+    rows = read_tsv(path)
+    need(rows, "index question A B C D answer image", path)
+    return [r | {"question_id": r["index"], **{f"choice_{c.lower()}": r[c] for c in "ABCD"}} for r in rows]
+
+
+def _seed_row(r: dict, image: str | dict, category: str) -> Row:
+    choices = {c: str(r[f"choice_{c.lower()}"]) for c in "ABCD"}
+    options = "".join(f"{c}. {text}\n" for c, text in choices.items())
+    return {"id": str(r["question_id"]), "images": [image], "choices": choices, "label": r["answer"],
+            "question": f"{r['question']}\n{options}", "bare_question": r["question"], "category": category,
+            "type_id": r.get("question_type_id"), "data_type": r.get("data_type", "image")}  # fmt: skip
 
 
 def _mmmu(path: str | Path, image_dir: str | None) -> list[Row]:
-    """The validation parquet (a file or the folder of all subjects) with `<image n>` marks in question and options."""
-    rows = read_parquet(path)
+    """The validation parquet (a file or the folder of all subjects) with `<image n>` marks in question and options.
+
+    Subjects in alphabetical order, which is the official one: guesses at unparsed answers are drawn in row order.
+    """
+    rows = read_parquet(path, "validation-*.parquet")
     need(rows, "id question options answer question_type", path)
     out: list[Row] = []
     for n, r in enumerate(rows):
@@ -301,8 +316,9 @@ def _mmhal(path: str | Path, image_dir: str | None) -> list[Row]:
     if len(rows) != 96:  # the type of a row is its position modulo 8: nothing may be missing or moved
         raise DataError(f"{path} has {len(rows)} rows, MMHal-Bench has 96 in a fixed order; use the published file")
     return [
-        {"id": str(n), "images": [_file(Path(str(r["image_src"])).name, image_dir, path)], "question": r["question"],
-         "label": r["gt_answer"], "image_content": r["image_content"], "category": r["question_type"]}
+        {"id": str(n), "question": r["question"], "label": r["gt_answer"], "image_content": r["image_content"],
+         "images": [_decode(r["image"], path, n) if r.get("image")  # RLAIF-V's mmhal-bench_with_image.jsonl
+                    else _file(Path(str(r["image_src"])).name, image_dir, path)], "category": r["question_type"]}
         for n, r in enumerate(rows)
     ]  # fmt: skip
 
@@ -440,6 +456,17 @@ def read_task(task: str, path: str | Path, image_dir: str | None = None, limit: 
             raise DataError(f"{path}: row {n} repeats the id '{row['id']}'; every row needs its own")
         seen.add(row["id"])
     return rows[:limit] if limit else rows
+
+
+def check_images(rows: Iterable[Row]) -> None:
+    """Raise DataError for the first image file that is not there, before hours of work reach it."""
+    seen: set[str] = set()
+    for row in rows:
+        for image in row["images"]:
+            if isinstance(image, str) and image not in seen:
+                seen.add(image)
+                if not Path(image).is_file():
+                    raise DataError(f"row '{row['id']}': the image {image} does not exist; pass --image_dir")
 
 
 def prompt(task: str, row: Row, suffix: str | None = None) -> str:

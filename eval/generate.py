@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput
 from base.errors import InputError
 from base.packing import scatter_to_responses
 from base.processor import VLProcessor
-from eval.data import TASKS, DataError, Row, chunks, prompt, read_task
+from eval.data import TASKS, DataError, Row, check_images, chunks, prompt, read_task
 from eval.ledger import Ledger
 from eval.results import run, sha256, versions
 from models import base_model_path, core_mapper_for, load_model
@@ -316,6 +316,7 @@ def describe(args: argparse.Namespace, recorded: dict) -> dict:
 
 def answer_rows(args: argparse.Namespace, rows: list[Row], answerer: Answerer, rank: int, world: int) -> dict:
     """Write an answer for every row that has none yet; return {"rows": on this rank, "images": tower runs}."""
+    check_images(rows)
     settings, recorded = generation_settings(args, answerer)
     ledger = Ledger(args.output, describe(args, recorded), [str(r["id"]) for r in rows], rank, args.overwrite)
     barrier(world)
@@ -372,6 +373,7 @@ def choice_losses(args: argparse.Namespace, rows: list[Row], answerer: Answerer,
     """Write {id, losses}: mean loss over each choice's tokens, end token included, all choices of a question in one row."""
     from base.collator import VLDPODataCollatorWithPadding
 
+    check_images(rows)
     answerer.processor.train()
     collator = VLDPODataCollatorWithPadding(answerer.processor)
     recorded = {"likelihood": True, "choice": "{text}", "dtype": str(answerer.dtype).removeprefix("torch.")}

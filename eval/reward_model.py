@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from base.errors import InputError
 from base.reward import adapter_active, score_rows
-from eval.data import DataError, Row, chunks, read_task
+from eval.data import DataError, Row, check_images, chunks, read_task
 from eval.generate import Answerer, barrier, describe, processor_for, ranks, with_image_marks
 from eval.ledger import Ledger
 from models import base_model_path, core_mapper_for
@@ -27,6 +27,7 @@ def write_scores(args: argparse.Namespace, path: str) -> None:
                 f"row '{videos[0]}' shows a video, which no family here reads; --skip_video leaves such rows out"
             )
         rows = [r for r in rows if r["id"] not in set(videos)]
+    check_images(rows)
     try:
         with ranks() as (rank, world, device):
             score, settings = implicit_reward(args, device) if args.implicit else scalar_reward(args, device)

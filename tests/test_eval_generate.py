@@ -171,6 +171,10 @@ def test_other_settings_do_not_go_into_the_same_file(questions: Path, tmp_path: 
 
 def test_missing_image_names_the_row(questions: Path, tmp_path: Path, llava: str) -> None:
     args = arguments(questions, tmp_path / "a.jsonl", llava, image_dir=str(tmp_path))
+    with pytest.raises(DataError, match=r"row 'random/0': the image .*0\.png does not exist; pass --image_dir"):
+        run(args)
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_text("no image")
     with pytest.raises(DataError, match=r"row 'random/0': Cannot read .*0\.png"):
         run(args)
 
