@@ -298,6 +298,8 @@ def test_numbered_pictures():
     prompt = processor.format_multimodal_prompt("Compare.", ["a.png", "b.png"])
     assert prompt == "Picture 1: <img><imgpad></img>\nPicture 2: <img><imgpad></img>\nCompare."
     assert processor.remove_image_placeholder(prompt) == "Compare."
+    conversation = [{"role": "user", "content": prompt}]
+    assert prompt in processor.render(conversation, images=2)
     messages = [{"role": "user", "content": "<image>Compare."}, {"role": "user", "content": "And <image>?"}]
     assert re.findall(r"Picture \d", processor.render(messages)) == ["Picture 1", "Picture 2"]
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
 from base.model import VLModelMixin
-from base.processor import IMAGE_MARK, ImageSource, VLProcessor
+from base.processor import IMAGE_MARK, ImageSource, Messages, VLProcessor
 from models.core_mapper import ModelCoreMapper
 from models.qwen_vl.configuration import QwenConfig, QwenVLConfig
 from models.qwen_vl.modeling import QwenVLForConditionalGeneration
@@ -62,6 +62,16 @@ class QwenVLProcessor(VLProcessor):
     def is_multimodal_prompt_valid(self, prompt: str) -> bool:
         """Whether the prompt contains a picture."""
         return bool(self._picture.search(prompt)) or IMAGE_MARK in prompt
+
+    def _as_parts(self, messages: Messages, images: int | None) -> Messages:
+        # The base knows the family's placeholder as one text; here it has a number.
+        marked = [
+            message | {"content": self._picture.sub(IMAGE_MARK, message["content"])}
+            if isinstance(message["content"], str) and message["role"] != "assistant"
+            else message
+            for message in messages
+        ]
+        return super()._as_parts(marked, images)
 
 
 core_mapper = ModelCoreMapper(model=QwenVLForRL, processor=QwenVLProcessor)
