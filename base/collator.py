@@ -73,6 +73,21 @@ class VLDataCollator:
         """Hook: whether the row's prompt fits the limits, counted in `counts`."""
         raise NotImplementedError
 
+    def with_lengths(self, dataset: Dataset, column: str, num_proc: int | None = None) -> Dataset:
+        """Add the tokens that each row takes in a batch, image tokens included, for `--train_sampling_strategy group_by_length`."""
+        lengths = dataset.map(
+            lambda row: {column: self.length(row)},
+            num_proc=num_proc,
+            remove_columns=dataset.column_names,
+            load_from_cache_file=False,  # an image may have changed
+            desc="Counting tokens",
+        )
+        return dataset.add_column(column, lengths[column][:])
+
+    def length(self, row: Row) -> int:
+        """Hook: tokens of a row as this collator lays it out."""
+        raise NotImplementedError
+
     @staticmethod
     def image_files(features: Sequence[Row]) -> list[Any]:
         """All images of the batch in order, as PIL.Image.open accepts them."""
@@ -89,6 +104,10 @@ class VLSFTDataCollatorWithPadding(VLDataCollator):
     def fit(self, row: Row, counts: LengthCounts, where: str) -> bool:
         ids, labels = self._encode([row])[:2]
         return self._fit(ids[0], labels[0], counts, where) is not None
+
+    def length(self, row: Row) -> int:
+        ids, labels = self._encode([row])[:2]
+        return len(self._fit(ids[0], labels[0], LengthCounts(), "a row") or ids[0])
 
     def _encode(self, features: Sequence[Row]) -> tuple[list[list[int]], list[list[int]], dict[str, Any]]:
         encoded = self.processor.process_batch_conv(
@@ -354,6 +373,11 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
         text = self.processor.render(row["prompt"], add_generation_prompt=True, images=len(row["images"]))
         return self._fit(self.processor.encode_prompts([text], [row["images"]])[0][0], row, counts, where) is not None
 
+    def length(self, row: Row) -> int:
+        """Of the packed row; without a shared prefix, of all its responses' rows together."""
+        batch = self.encode_rows([row])
+        return int((batch["segment_ids"] >= 0).sum())
+
     def _fit(self, prompt: list[int], row: Row, counts: LengthCounts, where: str) -> list[list[int]] | None:
         responses = [self.processor.encode_response(r) for r in row["responses"]]
         return fit_row(len(prompt), responses, self.limits, counts, row.get("where") or where)
@@ -407,6 +431,9 @@ class VLPPODataCollator(VLDataCollator):
 
     def fit(self, row: Row, counts: LengthCounts, where: str) -> bool:
         return fit_row(len(self._encode([row])[0][0]), [], self.limits, counts, row.get("where") or where) is not None
+
+    def length(self, row: Row) -> int:
+        return len(self._encode([row])[0][0])
 
     def _encode(self, features: Sequence[Row]) -> tuple[list[list[int]], dict[str, Any]]:
         texts = [

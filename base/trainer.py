@@ -100,6 +100,10 @@ class VLTrainer(SafeCheckpoints):
             raise InputError(
                 "--log_image_sensitivity is measured on evaluation rows: add --eval_ratio or --eval_data_path."
             )
+        grouped = args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+        if grouped and train_dataset is not None and args.length_column_name not in train_dataset.column_names:
+            with args.main_process_first(desc="counting tokens"):
+                train_dataset = data_collator.with_lengths(train_dataset, args.length_column_name)
         if isinstance(model, PeftModel):
             # Adapters with another hat (a frozen reference, ...) are not part of the result.
             model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=["default"])

@@ -250,3 +250,21 @@ def test_rows_come_back_in_any_batch(llava, preference_rows, tmp_path, cache_dir
         cached = batch.pop("reference_logps")
         batch["image_inputs"] = trainer.image_inputs(trainer.model, batch)
         torch.testing.assert_close(cached, trainer.reference_logps(batch), atol=1e-5, rtol=0)
+
+
+# -- batches of equal length ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_batches_are_grouped_by_packed_length(llava, preference_rows, tmp_path, share_prefix: bool):
+    rows = [
+        row | {"prompt": [{"role": "user", "content": "What is this?" + " photo" * (7 * i % 8) * 20}]}
+        for i, row in enumerate(preference_rows)
+    ]
+    flags = f"{LORA} --train_sampling_strategy group_by_length --share_prefix {share_prefix}"
+    trainer = dpo_trainer(llava, _dataset(rows), tmp_path, flags)
+    lengths = trainer.train_dataset["length"][:]
+    packed = [trainer.data_collator([row])["segment_ids"] for row in rows]
+    assert lengths == [int((segments >= 0).sum()) for segments in packed] and len(set(lengths)) == 8
+    assert list(trainer._get_train_sampler(trainer.train_dataset).lengths) == lengths
+    assert len(_first_losses(trainer)) == 3
