@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.convert_slow_tokenizer import SentencePieceExtractor
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+import train_sft
 from base import packing
 from base.errors import InputError
 from models import core_mapper_for, load_model
@@ -679,3 +680,15 @@ def test_placeholders_and_features_must_agree(family: str):
     ids = torch.full((1, 5), model.config.image_token_id)
     with pytest.raises(ValueError, match="5 image placeholders in the rows but"):
         model(input_ids=ids, pixel_values=torch.zeros(1, 3, 28, 28))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantised_lora_training(family: str, command: Callable[..., list[str]], tmp_path: Path):
+    """The decoder's linear layers are in 4 bits, vision and partial LoRA are not, and the adapter learns."""
+    path = zoo.checkpoint(family)
+    quantised = load_model(path, bits=4)
+    small = {name for name, p in quantised.named_parameters() if type(p).__name__ == "Params4bit"}
+    assert small and all(re.fullmatch(r"model\.language_model\.layers\..*_proj\.weight", name) for name in small)
+    train_sft.main(command("sft", "--use_lora True --q_lora True --bits 4", model=path))
+    trained = load_model(str(tmp_path / "sft"))
+    assert all(weight.any() for name, weight in trained.named_parameters() if "lora_B" in name)
