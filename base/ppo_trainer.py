@@ -206,7 +206,7 @@ class VLPPOTrainer(VLHeadTrainer):
     def end_ids(self) -> list[int]:
         """Tokens that end an answer: the template's end of turn, and the checkpoint's own end tokens."""
         processor, core = self.data_collator.processor, self.base_model(self.model)
-        ids = {processor.tokenizer.convert_tokens_to_ids(processor.answer_end)}
+        ids = {processor.encode_response("")[-1]}
         own = core.generation_config.eos_token_id if core.generation_config is not None else None
         return sorted(ids | set(own if isinstance(own, list) else [own] if own is not None else []))
 

@@ -114,6 +114,11 @@ class VLProcessor:
         """The image processor: `image_processor(images=[...], return_tensors="pt")`."""
         return self.processor.image_processor
 
+    @property
+    def model_input_names(self) -> list[str]:
+        """What Trainer asks a processor for."""
+        return self.processor.model_input_names
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save what AutoProcessor.from_pretrained needs, chat template included."""
         self.processor.save_pretrained(save_directory, **kwargs)
@@ -175,7 +180,7 @@ class VLProcessor:
                     row_labels.append(IGNORE_INDEX)
                     source.append(t)
                     continue
-                answer = self.encode_response(turns[turn])
+                answer = self._encode_answer(turns[turn])
                 turn += 1
                 ids += answer
                 trained = train_on == "all" or turn == len(turns)
@@ -251,7 +256,9 @@ class VLProcessor:
 
     def encode_response(self, text: str) -> list[int]:
         """Token ids of an assistant's answer as they follow the generation prompt, end token included."""
-        text = self._answer_lead + text
+        return self._encode_answer(self._answer_lead + text)
+
+    def _encode_answer(self, text: str) -> list[int]:
         ids = self.tokenizer(self._anchor + text, add_special_tokens=False).input_ids
         if ids[: len(self._anchor_ids)] == self._anchor_ids:
             return ids[len(self._anchor_ids) :] + self._answer_end_ids
@@ -383,12 +390,13 @@ class VLProcessor:
         # What stands between a user turn and an answer, in a rendered conversation and in a generation prompt: some templates differ.
         self._headers = (before.removeprefix(plain), prompt.removeprefix(plain))
         specials = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
-        end = re.match(r"\s*(" + "|".join(map(re.escape, specials)) + ")", after)
+        special = "|".join(map(re.escape, specials))
+        end = re.match(rf"\s*((?:{special})+)", after)  # Cohere's turns end in two
         # A template without an end token (LLaVA-1.5) gets the EOS token, which replaces the white space that it writes there.
         self._template_has_end = end is not None
         self._answer_tail = "" if end else after  # LLaVA-NeXT's template misprints its end token
         self.answer_end = end.group(1) if end else self.tokenizer.eos_token
-        self._answer_end_ids = [self.tokenizer.convert_tokens_to_ids(self.answer_end)]
+        self._answer_end_ids = self.tokenizer.convert_tokens_to_ids(re.findall(special, self.answer_end))
         # Tokenizers with a dummy prefix (SentencePiece) read the start of a text as the start of a word: tokenise answers behind the end of
         # the generation prompt, as the model sees them. Others split the same way without it.
         dummy_prefix = self.tokenizer.tokenize("a")[:1] in (["▁a"], ["▁"])
@@ -430,7 +438,7 @@ class VLProcessor:
         return {"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]}
 
     def _split(self, messages: Messages) -> tuple[list[str], list[str]]:
-        """Cut a conversation's text at its answers: n + 1 pieces of template around n answers (without lead and end)."""
+        """Cut a conversation's text at its answers: n + 1 pieces of template around n answers (without end)."""
         answers: list[str] = []
         masked = []
         for message in messages:
@@ -440,7 +448,10 @@ class VLProcessor:
             masked.append(message)
         pieces = self._template(masked).split(_ANSWER)
         for n in range(len(answers)):
-            pieces[n] = pieces[n].removesuffix(self._headers[0]) + self._headers[1]
+            # Earlier answers have another header in some templates: without the block of thoughts, for example. It stays.
+            if pieces[n].endswith(self._headers[0]):
+                pieces[n] = pieces[n].removesuffix(self._headers[0]) + self._headers[1]
+                answers[n] = self._answer_lead + answers[n]
             after = pieces[n + 1].removeprefix(self._answer_tail).lstrip()
             pieces[n + 1] = after.removeprefix(self.answer_end) if self._template_has_end else after
         return [*pieces[:-1], ""] if not pieces[-1].strip() else pieces, answers

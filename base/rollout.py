@@ -184,7 +184,7 @@ def slim_features(inputs: dict[str, Any]) -> dict[str, Any]:
     outputs = inputs.get("mm_encoder_outputs")
     if outputs is None:
         return inputs
-    keep = ("pooler_output", "deepstack_features")
+    keep = ("pooler_output", "deepstack_features", "visual_indicator_features")  # what language models read
     slim = {m: type(o)(**{k: o[k] for k in keep if k in o}) for m, o in outputs.items()}
     return inputs | {"mm_encoder_outputs": slim}
 

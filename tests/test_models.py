@@ -44,7 +44,6 @@ class Family:
         images: images that one prompt may hold.
         turns: questions that one conversation may hold.
         native_text: rendered prompt -> what the native processor wants for the same prompt.
-        joint: an answer that is rendered in place starts as one that is generated.
         trains_on: part of the vision tower that `freeze_vision_tower` leaves trainable.
     """
 
@@ -53,7 +52,6 @@ class Family:
     images: tuple[int, ...] = (0, 1, 2)
     turns: int = 2
     native_text: Callable[[str], str] = field(default=lambda text: text)
-    joint: bool = True
     trains_on: str | None = None
 
 
@@ -67,7 +65,6 @@ FAMILIES = {
     "llava_onevision": Family(
         "<|im_start|>user <image>\nWhat is this?<|im_end|><|im_start|>assistant\n",
         "chat_template.json of llava-hf/llava-onevision-qwen2-7b-ov-hf",
-        joint=False,  # "assistant \nanswer" in a conversation, "assistant\nanswer" behind the generation prompt
     ),
     "instructblip": Family(
         "<image>What is this?",
@@ -115,6 +112,36 @@ FAMILIES = {
         f"<s>[UNUSED_TOKEN_146]system\n{SYSTEM}[UNUSED_TOKEN_145]\n"
         "[UNUSED_TOKEN_146]user\n<ImageHere>What is this?[UNUSED_TOKEN_145]\n[UNUSED_TOKEN_146]assistant\n",
         "modeling_internlm_xcomposer2.py of internlm/internlm-xcomposer2-vl-7b",
+    ),
+    "vipllava": Family("###Human: <image>\nWhat is this?###Assistant:", "model card of llava-hf/vip-llava-7b-hf"),
+    "idefics2": Family(
+        "User:<image>What is this?<end_of_utterance>\nAssistant:", "tokenizer_config.json of HuggingFaceM4/idefics2-8b"
+    ),
+    "aya_vision": Family(
+        "<BOS_TOKEN><|START_OF_TURN_TOKEN|><|USER_TOKEN|><image>What is this?<|END_OF_TURN_TOKEN|>"
+        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>",
+        "chat_template.jinja of CohereLabs/aya-vision-8b",
+    ),
+    "ovis2": Family(
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + CHATML.format(image="<image>\n"),
+        "chat_template.json of thisisiron/Ovis2-2B-hf",
+    ),
+    "glm4v": Family(
+        "[gMASK]<sop><|user|>\n<|begin_of_image|><|image|><|end_of_image|>What is this?<|assistant|>\n",
+        "chat_template.jinja of zai-org/GLM-4.1V-9B-Thinking",
+    ),
+    "qwen3_vl_moe": Family(QWEN, "chat_template.json of Qwen/Qwen3-VL-30B-A3B-Instruct"),
+    "qwen3_5": Family(QWEN + "<think>\n", "chat_template.jinja of Qwen/Qwen3.5-9B"),
+    "lfm2_vl": Family(
+        "<|startoftext|>" + CHATML.format(image="<image>"), "chat_template.jinja of LiquidAI/LFM2-VL-1.6B"
+    ),
+    "deepseek_vl": Family(
+        zoo.DEEPSEEK_SYSTEM + "\n\nUser: <image_placeholder>What is this?\n\nAssistant:",
+        "chat_template.jinja of deepseek-community/deepseek-vl-7b-chat",
+    ),
+    "gemma4": Family(
+        "<bos><|turn>user\n<|image|>What is this?<turn|>\n<|turn>model\n<|channel>thought\n<channel|>",
+        "chat_template.jinja of google/gemma-4-31B-it, thinking off",
     ),
 }
 # One checkpoint per registered family, and those that a family serves besides.
@@ -193,6 +220,12 @@ def response_logps(model: torch.nn.Module, batch: dict, images: dict) -> torch.T
     ).logps
 
 
+def collate(it: SimpleNamespace, rows: list[dict], share_prefix: bool | None = None) -> dict:
+    """A batch of preference rows; by default their responses share rows where the family can."""
+    share_prefix = it.model.packs if share_prefix is None else share_prefix
+    return VLDPODataCollatorWithPadding(it.processor, share_prefix=share_prefix)(rows)
+
+
 class TowerCalls:
     """Counts the calls of a vision tower."""
 
@@ -202,6 +235,12 @@ class TowerCalls:
 
     def __call__(self, *_: object) -> None:
         self.count += 1
+
+
+def written_before(it: SimpleNamespace) -> str:
+    """What a template makes the model write before an answer, without white space: the end of an empty block of thoughts."""
+    empty = it.processor.tokenizer.decode(it.processor.encode_response(""))
+    return empty.removesuffix(it.processor.answer_end).strip()
 
 
 LORA = LoraArguments(use_lora=True, lora_r=4, lora_alpha=8, lora_dropout=0.0)
@@ -236,7 +275,7 @@ class TestFamily:
         assert prompt == it.family.prompt
 
     def test_lora_saved_reloaded_and_merged_gives_the_same_log_probs(self, it: SimpleNamespace, tmp_path: Path):
-        batch = VLDPODataCollatorWithPadding(it.processor)(rows(it))
+        batch = collate(it, rows(it))
         model = lora_model(it).eval()
         with torch.no_grad():
             images = it.model.encode_images(batch["img_input_dict"])
@@ -327,14 +366,13 @@ class TestFamily:
         trained = [label for label in labels if label != IGNORE_INDEX]
         text = it.processor.tokenizer.decode(trained)
         end = it.processor.answer_end
-        assert [piece.strip() for piece in text.split(end)] == [*answers, ""]
+        lead = written_before(it)
+        assert [piece.strip().removeprefix(lead).strip() for piece in text.split(end)] == [*answers, ""]
         stops = it.native.generation_config.eos_token_id
         assert trained[-1] in (stops if isinstance(stops, list) else [stops]), "generation would not stop there"
 
     def test_a_conversation_is_its_prompt_and_the_response(self, it: SimpleNamespace):
         """What SFT trains on is what DPO scores and what generation continues."""
-        if not it.family.joint:
-            pytest.skip("the published template writes two forms")
         prompt, image = row(1)["prompt"], picture(0)
         answer = [*prompt, {"role": "assistant", "content": "A red square."}]
         conversation = it.processor.process_batch_conv([answer], [[image]])
@@ -342,7 +380,7 @@ class TestFamily:
         assert conversation["input_ids"][0] == start[0][0] + it.processor.encode_response("A red square.")
         # what is generated reads back as what was written
         decoded = it.processor.tokenizer.decode(it.processor.encode_response("A red square."), skip_special_tokens=True)
-        assert decoded.strip() == "A red square."
+        assert decoded.strip().removeprefix(written_before(it)).strip() == "A red square."
 
     # -- images --------------------------------------------------------------------------------------------------------
 
@@ -351,10 +389,10 @@ class TestFamily:
         for n in (0, 1, 2):
             if n not in it.family.images:
                 with pytest.raises(InputError, match="one image"):
-                    VLDPODataCollatorWithPadding(it.processor)([row(n)])
+                    collate(it, [row(n)])
                 continue
             with torch.no_grad():
-                batch = VLDPODataCollatorWithPadding(it.processor)([row(n)])
+                batch = collate(it, [row(n)])
                 ours = response_logps(it.model, batch, batch["img_input_dict"])
                 expected = torch.cat([native_logps(it, row(n), text) for text in ANSWERS[:2]])
             torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
@@ -373,9 +411,8 @@ class TestFamily:
                 completion_index=batch["completion_index"],
                 completion_ids=batch["completion_ids"],
             ).logps
-            if it.family.joint:
-                expected = torch.cat([native_logps(it, r, ANSWERS[0]) for r in examples])
-                torch.testing.assert_close(logps, expected, atol=1e-5, rtol=0)
+            expected = torch.cat([native_logps(it, r, ANSWERS[0]) for r in examples])
+            torch.testing.assert_close(logps, expected, atol=1e-5, rtol=0)
         assert logps.isfinite().all()
 
     @pytest.mark.parametrize("kind", ["1x1", "1x2000", "2000x1", "RGBA", "LA", "P", "1", "I;16", "CMYK", "rotated"])
@@ -397,7 +434,7 @@ class TestFamily:
             zoo.image(0).convert(kind).save(file, "PNG")
         example = row(1) | {"images": [{"bytes": file.getvalue(), "path": None}]}
         try:
-            batch = VLDPODataCollatorWithPadding(it.processor)([example])
+            batch = collate(it, [example])
         except InputError as error:
             assert kind in ("1x2000", "2000x1") and kind in str(error).replace(" ", "")
             return
@@ -407,7 +444,7 @@ class TestFamily:
     def test_the_image_matters(self, it: SimpleNamespace):
         logps = []
         for seed in (0, 3):  # same size
-            batch = VLDPODataCollatorWithPadding(it.processor)([row(1, seed=seed)])
+            batch = collate(it, [row(1, seed=seed)])
             with torch.no_grad():
                 logps.append(response_logps(it.model, batch, it.model.encode_images(batch["img_input_dict"])))
         assert (logps[0] - logps[1]).abs().max() > 1e-3
@@ -420,9 +457,9 @@ class TestFamily:
         examples = rows(it, responses)
         with torch.no_grad():
             expected = torch.cat([native_logps(it, r, text) for r in examples for text in r["responses"]])
-            packed = VLDPODataCollatorWithPadding(it.processor)(examples)
-            plain = VLDPODataCollatorWithPadding(it.processor, share_prefix=False)(examples)
-            assert packed["packed"] and not plain["packed"]
+            packed = collate(it, examples)
+            plain = collate(it, examples, share_prefix=False)
+            assert packed["packed"] == it.model.packs and not plain["packed"]
             assert (packed["segment_ids"] == -1).any() or len(it.family.images) == 1, "no padding in the batch"
             for batch in (packed, plain):
                 for images in (batch["img_input_dict"], it.model.encode_images(batch["img_input_dict"])):
@@ -430,7 +467,11 @@ class TestFamily:
 
     def test_packing_matters(self, it: SimpleNamespace):
         """Control: with an ordinary causal mask the second response sees the first, and the test above would fail."""
-        batch = VLDPODataCollatorWithPadding(it.processor)([row(1)])
+        batch = collate(it, [row(1)], share_prefix=True)
+        if not it.model.packs:
+            with pytest.raises(InputError, match="--share_prefix False"):
+                response_logps(it.model, batch, batch["img_input_dict"])
+            return
         with torch.no_grad():
             packed = response_logps(it.model, batch, batch["img_input_dict"])
             causal = response_logps(it.model, batch | {"packed": False}, batch["img_input_dict"])
@@ -439,6 +480,8 @@ class TestFamily:
     def test_packed_rewards_equal_single_rows(self, it: SimpleNamespace):
         """A scalar head reads the last token of every response, wherever it stands."""
         torch.manual_seed(0)
+        if not it.model.packs:
+            pytest.skip("one row per response")
         reward_model = it.adapter.reward_model(load_model(it.path)).eval()
         rewards = []
         for share_prefix in (True, False):
@@ -456,12 +499,14 @@ class TestFamily:
     def test_packed_rows_give_the_gradients_of_single_rows(
         self, it: SimpleNamespace, responses: int, checkpointing: bool
     ):
+        if not it.model.packs:
+            pytest.skip("one row per response")
         model = lora_model(it).train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         gradients = []
         for share_prefix in (True, False):
-            batch = VLDPODataCollatorWithPadding(it.processor, share_prefix=share_prefix)(rows(it, responses))
+            batch = collate(it, rows(it, responses), share_prefix)
             with torch.no_grad():
                 images = model.get_base_model().encode_images(batch["img_input_dict"])
             logps = response_logps(model, batch, images)
@@ -476,7 +521,7 @@ class TestFamily:
     def test_tower_runs_once_per_step(self, it: SimpleNamespace, tmp_path: Path):
         """A DPO step of a LoRA policy: reference and policy share the features of one call."""
         model = lora_model(it)
-        collator = it.adapter.dpo_collator(it.processor)
+        collator = it.adapter.dpo_collator(it.processor, share_prefix=it.model.packs)
         arguments = DPOConfig(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=2, report_to="none")
         trainer = it.adapter.dpo_trainer(model=model, args=arguments, processor=it.processor, data_collator=collator)
         calls = TowerCalls(model.get_base_model())
@@ -651,7 +696,8 @@ def test_script_trains_two_steps(script: str, mode: str, name: str, files: Path,
     assert all(same[key] for key, weight in before.named_parameters() if id(weight) in tower)
     assert not all(same.values())
     processor = core_mapper_for(path).processor(str(tmp_path))
-    batches = [VLDPODataCollatorWithPadding(processor)([row(1, seed=seed)]) for seed in (0, 3)]
+    collator = VLDPODataCollatorWithPadding(processor, share_prefix=False)
+    batches = [collator([row(1, seed=seed)]) for seed in (0, 3)]
     with torch.no_grad():
         logps = [response_logps(after, batch, batch["img_input_dict"]) for batch in batches]
     assert (logps[0] - logps[1]).abs().max() > 1e-3

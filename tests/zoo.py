@@ -673,6 +673,389 @@ def mllama() -> Parts:
     return tf.MllamaForConditionalGeneration(config), processor
 
 
+# llava-hf/vip-llava-7b-hf, model card: "###Human: <image>\n<prompt>###Assistant:", answers after a space; the system
+# sentence of the card is the user's to write.
+VIPLLAVA_TEMPLATE = (
+    "{% for m in messages %}"
+    "{{ {'system': '', 'user': '###Human: ', 'assistant': '###Assistant: '}[m['role']] }}"
+    "{% for part in m['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in m['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '###Assistant:' }}{% endif %}"
+)
+
+
+@family
+def vipllava() -> Parts:
+    """ViP-LLaVA: LLaVA with features of several tower layers."""
+    tokenizer = sentencepiece_tokenizer(["<image>"], {"image_token": "<image>"})
+    processor = tf.LlavaProcessor(
+        tf.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=SQUARE),
+        tokenizer,
+        patch_size=7,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=VIPLLAVA_TEMPLATE,
+    )
+    config = tf.VipLlavaConfig(
+        vision_config=tf.CLIPVisionConfig(**VISION, projection_dim=WIDTH),
+        text_config=tf.LlamaConfig(**TEXT, **token_ids(tokenizer)),
+        image_token_index=tokenizer.image_token_id,
+        vision_feature_layer=[-2, -1],
+    )
+    return tf.VipLlavaForConditionalGeneration(config), processor
+
+
+@family
+def idefics2() -> Parts:
+    """Idefics2: a perceiver gives 4 tokens per image here (64); Mistral with a sliding window (24 here, 4,096)."""
+    tokenizer = sentencepiece_tokenizer(IDEFICS_SPECIAL[:3])
+    processor = tf.Idefics2Processor(
+        tf.Idefics2ImageProcessor(size={"shortest_edge": 14, "longest_edge": 28}, do_image_splitting=False),
+        tokenizer,
+        image_seq_len=4,
+        chat_template=IDEFICS_TEMPLATE,  # HuggingFaceM4/idefics2-8b, tokenizer_config.json: the same words
+    )
+    perceiver = dict(resampler_n_latents=4, resampler_depth=1, resampler_n_heads=4, resampler_head_dim=8)
+    config = tf.Idefics2Config(
+        vision_config=VISION,
+        perceiver_config=dict(hidden_size=WIDTH, num_key_value_heads=2, **perceiver),
+        text_config=tf.MistralConfig(**TEXT, **token_ids(tokenizer), sliding_window=24),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    return _stops_at(tf.Idefics2ForConditionalGeneration(config), tokenizer, "<end_of_utterance>"), processor
+
+
+# CohereLabs/aya-vision-8b, chat_template.jinja: turns between START and END tokens, answers between response tokens.
+COHERE_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|START_OF_TURN_TOKEN|>' }}"
+    "{"
+    "{"
+    " "
+    "{"
+    "'"
+    "s"
+    "y"
+    "s"
+    "t"
+    "e"
+    "m"
+    "': '<|SYSTEM_TOKEN|>', 'user': '<|USER_TOKEN|>', 'assistant': '<|CHATBOT_TOKEN|><|START_RESPONSE|>'}[m['role']] }}"
+    "{% for part in m['content'] %}{% if part['type'] == 'image' %}{{ '<image>' }}{% else %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}"
+    "{% if m['role'] == 'assistant' %}{{ '<|END_RESPONSE|>' }}{% endif %}{{ '<|END_OF_TURN_TOKEN|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>' }}{% endif %}"
+)
+
+
+@family
+def aya_vision() -> Parts:
+    """Aya Vision: SigLIP tiles, a Cohere 2 decoder with a sliding-window layer (24 positions here)."""
+    turns = ["START_OF_TURN_TOKEN", "END_OF_TURN_TOKEN", "USER_TOKEN", "CHATBOT_TOKEN", "SYSTEM_TOKEN"]
+    image = ["START_RESPONSE", "END_RESPONSE", "START_OF_IMG", "END_OF_IMG", "IMG_PATCH", "IMG_LINE_BREAK"]
+    tokenizer = byte_tokenizer(
+        ["<image>", *(f"<|{name}|>" for name in turns + image), "TILE_1", "TILE_2", "TILE_GLOBAL"],
+        {"image_token": "<image>"},
+        bos="<BOS_TOKEN>",
+        eos="<|END_OF_TURN_TOKEN|>",
+        pad="<PAD>",
+    )
+    processor = tf.AyaVisionProcessor(
+        tf.GotOcr2ImageProcessor(size=SQUARE, crop_to_patches=True, min_patches=1, max_patches=2),
+        tokenizer,
+        patch_size=7,
+        img_size=28,
+        downsample_factor=2,
+        chat_template=COHERE_TEMPLATE,
+    )
+    window = dict(sliding_window=24, layer_types=["sliding_attention", "full_attention"])
+    config = tf.AyaVisionConfig(
+        vision_config=tf.SiglipVisionConfig(**VISION, vision_use_head=False),
+        text_config=tf.Cohere2Config(**TEXT, **token_ids(tokenizer), **window),
+        image_token_index=tokenizer.convert_tokens_to_ids("<|IMG_PATCH|>"),
+    )
+    return tf.AyaVisionForConditionalGeneration(config), processor
+
+
+@family
+def ovis2() -> Parts:
+    """Ovis2: the tower names every patch by a mixture of 40 visual words; 4 tokens per tile, marks between tiles."""
+    marks = ["<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
+    tokenizer = byte_tokenizer(["<|im_start|>", "<image>", "<IMG_ATOM>", *marks], **CHATML)
+    # thisisiron/Ovis2-2B-hf, chat_template.json: ChatML with a default system message, a line break after an image.
+    template = "{% set default_system = true %}" + QWEN_TEMPLATE
+    processor = tf.Ovis2Processor(
+        tf.Ovis2ImageProcessor(size=SQUARE, max_patches=2, crop_to_patches=True),
+        tokenizer,
+        chat_template=template.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>\n"),
+        image_seq_length=4,
+    )
+    config = tf.Ovis2Config(
+        vision_config=dict(**VISION, vocab_size=40, hidden_stride=2),
+        text_config=tf.Qwen2Config(**TEXT, **token_ids(tokenizer)),
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_ATOM>"),
+        visual_indicator_token_ids=tokenizer.convert_tokens_to_ids(marks),
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+    )
+    return tf.Ovis2ForConditionalGeneration(config), processor
+
+
+# zai-org/GLM-4.1V-9B-Thinking, chat_template.jinja: a turn ends where the next role begins.
+GLM_TEMPLATE = (
+    "{{ '[gMASK]<sop>' }}{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<|begin_of_image|><|image|><|end_of_image|>' }}{% else %}"
+    "{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+@family
+def glm4v() -> Parts:
+    """GLM-4.1V: Qwen2-VL's positions, one fused gate and up projection."""
+    images = [
+        "<|begin_of_image|>",
+        "<|end_of_image|>",
+        "<|image|>",
+        "<|begin_of_video|>",
+        "<|end_of_video|>",
+        "<|video|>",
+    ]
+    roles = ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>"]
+    tokenizer = byte_tokenizer(
+        roles + images,
+        {"image_token": "<|image|>", "video_token": "<|video|>"},
+        bos=None,
+        eos="<|endoftext|>",
+        add_bos=False,
+    )
+    pixels = {"shortest_edge": 2 * 28 * 28, "longest_edge": 2 * 56 * 56}
+    processor = tf.Glm4vProcessor(
+        tf.Glm4vImageProcessor(size=pixels, patch_size=7, merge_size=2),
+        tokenizer,
+        tf.Glm4vVideoProcessor(patch_size=7),
+        chat_template=GLM_TEMPLATE,
+    )
+    names = ["image_start", "image_end", "image", "video_start", "video_end", "video"]
+    config = tf.Glm4vConfig(
+        vision_config=dict(
+            depth=2,
+            hidden_size=WIDTH,
+            out_hidden_size=WIDTH,
+            intermediate_size=64,
+            num_heads=4,
+            patch_size=7,
+            image_size=28,
+        ),
+        text_config=dict(**TEXT, **token_ids(tokenizer), rope_parameters=QWEN_ROPE | {"partial_rotary_factor": 1.0}),
+        **{
+            f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
+            for name, token in zip(names, images, strict=True)
+        },
+    )
+    return _stops_at(tf.Glm4vForConditionalGeneration(config), tokenizer, "<|user|>"), processor
+
+
+@family
+def qwen3_vl_moe() -> Parts:
+    """Qwen3-VL with a mixture of four experts, two per token."""
+    processor, special = _qwen(tf.Qwen3VLProcessor, tf.Qwen3VLVideoProcessor, default_system=False)
+    vision = dict(depth=3, hidden_size=WIDTH, out_hidden_size=WIDTH, intermediate_size=64, num_heads=4, patch_size=7)
+    config = tf.Qwen3VLMoeConfig(
+        vision_config=dict(**vision, num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
+        text_config=dict(
+            **{**TEXT, "num_hidden_layers": 3},
+            **token_ids(processor.tokenizer),
+            head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            rope_parameters=QWEN_ROPE | {"mrope_interleaved": True},
+        ),
+        **special,
+    )
+    return tf.Qwen3VLMoeForConditionalGeneration(config), processor
+
+
+# Qwen/Qwen3.5-9B, chat_template.jinja: a generation prompt opens a block of thoughts; the last answer of a
+# conversation has one, empty where no thoughts are given, earlier answers have none.
+QWEN3_5_TEMPLATE = QWEN_TEMPLATE.replace(
+    "{{ '<|im_start|>' + m['role'] + '\n' }}",
+    "{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if loop.last and m['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
+).replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
+
+
+@family
+def qwen3_5() -> Parts:
+    """Qwen3.5: one layer of linear attention (gated delta net), one of full attention."""
+    processor, special = _qwen(tf.Qwen3VLProcessor, tf.Qwen3VLVideoProcessor, default_system=False)
+    processor.chat_template = "{% set default_system = false %}" + QWEN3_5_TEMPLATE
+    vision = dict(depth=2, hidden_size=WIDTH, out_hidden_size=WIDTH, intermediate_size=64, num_heads=4, patch_size=7)
+    linear = dict(linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4)
+    config = tf.Qwen3_5Config(
+        vision_config=dict(**vision, num_position_embeddings=64),
+        text_config=dict(
+            **TEXT,
+            **token_ids(processor.tokenizer),
+            **linear,
+            head_dim=8,
+            layer_types=["linear_attention", "full_attention"],
+            rope_parameters=QWEN_ROPE | {"mrope_interleaved": True, "partial_rotary_factor": 1.0},
+        ),
+        **special,
+    )
+    return tf.Qwen3_5ForConditionalGeneration(config), processor
+
+
+@family
+def lfm2_vl() -> Parts:
+    """LFM2-VL: one layer of short convolutions, one of attention; SigLIP 2 at native resolution."""
+    named = {
+        "image_token": "<image>",
+        "image_start_token": "<|image_start|>",
+        "image_end_token": "<|image_end|>",
+        "image_thumbnail_token": "<|img_thumbnail|>",
+    }
+    tokenizer = byte_tokenizer(
+        ["<|im_start|>", *named.values()], named, bos="<|startoftext|>", eos="<|im_end|>", pad="<|pad|>"
+    )
+    # LiquidAI/LFM2-VL-1.6B, chat_template.jinja: BOS, then ChatML.
+    template = "{{ bos_token }}{% set default_system = false %}" + QWEN_TEMPLATE
+    processor = tf.Lfm2VlProcessor(
+        tf.Lfm2VlImageProcessor(
+            tile_size=28,
+            min_tiles=1,
+            max_tiles=2,
+            encoder_patch_size=7,
+            downsample_factor=2,
+            min_image_tokens=1,
+            max_image_tokens=4,
+            max_num_patches=16,
+            do_image_splitting=False,
+        ),
+        tokenizer,
+        chat_template=template.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>"),
+    )
+    vision = {key: value for key, value in VISION.items() if key != "image_size"}
+    config = tf.Lfm2VlConfig(
+        vision_config=tf.Siglip2VisionConfig(**vision, num_patches=16, vision_use_head=False),
+        text_config=tf.Lfm2Config(
+            **TEXT,
+            **token_ids(tokenizer),
+            layer_types=["conv", "full_attention"],
+            block_auto_adjust_ff_dim=False,
+            conv_L_cache=3,
+        ),
+        image_token_id=tokenizer.image_token_id,
+        projector_hidden_size=64,
+    )
+    return tf.Lfm2VlForConditionalGeneration(config), processor
+
+
+# deepseek-community/deepseek-vl-7b-chat, chat_template.jinja: a default system sentence, blank lines between turns.
+DEEPSEEK_SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+DEEPSEEK_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}{{ '" + DEEPSEEK_SYSTEM + "\n\n' }}{% endif %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'User: ' }}{% elif m['role'] == 'assistant' %}"
+    "{{ 'Assistant: ' }}{% endif %}"
+    "{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image_placeholder>' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '\n\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+@family
+def deepseek_vl() -> Parts:
+    """DeepSeek-VL: SigLIP tower, Llama-shaped decoder, 16 tokens per image here (576)."""
+    tokenizer = byte_tokenizer(
+        ["<image_placeholder>"],
+        {"image_token": "<image_placeholder>"},
+        bos="<|begin▁of▁sentence|>",
+        eos="<|end▁of▁sentence|>",
+    )
+    processor = tf.DeepseekVLProcessor(
+        tf.DeepseekVLImageProcessor(size=SQUARE, min_size=7),
+        tokenizer,
+        chat_template=DEEPSEEK_TEMPLATE,
+        num_image_tokens=16,
+    )
+    config = tf.DeepseekVLConfig(
+        vision_config=tf.SiglipVisionConfig(**VISION, vision_use_head=False),
+        text_config=tf.LlamaConfig(**TEXT, **token_ids(tokenizer)),
+        image_token_id=tokenizer.image_token_id,
+    )
+    return tf.DeepseekVLForConditionalGeneration(config), processor
+
+
+# google/gemma-4-31B-it, chat_template.jinja with thinking off, its default: a generation prompt closes an empty block
+# of thoughts that a conversation in place does not have.
+GEMMA4_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
+    "{% if m['content'] is string %}{{ m['content'] | trim }}{% else %}{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<|image|>' }}{% else %}{{ part['text'] | trim }}{% endif %}{% endfor %}"
+    "{% endif %}"
+    "{{ '<turn|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|turn>model\n<|channel>thought\n<channel|>' }}{% endif %}"
+)
+
+
+@family
+def gemma4() -> Parts:
+    """Gemma 4: images of any shape, seen both ways in the sliding-window layers (24 positions here) only."""
+    named = {
+        "boi_token": "<|image>",
+        "eoi_token": "<image|>",
+        "image_token": "<|image|>",
+        "boa_token": "<|audio>",
+        "eoa_token": "<audio|>",
+        "audio_token": "<|audio|>",
+    }
+    turns = ["<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|video|>"]
+    tokenizer = sentencepiece_tokenizer([*turns, *named.values()], named, prefix=False, bos="<bos>", eos="<eos>")
+    processor = tf.Gemma4Processor(
+        tf.Gemma4AudioFeatureExtractor(),
+        tf.Gemma4ImageProcessor(patch_size=7, max_soft_tokens=70, pooling_kernel_size=2),
+        tokenizer,
+        tf.Gemma4VideoProcessor(patch_size=7),
+        chat_template=GEMMA4_TEMPLATE,
+        image_seq_length=4,
+    )
+    heads = dict(num_attention_heads=4, num_key_value_heads=4, head_dim=8, global_head_dim=8)
+    config = tf.Gemma4Config(
+        vision_config=dict(
+            hidden_size=WIDTH,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            patch_size=7,
+            position_embedding_size=512,
+            pooling_kernel_size=2,
+            **heads,
+        ),
+        audio_config=None,
+        text_config=dict(
+            **TEXT | heads,
+            **token_ids(tokenizer),
+            sliding_window=24,
+            layer_types=["sliding_attention", "full_attention"],
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=len(tokenizer),
+            use_bidirectional_attention="vision",
+        ),
+        image_token_id=tokenizer.image_token_id,
+        boi_token_id=tokenizer.boi_token_id,
+        eoi_token_id=tokenizer.eoi_token_id,
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video|>"),
+        audio_token_id=tokenizer.audio_token_id,
+    )
+    return _stops_at(tf.Gemma4ForConditionalGeneration(config), tokenizer, "<turn|>"), processor
+
+
 # The two families below are not transformers' own: their classes, and the templates of their processors, are those of
 # models/. Their fixed sizes (256 queries, heads of 128) follow the configuration and are small here.
 

@@ -1,0 +1,23 @@
+"""Qwen3-VL's mixtures of experts. https://arxiv.org/abs/2511.21631"""
+
+import base.compat  # noqa: F401  isort: skip  (must come before transformers)
+from transformers import Qwen3VLMoeForConditionalGeneration
+
+from base.model import VLModelMixin
+from base.processor import VLProcessor
+from models.core_mapper import ModelCoreMapper
+from models.qwen2_vl import MRopeMixin
+
+
+class Qwen3VLMoeForRL(MRopeMixin, VLModelMixin, Qwen3VLMoeForConditionalGeneration):
+    """Qwen3-VL-MoE with the project's model methods."""
+
+    # The experts are single tensors, not linear layers: LoRA goes into the attention.
+    default_lora_target = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+class Qwen3VLMoeProcessor(VLProcessor):
+    """As Qwen3-VL's."""
+
+
+core_mapper = ModelCoreMapper(model=Qwen3VLMoeForRL, processor=Qwen3VLMoeProcessor)
