@@ -52,4 +52,4 @@ def ordered_pairs(
     }
     # A pair of scores that contradicts its ranks has a negative gap and is never kept.
     least = score_margin if score_margin >= 0 else max((g for g in gaps.values() if g > 0), default=0)
-    return [pair for pair in pairs if gaps.get(pair, -1) >= least and gaps[pair] >= 0]
+    return [pair for pair in pairs if gaps.get(pair, -1) >= least]

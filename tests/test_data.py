@@ -457,6 +457,11 @@ def test_files_that_cannot_be_read(folder: Path, name: str, file: str | None, me
         load(arguments(folder, name, file))
 
 
+def test_unknown_name_without_network_is_one_sentence(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"Data set nobody/nothing is neither a known name, nor a local path"):
+        load(DataArguments(dataset_name="nobody/nothing"))
+
+
 def test_image_root_must_be_a_folder(folder: Path) -> None:
     file = write(folder / "d.json", [pair(0)])
     with pytest.raises(InputError, match="is no folder"):
@@ -605,6 +610,14 @@ def test_held_out_keeps_groups_whole_for_any_sizes() -> None:
         assert 0 < held.sum() <= max(round(ratio * len(groups)), smallest)
         order = rng.permutation(len(groups))
         assert set(groups[order][held_out(groups[order], ratio, seed=trial)]) == set(groups[held])
+
+
+def test_held_out_rows_stay_when_rows_are_added() -> None:
+    groups = np.random.default_rng(0).integers(-(2**62), 2**62, size=2200)
+    before = set(groups[:2000][held_out(groups[:2000], 0.1, seed=0)])
+    after = set(groups[held_out(groups, 0.1, seed=0)])
+    assert len(before & after) > 190 and len(before) == 200 and len(after) == 220
+    assert len(set(groups[held_out(groups, 0.1, seed=1)]) & after) < 60  # another seed, other rows
 
 
 def test_data_ratio_is_nested_and_has_the_right_size() -> None:
