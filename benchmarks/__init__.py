@@ -1,0 +1,1 @@
+"""Timings beside other code, in one process. Tables: benchmarks/README.md."""
