@@ -1,6 +1,7 @@
 """Readers of the public formats, and what they say about a wrong file: one sentence with file, row and mend."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from eval import chair, language, yesno
-from eval.data import DataError, prompt, read_answers, read_task
+from eval.data import TASKS, DataError, prompt, read_answers, read_task
 from eval.results import run
 
 GOLDENS = Path(__file__).parent / "goldens" / "eval"
@@ -216,3 +217,16 @@ def test_amber_command_stops_where_a_model_is_missing(monkeypatch: pytest.Monkey
     with pytest.raises(DataError, match=r"nltk\.downloader|spacy download"):
         chair.main([*argv, "--output", str(tmp_path)])
     assert not list(tmp_path.iterdir())  # nothing half done
+
+
+def test_documented_commands_use_flags_that_exist() -> None:
+    root = Path(__file__).parents[1]
+    source = "".join(p.read_text() for p in (root / "eval").glob("*.py"))
+    commands = re.findall(r"^python -m eval\.(\w+) (.*)$", (root / "docs/evaluation.md").read_text(), re.M)
+    assert len(commands) > 25
+    for module, line in commands:
+        assert (root / "eval" / f"{module}.py").is_file()
+        task = re.search(r"--task (\w+)", line)
+        assert task is None or task[1] in TASKS
+        for flag in re.findall(r"--\w+", line):
+            assert f'"{flag}"' in source, f"{module} {flag}"
