@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from eval import language
 from eval.data import DataError, Row, need, read_json
-from eval.judge import Ask, Judge, add_judge_arguments, judge_template
+from eval.judge import Ask, Judge, add_judge_arguments, ask_all, judge_template
 from eval.results import Scores, load, run, save, scorer_parser
 from eval.yesno import read_amber_truth
 
@@ -135,7 +135,7 @@ def score_objhal(
     CHAIRs divides by all answers, CHAIRs_refine by those with at least one COCO object; obj_rec = distinct right objects /
     ground-truth objects; avg_word_len splits on single spaces.
     """
-    texts = [a.replace("Assistant:", "").strip() for a in answers]
+    texts = [objhal_text(a) for a in answers]
     details = [_compare(r, a, mentions_of(t), truth) for r, a, t in zip(rows, answers, texts, strict=True)]
     named, wrong = sum(len(d["objects"]) for d in details), sum(len(d["hallucinated"]) for d in details)
     with_objects = sum(bool(d["objects"]) for d in details)
@@ -156,6 +156,11 @@ def score_objhal(
         "coco_word_count": right,
         "gt_word_count": gt,
     }, details
+
+
+def objhal_text(answer: str) -> str:
+    """The answer without the role that some models write in front of it."""
+    return answer.replace("Assistant:", "").strip()
 
 
 def rule_mentions(table: ObjectTable, words_of: WordsOf) -> MentionsOf:
@@ -337,6 +342,8 @@ def main(argv: list[str] | None = None) -> None:
     judge = Judge.from_args(args)
     template, described = judge_template(args, OBJECT_PROMPT, "answer")
     find = judged_mentions(table, judge.ask, language.phrase_tagger(), template)
+    asked = [template.replace("{answer}", text) for text in map(objhal_text, answers) if len(text.split()) > 3]
+    ask_all(judge.ask, asked, args.judge_workers)  # several at a time; the scorer then finds them in the cache
     save(args, "objhal_judged", *score_objhal(rows, answers, truth, find), meta, judge.describe() | described)
 
 

@@ -162,6 +162,9 @@ def notes(runs: list[Run]) -> list[str]:
         rows = dict.fromkeys(e["rows"] for _, e in entries)
         if len(rows) > 1:
             out.append(f"{name}: NOT comparable, the runs have {' and '.join(map(str, rows))} rows")
+        limits = [f"{run_name} {e['limit']}" for run_name, e in entries if e.get("limit")]
+        if limits:
+            out.append(f"{name}: the first rows only ({', '.join(limits)}), no number for a table")
         settings = {json.dumps(e.get("generation"), sort_keys=True) for _, e in entries if e.get("generation")}
         if len(settings) > 1:
             out.append(f"{name}: generation settings differ between runs: {' | '.join(sorted(settings))}")

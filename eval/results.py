@@ -117,6 +117,7 @@ def save(
         "task": args.task,
         "scores": scores,
         "rows": len(details),
+        "limit": meta.get("limit"),
         "data": str(args.data),
         "data_sha256": sha256(args.data),
         "image_dir": args.image_dir or meta.get("image_dir"),

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from args import LoraArguments
 from eval import generate
 from eval.data import DataError, read_task
 from eval.generate import Answerer, EncodedBatches, answer_rows, plan
 from eval.results import meta_path
+from models import add_lora, load_model
 from tests import zoo
 
 CPU = torch.device("cpu")
@@ -177,6 +179,26 @@ def test_missing_image_names_the_row(questions: Path, tmp_path: Path, llava: str
         (tmp_path / f"{i}.png").write_text("no image")
     with pytest.raises(DataError, match=r"row 'random/0': Cannot read .*0\.png"):
         run(args)
+
+
+def test_adapter_answers_as_an_adapter(questions: Path, tmp_path: Path, llava: str) -> None:
+    torch.manual_seed(0)
+    policy = add_lora(load_model(llava), LoraArguments(use_lora=True, lora_r=4))
+    for name, weight in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    adapter = str(tmp_path / "checkpoint-7")
+    policy.save_pretrained(adapter)
+    files = [tmp_path / f"{n}.jsonl" for n in ("base", "both", "folder")]
+    run(arguments(questions, files[0], llava))
+    run(arguments(questions, files[1], llava, adapter=adapter))
+    run(arguments(questions, files[2], adapter))
+    assert files[1].read_bytes() == files[2].read_bytes() != files[0].read_bytes()
+    for file in files[1:]:
+        meta = json.loads(meta_path(file).read_text())
+        assert (meta["checkpoint"], meta["adapter"], meta["step"]) == (llava, adapter, 7)
+    with pytest.raises(DataError, match="is an adapter already; pass its base as --model"):
+        run(arguments(questions, tmp_path / "x.jsonl", adapter, adapter=adapter))
 
 
 def test_likelihood_is_the_mean_loss_of_each_choice(tmp_path: Path, llava: str) -> None:

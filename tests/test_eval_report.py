@@ -83,11 +83,12 @@ def test_notes_warn_of_what_cannot_be_compared(runs: list[Path]) -> None:
     judged = {"model": "gpt-a", "prompt": "built in", "prompt_sha256": "1"}
     for run, model in zip(found, ("gpt-a", "gpt-b"), strict=True):
         run.results["mmhal"] = dict(run.results["pope"], judge=judged | {"model": model}, scores={"average_score": 3.0})
-    found[1].results["pope"] = dict(found[1].results["pope"], data_sha256="other", rows=3)
+    found[1].results["pope"] = dict(found[1].results["pope"], data_sha256="other", rows=3, limit=3)
     text = "\n".join(report.notes(found))
     assert "mmhal: judged by gpt-a, gpt-b" in text and "mmhal: NOT comparable, the judge or its prompt differs" in text
     assert "pope: NOT comparable, the runs were scored on different data files" in text
     assert "pope: NOT comparable, the runs have 72 and 3 rows" in text
+    assert "pope: the first rows only (checkpoint-10 3)" in text
 
 
 def test_lower_is_better_where_it_is(runs: list[Path]) -> None:
