@@ -174,7 +174,8 @@ class _Config(TrainingArguments):
             )
         if self.remove_unused_columns:
             raise InputError("--remove_unused_columns True would drop the images: leave it out.")
-        if not torch.cuda.is_available():
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # else several CPU processes would each train on their own, without a word
             self.dataloader_pin_memory = False  # pinned memory needs an accelerator to copy to
         super().__post_init__()
         if self.resume_from_checkpoint in ("True", "true", "False", "false"):

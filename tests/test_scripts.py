@@ -193,14 +193,20 @@ def test_wrong_input_ends_in_one_line_and_status_2(script: str):
     ids=["torchrun", "deepspeed"],
 )
 def test_launchers(command, tmp_path, launcher: list[str]):
-    flags = "--deepspeed ds_configs/zero2.json" if launcher[0] == "deepspeed" else ""
-    argv = [*launcher, "train_dpo.py", *command("dpo", f"--use_lora True --lora_dropout 0 {flags}")]
+    """Two ranks, or DeepSpeed, train as one process does on the same global batch."""
+    ranks = 2 if launcher[0] == "torchrun" else 1
+    flags = "--use_lora True --lora_dropout 0 --per_device_train_batch_size"
+    train_dpo.main(command("dpo", f"{flags} 4", out=tmp_path / "one"))
+    deepspeed = "--deepspeed ds_configs/zero2.json" if launcher[0] == "deepspeed" else ""
+    argv = [*launcher, "train_dpo.py", *command("dpo", f"{flags} {4 // ranks} {deepspeed}")]
     binaries = str(Path(sys.executable).parent)
     environment = os.environ | {
         "PATH": f"{binaries}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
     }
-    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert history(tmp_path / "dpo")[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    assert json.loads((tmp_path / "dpo" / "run.json").read_text())["world_size"] == ranks
+    one, several = ([e["loss"] for e in history(tmp_path / name) if "loss" in e] for name in ("one", "dpo"))
+    assert several == pytest.approx(one, abs=1e-5) and several[0] != several[1]
