@@ -32,7 +32,9 @@ from base.errors import InputError
 
 REWARD_HEAD = "reward_head.safetensors"
 VALUE_HEAD = "value_head.safetensors"
-VALUE_ADAPTER = "value"  # adapter name, and folder of the value function's own weights beside the policy's
+VALUE_ADAPTER = (
+    "value_function"  # adapter name, and folder of its weights beside the policy's; BERT calls a layer "value"
+)
 
 Row = dict[str, Any]
 
@@ -372,9 +374,9 @@ POLICY, REFERENCE = "policy", "reference"
 class VLModelWithValueHead(_HeadModel):
     """The policy with its value function and, on the same base, reference and reward models as adapters.
 
-    With LoRA the policy is the adapter "default", the value function the adapter "value" (or the policy's trunk) with a head, the reference the base
-    with no adapter (or the adapter "ref"), and a reward model an adapter with a head: one base in memory wears all hats. With full fine-tuning the
-    value function has the policy's trunk or a backbone of its own.
+    With LoRA the policy is the adapter "default", the value function the adapter "value_function" (or the policy's trunk) with a head, the reference
+    the base with no adapter (or the adapter "ref"), and a reward model an adapter with a head: one base in memory wears all hats. With full
+    fine-tuning the value function has the policy's trunk or a backbone of its own.
     """
 
     head_name = VALUE_HEAD
@@ -520,7 +522,7 @@ class VLModelWithValueHead(_HeadModel):
         super()._save_backbone(save_directory, state_dict, **kwargs)
 
     def save_pretrained(self, save_directory: str, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:
-        """The policy as an ordinary checkpoint; the value function's own weights in the folder `value` beside."""
+        """The policy as an ordinary checkpoint; the value function's own weights in the folder `value_function` beside."""
         super().save_pretrained(save_directory, state_dict, **kwargs)
         if self.value_backbone is not None:
             self.value_backbone.save_pretrained(

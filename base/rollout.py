@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import LogitsProcessor, TopPLogitsWarper, TrainingArguments
 from transformers.utils import ModelOutput
@@ -167,7 +168,10 @@ def tile_images(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     def joined(name: str, values: list[Any]) -> Any:
         first = values[0]
         if isinstance(first, Tensor):
-            return torch.cat(values)
+            wide = [max(v.shape[d] for v in values) for d in range(1, first.ndim)]
+            # Tokens of InstructBLIP's Q-Former: padded to the longest, as its processor does
+            gaps = [[g for d in range(v.ndim - 1, 0, -1) for g in (0, wide[d - 1] - v.shape[d])] for v in values]
+            return torch.cat([F.pad(v, gap) if any(gap) else v for v, gap in zip(values, gaps, strict=True)])
         if isinstance(first, ModelOutput):
             return type(first)(**{k: joined(k, [v[k] for v in values]) for k in first})
         if isinstance(first, dict):
