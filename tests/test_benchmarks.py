@@ -1,0 +1,49 @@
+"""The benchmarks run, and their sides do the same work. No timings are asserted: machines are shared."""
+
+import json
+
+import pytest
+import transformers as tf
+
+from benchmarks import dpo_vs_trl, floor
+from benchmarks.models import FAMILIES
+
+
+@pytest.mark.parametrize("case", ["llava-50", "llava-50-four", "llava-150-edited", "llava-50-full"])
+def test_losses_of_both_sides_agree(case: str, tmp_path):
+    (found,) = dpo_vs_trl.main(f"--size tiny --steps 2 --case {case} --out {tmp_path}".split())
+    assert found["largest_loss_difference"] < 1e-4
+    assert found["timings"]["trl"]["losses"][0] != found["timings"]["trl"]["losses"][1]  # it trains
+    assert all(t["peak_mib"] > t["held_mib"] > 0 and len(t["compute"]) == 2 for t in found["timings"].values())
+    assert found["floor"]["cached"] < found["floor"]["online"]
+    written = json.loads((tmp_path / "dpo_vs_trl_tiny.json").read_text())
+    assert written["cases"][0]["ratio"] == found["ratio"] and case in (tmp_path / "dpo_vs_trl_tiny.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"llava"}))
+def test_losses_agree_on_the_other_families(family: str):
+    (found,) = dpo_vs_trl.main(f"--size tiny --steps 2 --case {family}-50".split())
+    assert found["largest_loss_difference"] < 1e-4
+
+
+def test_the_floor_by_hand():
+    config = tf.LlamaConfig(
+        hidden_size=4,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=10,
+    )
+    decoder = floor.decoder_of(config, lora_r=3)
+    layer = 4 * 4 + 4 * 2 + 4 * 2 + 4 * 4 + 3 * 4 * 8  # q k v o, and the three of the MLP
+    assert decoder == floor.Decoder(
+        linear=2 * layer, attention=2 * 2 * 4, head=40, first=4 * 8, lora=2 * 3 * (8 + 6 + 6 + 8 + 3 * 12)
+    )
+    row = floor.Row(shared=6, own=(2, 3))
+    assert row.tokens == 11 and row.seen == 18 + (12 + 2) + (18 + 4.5)
+    macs = floor.step_macs(decoder, [row], scored=5, tower=7, online=False, lora=False, checkpointing=False)
+    base, head = decoder.linear * 11, 40 * 5
+    attention = decoder.attention * row.seen
+    assert macs == 7 + (base + attention + head) + (base - decoder.first * 11 + 2 * attention + head) + base + head
