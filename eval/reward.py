@@ -4,6 +4,7 @@
     python -m eval.reward --task mmrb --data all_data.json --implicit --model runs/dpo --beta 0.1 --output runs/dpo/eval
     python -m eval.reward --task mmrlhf --data mm_reward_bench.jsonl --scores scores.jsonl          # scores from elsewhere
     python -m eval.reward --task vlrewardbench --data test.parquet --replies votes.jsonl            # a generative judge
+    python -m eval.reward --model runs/rm --dataset_name plain_dpo --data_path pairs.json           # rows of any data set
 
 The scalar of a response is a reward model's output, or with --implicit DPO's reward beta * (log pi - log pi_ref), whose
 reference is the base under the adapter, or --ref. Scores go to scores_<task>.jsonl (resumable), then to results.json.
@@ -12,6 +13,7 @@ reference is the base under the adapter, or --ref. Scores go to scores_<task>.js
 import argparse
 import random
 import re
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -193,6 +195,11 @@ def _detail(row: Row, pair: Pair, right: bool, category: str) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
+    given = sys.argv[1:] if argv is None else argv
+    if any(flag.split("=")[0] == "--dataset_name" for flag in given):
+        from eval.reward_rows import main as score_any_data_set
+
+        return score_any_data_set(given)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True, choices=list(SCORERS))
     parser.add_argument("--data", required=True, help="the benchmark's file, as published")

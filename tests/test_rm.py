@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import args
+import eval.reward
 import train_rm
 from base.errors import InputError
 from base.packing import pack_rows
@@ -187,6 +188,26 @@ def test_resume_continues_bit_for_bit(command, tmp_path):
     train_rm.main(command("rm", flags + " --resume_from_checkpoint True", out=tmp_path / "half"))
     for name in ("adapter_model.safetensors", REWARD_HEAD):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "half" / name).read_bytes()
+
+
+def test_any_data_set_is_scored_to_a_file(command, tmp_path, monkeypatch, capsys, pairs_json, image_dir):
+    train_rm.main(command("rm", "--use_lora True"))
+    argv = f"eval.reward --model {tmp_path}/rm --dataset_name plain_dpo --data_path {pairs_json} --image_root {image_dir} --batch_size 3"
+    monkeypatch.setattr("sys.argv", argv.split())
+    eval.reward.main()
+    lines = [json.loads(line) for line in (tmp_path / "rm" / "scores.jsonl").read_text().splitlines()]
+    model = VLRewardModel.from_pretrained(str(tmp_path / "rm"))
+    processor = core_mapper_for(str(tmp_path / "rm")).processor(str(tmp_path / "rm"))
+    rows = json.loads(pairs_json.read_text())
+    assert len(lines) == len(rows) == 8 and all("pairs.json, row" in line["where"] for line in lines)
+    for line in lines:
+        row = rows[int(line["where"].rsplit("row ", 1)[1].split()[0])]
+        assert line["responses"] == [row["chosen"], row["rejected"]]
+        prompt = [{"role": "user", "content": row["prompt"]}]
+        as_row = {"images": [str(image_dir / row["image"])], "prompt": prompt, "responses": line["responses"]}
+        assert score_rows(model, processor, [as_row])[0] == pytest.approx(line["rewards"], abs=1e-4)
+    accuracy = sum(line["rewards"][0] > line["rewards"][1] for line in lines) / 8
+    assert f"accuracy {accuracy:.4f} over 8 pairs of 8 rows" in capsys.readouterr().out
 
 
 def test_calibration_table_by_hand(tmp_path):
