@@ -5,7 +5,7 @@ import json
 import pytest
 import transformers as tf
 
-from benchmarks import dpo_vs_trl, floor
+from benchmarks import dpo_vs_trl, floor, ppo_reuse, rm_vs_plain
 from benchmarks.models import FAMILIES
 
 
@@ -47,3 +47,18 @@ def test_the_floor_by_hand():
     base, head = decoder.linear * 11, 40 * 5
     attention = decoder.attention * row.seen
     assert macs == 7 + (base + attention + head) + (base - decoder.first * 11 + 2 * attention + head) + base + head
+
+
+def test_reward_models_agree_and_share_the_tower():
+    for case in rm_vs_plain.main("--size tiny --steps 1".split()):
+        assert case["largest_loss_difference"] < 1e-5
+        images = case["tower_images_per_step"]
+        assert images["plain"] == 4 and images["shared"] == (1 if "4 answers" in case["case"] else 2)
+
+
+def test_ppo_updates_agree_with_and_without_reuse():
+    found = ppo_reuse.main("--size tiny --rounds 1 --tokens 8".split())
+    plain, pixels, shared = (found["images_per_update"][name] for name in ("plain", "pixels", "shared"))
+    assert plain > pixels > shared == 2  # two prompts per update, each encoded once
+    for name in ("plain", "pixels"):
+        assert found["kl"][name] == pytest.approx(found["kl"]["shared"], abs=1e-5)
