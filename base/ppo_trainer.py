@@ -344,7 +344,7 @@ class VLPPOTrainer(VLHeadTrainer):
             with_entropy=True,
             value_inputs=self._inputs(r, "value") if "value" in self.own_vision else None,
         )
-        return tuple(scatter_to_responses(x, mask) for x in (out.logps, out.values, out.entropy))
+        return tuple(scatter_to_responses(x, mask) for x in (out.logps, out.state_values, out.entropy))
 
     def _reference_pass(self, r: Rollouts) -> Tensor:
         if self.ref_model is None:

@@ -360,12 +360,12 @@ class PolicyOutput(ModelOutput):
     Attributes:
         logps: (N,) float32 log-probs of the tokens at the sampling temperature.
         entropy: (N,) float32, of the next-token distributions, if asked for.
-        values: (N,) float32, value of the state before each token.
+        state_values: (N,) float32, value of the state before each token. (`values` would hide dict.values, which DDP and DeepSpeed call.)
     """
 
     logps: Tensor | None = None
     entropy: Tensor | None = None
-    values: Tensor | None = None
+    state_values: Tensor | None = None
 
 
 POLICY, REFERENCE = "policy", "reference"
@@ -506,7 +506,7 @@ class VLModelWithValueHead(_HeadModel):
                 hidden = self.backbone(**value_inputs, completion_index=completion_index).hidden
         else:
             hidden = policy.hidden
-        return PolicyOutput(logps=policy.logps, entropy=policy.entropy, values=self.apply_head(self.head, hidden))
+        return PolicyOutput(logps=policy.logps, entropy=policy.entropy, state_values=self.apply_head(self.head, hidden))
 
     # -- disk --------------------------------------------------------------------------------------------------------------
 

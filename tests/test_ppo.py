@@ -506,7 +506,7 @@ def test_output_reloads_with_its_value_function(command, reward_file, tmp_path, 
         out = model(input_ids=ids, completion_index=torch.tensor([1, 2]), completion_ids=ids[0, 2:])
         policy = load_model(str(tmp_path / "ppo"), dtype=torch.float32)(input_ids=ids).logits.log_softmax(-1)
     assert out.logps.tolist() == pytest.approx(policy[0, [1, 2]].gather(-1, ids[0, 2:, None])[:, 0].tolist(), abs=1e-5)
-    assert out.values.shape == (2,) and not (tmp_path / "ppo" / "ref").exists()
+    assert out.state_values.shape == (2,) and not (tmp_path / "ppo" / "ref").exists()
 
 
 def test_collapse_is_warned_of_with_the_step(llava, image_dir, tmp_path, reward_file, caplog):
