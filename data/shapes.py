@@ -149,8 +149,7 @@ def free_places(things: Sequence[Thing]) -> list[int]:
 def caption(things: Sequence[Thing]) -> str:
     """`Top left a red circle, bottom a blue star.` In the order given.
 
-    The place comes first because a model that writes from left to right then knows where to look for colour and shape; with the place last, tiny
-    models take several times as long to learn to see.
+    The place comes first: a model that writes from left to right then knows where to look for colour and shape.
     """
     return (", ".join(f"{PLACES[t.place]} a {t.name}" for t in things) + ".").capitalize()
 
@@ -356,7 +355,8 @@ def save_initial_model(directory: Path, seed: int) -> None:
     image_processor = CLIPImageProcessor(
         size={"shortest_edge": SIZE},
         crop_size={"height": SIZE, "width": SIZE},
-        # The background becomes 0. With the usual mean of 0.5 its constant offset hides the shapes: four times as many steps learn colours alone.
+        # The background becomes 0. With the usual mean of 0.5 its constant offset hides the shapes: colours alone take four
+        # times as many steps.
         image_mean=[0.93] * 3,
         image_std=[0.25] * 3,
     )
@@ -369,8 +369,8 @@ def save_initial_model(directory: Path, seed: int) -> None:
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(directory)
     width = 128
-    # Ten times the usual initial spread per unit of width would be too much, 0.02 too little: at this width the attention then starts so flat that the
-    # model learns the language of captions and stays blind for some hundred steps.
+    # With the usual 0.02 attention starts so flat at this width that for some hundred steps the model learns the language
+    # of captions and stays blind.
     spread = 0.12
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(

@@ -72,19 +72,16 @@ def _first_word(text: str) -> str:
 def marked(text: str, scene: Sequence[Thing]) -> list[tuple[str, bool]]:
     """The caption in pieces, each with whether it is wrong: an object that is not there, or the place of one that is elsewhere."""
     places = {thing.name: PLACES[thing.place] for thing in scene}
+    by_length = "|".join(sorted(PLACES, key=len, reverse=True))  # "top left" before "top"
     pieces: list[tuple[str, bool]] = []
-    # A mention and, if it follows, its place; the longer names of places are tried first.
-    by_length = sorted(PLACES, key=len, reverse=True)
     end = 0
-    for match in re.finditer(rf"{MENTION.pattern}(?: at the ({'|'.join(by_length)})\b)?", text, re.IGNORECASE):
-        name, place = f"{match[1]} {match[2]}".lower(), match[3]
+    for match in re.finditer(rf"(?:\b({by_length})( a ))?{MENTION.pattern}", text, re.IGNORECASE):
+        place, between, name = match[1], match[2], f"{match[3]} {match[4]}".lower()
         pieces.append((text[end : match.start()], False))
-        if name not in places:
-            pieces.append((match[0], True))
-        elif place and place.lower() != places[name]:
-            pieces += [(text[match.start() : match.start(3)], False), (place, True)]
+        if place and name in places:
+            pieces += [(place, place.lower() != places[name]), (between + text[match.start(3) : match.end()], False)]
         else:
-            pieces.append((match[0], False))
+            pieces.append((match[0], name not in places))
         end = match.end()
     return [piece for piece in [*pieces, (text[end:], False)] if piece[0]]
 
