@@ -42,7 +42,7 @@ class FakeJudge:
                     return self.send(200, b'{"choices": []}')
                 if isinstance(step, int) and step != 200:
                     extra = {"Retry-After": "0.05"} if step == 429 else {}
-                    extra |= {"Location": f"{fake.url}/elsewhere"} if step == 307 else {}
+                    extra |= {"Location": f"{fake.url}/elsewhere"} if step in (302, 307) else {}
                     return self.send(step, b'{"error": {"message": "no"}}', extra)
                 text = fake.reply(body["messages"][0]["content"])
                 self.send(200, json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode())
@@ -110,7 +110,9 @@ def test_lasting_trouble_keeps_what_was_answered(server: FakeJudge, tmp_path: Pa
     assert len(read_jsonl(tmp_path / "cache.jsonl")) == 1
 
 
-@pytest.mark.parametrize("status, hint", [(401, "JUDGE_API_KEY"), (404, "ends in /v1"), (307, "check --judge")])
+@pytest.mark.parametrize(
+    "status, hint", [(401, "JUDGE_API_KEY"), (404, "ends in /v1"), (302, "check --judge"), (307, "check --judge")]
+)
 def test_refusals_are_not_repeated(server: FakeJudge, tmp_path: Path, status: int, hint: str) -> None:
     server.script = [status] * 5
     with pytest.raises(DataError, match=rf"answered {status} .*{hint}"):

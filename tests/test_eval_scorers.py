@@ -103,7 +103,25 @@ def test_amber_discriminative_is_official():
         assert_scores(scores, {k.lower(): v for k, v in metrics[kind].items()}, f"{kind.lower()}/")
 
 
+def test_amber_existence_has_its_own_epsilon():
+    """P = 100.0 and R = 50.0: 1 / 1.501 is 66.6, with the 0.0001 of the other kinds it would be 66.7."""
+    answers = ["No"] * 500 + ["Yes"] * 500
+    rows = [{"id": str(i)} for i in range(1000)]
+    for kind, f1 in (("hallucination", 66.6), ("relation", 66.7)):
+        truth = [{"type": f"discriminative-{kind}", "truth": "no"}] * 1000
+        scores, _ = yesno.score_amber_discriminative(rows, answers, truth)
+        group = "existence" if kind == "hallucination" else kind
+        assert [scores[f"{group}/{k}"] for k in ("precision", "recall", "f1")] == [100.0, 50.0, f1]
+
+
 # ------------------------------------------------------------------------------------------- multiple choice
+
+
+def test_letter_must_stand_among_the_last_four_words():
+    choices = {"A": "a red square", "B": "a blue circle"}
+    assert choice.infer_letter("B see there now", choices) == "B"
+    assert choice.infer_letter("B I see there now", choices) is None
+    assert choice.infer_letter("A or B", choices) is None
 
 
 def test_mmbench_circular_is_official():
