@@ -603,6 +603,53 @@ def test_gemma3_beyond_its_window():
         assert (response_logps(model, batch, batch["img_input_dict"]) - logps).abs().max() > 1e-3
 
 
+def test_the_guide_taken_literally(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """docs/CustomizedModel.md: a folder of any name, all twelve classes given, a collator that makes the image inputs by itself."""
+    from base import collator, ppo_trainer, reward, trainer
+    from models import ModelCoreMapper
+
+    llava = core_mapper_for(zoo.checkpoint("llava"))
+
+    class LlavaDPODataCollatorWithPadding(collator.VLDPODataCollatorWithPadding):
+        def __call__(self, features: list[dict]) -> dict:
+            padded_batch = super().__call__(features)
+            imgs = [Image.open(img_path).convert("RGB") for img_path in padded_batch["img_path"]]
+            padded_batch["img_input_dict"] = dict(
+                pixel_values=self.processor.image_processor(images=imgs, return_tensors="pt")["pixel_values"]
+            )
+            return padded_batch
+
+    def empty(base: type) -> type:
+        return type("Llava" + base.__name__, (base,), {})
+
+    folder = SimpleNamespace(
+        core_mapper=ModelCoreMapper(
+            model=llava.model,
+            processor=llava.processor,
+            dpo_collator=LlavaDPODataCollatorWithPadding,
+            dpo_trainer=empty(trainer.VLDPOTrainer),
+            reward_model=empty(reward.VLRewardModel),
+            value_model=empty(reward.VLModelWithValueHead),
+            reward_collator=empty(collator.VLRMDataCollatorWithPadding),
+            reward_trainer=empty(trainer.VLRMTrainer),
+            sft_collator=empty(collator.VLSFTDataCollatorWithPadding),
+            sft_trainer=empty(trainer.VLSFTTrainer),
+            ppo_collator=empty(collator.VLPPODataCollator),
+            ppo_trainer=empty(ppo_trainer.VLPPOTrainer),
+        )
+    )
+    monkeypatch.setitem(sys.modules, "models.Any Name", folder)
+    monkeypatch.setitem(MODEL_NICKNAME_MAP, "LlavaForConditionalGeneration", "Any Name")
+    mapper = core_mapper_for(zoo.checkpoint("llava"))
+    assert mapper is folder.core_mapper
+    picture(0).save(tmp_path / "0.png")
+    rows = [row(1) | {"images": [str(tmp_path / "0.png")]}]
+    processor = mapper.processor(zoo.checkpoint("llava"))
+    ours, inherited = mapper.dpo_collator(processor)(rows), llava.dpo_collator(processor)(rows)
+    assert ours.keys() == inherited.keys()
+    assert torch.equal(ours["img_input_dict"]["pixel_values"], inherited["img_input_dict"]["pixel_values"])
+
+
 LOAD_WITHOUT_PROJECT = """
 import os, sys, torch
 if torch.version.cuda is None:  # see base/compat.py
