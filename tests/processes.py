@@ -1,0 +1,88 @@
+"""Scripts in processes of their own that start at once: a server process imports them once and forks for every run."""
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {name: f"train_{name}" for name in ("sft", "dpo", "rm", "ppo")}
+
+
+def _main(script: str, argv: list[str], log: str, file_size: int | None) -> None:
+    """In the child: everything printed goes to `log`; no file grows beyond `file_size` bytes, as on a full disk."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.chdir(ROOT)
+    sys.argv = [f"{SCRIPTS[script]}.py", *argv]
+    import torch
+
+    import args
+
+    torch.set_num_threads(1)
+    if file_size is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    module = __import__(SCRIPTS[script])
+    args.run(module.main)
+    sys.stdout.flush()
+
+
+def context() -> multiprocessing.context.BaseContext:
+    """The fork server, with the scripts imported."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["tests.conftest", *SCRIPTS.values()])
+    return server
+
+
+class Run:
+    """One run of a script: `Run("sft", argv, log).wait()`."""
+
+    def __init__(self, script: str, argv: list[str], log: Path, file_size: int | None = None) -> None:
+        self.log = log
+        self.process = context().Process(target=_main, args=(script, argv, str(log), file_size))
+        self.process.start()
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    @property
+    def steps(self) -> int:
+        """Steps that this process has logged."""
+        return self.output.count("'grad_norm'")
+
+    def until(self, condition: Callable[[], bool], timeout: float = 300) -> bool:
+        """Wait until the condition holds; False if the process has ended before."""
+        end = time.monotonic() + timeout
+        while not condition():
+            if not self.process.is_alive():
+                return False
+            assert time.monotonic() < end, f"nothing happens: {self.output[-2000:]}"
+            time.sleep(0.001)
+        return True
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.process.pid, number)
+
+    def wait(self) -> int:
+        """The exit status, negative for a signal."""
+        self.process.join(300)
+        assert self.process.exitcode is not None, self.output[-2000:]
+        return self.process.exitcode
+
+
+def history(out: Path) -> list[dict]:
+    """The logged numbers of a run, without those that measure time."""
+    entries = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return [
+        {k: v for k, v in e.items() if "runtime" not in k and "per_second" not in k and "time" not in k}
+        for e in entries
+        if "train_runtime" not in e
+    ]

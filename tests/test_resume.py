@@ -1,0 +1,215 @@
+"""Training that is killed, asked to stop or out of disk: what is on disk is whole, and the resumed curve is the uninterrupted one, bit for bit."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_sft
+from args import SFTConfig
+from base.checkpoints import ASIDE, EXIT_PREEMPTED, Preemption, newest_whole_checkpoint, what_is_wrong_with
+from base.errors import InputError
+from tests.processes import Run, history
+
+STEPS = 6
+
+
+@pytest.fixture
+def rewards(tmp_path: Path) -> str:
+    path = tmp_path / "rewards.py"
+    path.write_text("def length(images, prompts, responses):\n    return [float(len(r)) for r in responses]\n")
+    return f"{path}:length"
+
+
+@pytest.fixture
+def argv(command, rewards):
+    """argv(script, mode, out): six steps over one and a half epochs, a checkpoint after each."""
+
+    def build(script: str, mode: str, out: Path, extra: str = "") -> list[str]:
+        # Dropout is on: the random state must come back too.
+        flags = "--use_lora True --lora_r 4" if mode == "lora" else ""
+        if script == "ppo":
+            flags += f" --reward_fn {rewards} --response_length 5 --num_ppo_epochs 2"
+        flags += f" --max_steps {STEPS} --per_device_train_batch_size 2 --save_strategy steps --save_steps 1 --save_total_limit 2"
+        return command(script, f"{flags} {extra}", out=out)
+
+    return build
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{file.relative_to(out)}/{k}": v
+        for file in sorted(out.glob("*.safetensors"))
+        for k, v in load_file(file).items()
+    }
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    assert history(one) == history(other)
+    assert len(history(one)) >= STEPS
+    mine, theirs = weights(one), weights(other)
+    assert mine and mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def killed_run(argv, script: str, mode: str, out: Path, log: Path, draw: random.Random, during_save: bool) -> None:
+    """Start a run and kill it in the middle of a random step, or of writing a random checkpoint."""
+    step = draw.randint(1, STEPS - 1)
+    run = Run(script, argv(script, mode, out, "--resume_from_checkpoint True"), log)
+    if during_save:
+        alive = run.until(lambda: (out / ASIDE / f"checkpoint-{step}").exists())
+        time.sleep(draw.uniform(0, 0.12))
+    else:
+        alive = run.until(lambda: run.steps >= step)
+        time.sleep(draw.uniform(0, 0.3))
+    assert alive, run.output[-2000:]
+    run.signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    assert not (out / "trainer_state.json").exists(), "killed after its end: nothing was tested"
+    for folder in out.glob("checkpoint-*"):
+        assert what_is_wrong_with(folder) is None
+
+
+def check_kills(argv, tmp_path: Path, script: str, mode: str, kills: int, seed: int) -> None:
+    draw = random.Random(seed)
+    whole = tmp_path / "whole"
+    assert Run(script, argv(script, mode, whole), tmp_path / "whole.log").wait() == 0, (
+        tmp_path / "whole.log"
+    ).read_text()[-2000:]
+    for n in range(kills):
+        out, log = tmp_path / f"killed{n}", tmp_path / f"killed{n}.log"
+        killed_run(argv, script, mode, out, log, draw, during_save=bool((n + seed) % 2))
+        again = Run(script, argv(script, mode, out, "--resume_from_checkpoint True"), log)
+        assert again.wait() == 0, again.output[-2000:]
+        assert_equal_runs(whole, out)
+        assert not (out / ASIDE).exists()
+
+
+@pytest.mark.parametrize(
+    "seed, script, mode", [(0, "sft", "full"), (1, "dpo", "lora"), (2, "rm", "lora"), (3, "ppo", "lora")]
+)
+def test_killed_and_resumed_is_uninterrupted(argv, tmp_path, script: str, mode: str, seed: int):
+    check_kills(argv, tmp_path, script, mode, kills=1, seed=seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("script", ["sft", "dpo", "rm", "ppo"])
+def test_twenty_random_kills(argv, tmp_path, script: str, mode: str):
+    """4 scripts x all weights and LoRA, 2 or 3 kills each."""
+    check_kills(
+        argv, tmp_path, script, mode, kills=3 if mode == "lora" else 2, seed=random.SystemRandom().randint(0, 1 << 20)
+    )
+
+
+def test_sigterm_saves_and_exits_with_its_own_status(argv, tmp_path):
+    whole, out, extra = tmp_path / "whole", tmp_path / "stopped", "--save_strategy no"
+    assert Run("dpo", argv("dpo", "lora", whole, extra), tmp_path / "whole.log").wait() == 0
+    run = Run("dpo", argv("dpo", "lora", out, extra), tmp_path / "log")
+    assert run.until(lambda: run.steps >= 2)
+    run.signal(signal.SIGTERM)
+    assert run.wait() == EXIT_PREEMPTED == 75
+    assert "Stopped by SIGTERM after step" in run.output and "Traceback" not in run.output
+    checkpoint = newest_whole_checkpoint(str(out))
+    assert checkpoint is not None and f"after step {checkpoint.rsplit('-', 1)[1]};" in run.output
+    assert not (out / "adapter_model.safetensors").exists(), "the run has not ended"
+    again = Run("dpo", argv("dpo", "lora", out, f"{extra} --resume_from_checkpoint True"), tmp_path / "log2")
+    assert again.wait() == 0, again.output[-2000:]
+    assert_equal_runs(whole, out)
+
+
+def test_data_workers_outlive_the_sigterm_of_their_group(argv, tmp_path, monkeypatch):
+    """Clusters signal every process of a job: the last step still needs its batch."""
+    signalled = []
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGTERM)
+            signalled.append(worker)
+
+    monkeypatch.setattr(Preemption, "on_step_begin", on_step_begin)
+    train_sft.main(argv("sft", "full", tmp_path / "out", "--dataloader_num_workers 1 --save_strategy no --max_steps 3"))
+    assert len(signalled) >= 2 and len(history(tmp_path / "out")) == 3
+
+
+def test_full_disk_is_one_sentence_and_costs_no_checkpoint(argv, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "full"
+    assert Run("sft", argv("sft", "full", whole), tmp_path / "whole.log").wait() == 0
+    first = Run("sft", argv("sft", "full", out), tmp_path / "log")
+    assert first.until(lambda: (out / "checkpoint-2").exists())
+    first.signal(signal.SIGKILL)
+    first.wait()
+    last = newest_whole_checkpoint(str(out))
+    run = Run("sft", argv("sft", "full", out, "--resume_from_checkpoint True"), tmp_path / "log2", file_size=50_000)
+    assert run.wait() == 2, run.output[-2000:]
+    line = run.output.strip().splitlines()[-1]
+    assert "could not be written" in line and f"{last} is whole" in line
+    assert "Traceback" not in run.output
+    assert newest_whole_checkpoint(str(out)) == last and not (out / ASIDE).exists()
+    again = Run("sft", argv("sft", "full", out, "--resume_from_checkpoint True"), tmp_path / "log3")
+    assert again.wait() == 0
+    assert_equal_runs(whole, out)
+
+
+def test_halves_are_passed_over(argv, tmp_path, capsys):
+    """Every way in which a copy or another program leaves a checkpoint unfinished."""
+    out = tmp_path / "out"
+    train_sft.main(argv("sft", "full", out, "--max_steps 2"))
+    older, newest = out / "checkpoint-1", out / "checkpoint-2"
+    assert newest_whole_checkpoint(str(out)) == str(newest)
+    keep = tmp_path / "keep"
+    shutil.copytree(newest, keep)
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    for damage, message in [
+        (lambda: (newest / "trainer_state.json").unlink(), "no trainer_state.json"),
+        (lambda: _cut(newest / "trainer_state.json"), "cut short"),
+        (lambda: _cut(newest / "model.safetensors"), "model.safetensors is damaged"),
+        (lambda: (newest / "model.safetensors").unlink(), "no weights"),
+        (lambda: _cut(newest / "optimizer.pt"), "optimizer.pt is cut short"),
+        (lambda: (newest / "optimizer.pt").unlink(), "no optimizer state"),
+        (lambda: (newest / "model.safetensors.index.json").write_text(json.dumps(index)), "model-00001-of-00002"),
+    ]:
+        damage()
+        assert newest_whole_checkpoint(str(out)) == str(older)
+        assert message in capsys.readouterr().err
+        with pytest.raises(InputError, match="cannot be used"):
+            SFTConfig(output_dir=str(out), resume_from_checkpoint=str(newest))
+        shutil.rmtree(newest)
+        shutil.copytree(keep, newest)
+    shutil.rmtree(older)
+    shutil.rmtree(newest)
+    assert newest_whole_checkpoint(str(out)) is None and newest_whole_checkpoint(str(tmp_path / "none")) is None
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def test_best_checkpoint_is_named_and_loaded(argv, tmp_path):
+    """--load_best_model_at_end: the folder is the final one, and its weights are the result."""
+    out = tmp_path / "out"
+    best = (
+        "--eval_ratio 0.25 --eval_strategy steps --eval_steps 1 --load_best_model_at_end True --greater_is_better True "
+        "--metric_for_best_model loss --learning_rate 0.3 --save_total_limit 9"
+    )
+    train_sft.main(argv("sft", "full", out, best))
+    state = json.loads((out / "trainer_state.json").read_text())
+    folder = Path(state["best_model_checkpoint"])
+    assert folder.parent == out and folder.name == f"checkpoint-{state['best_global_step']}" and folder.is_dir()
+    assert state["best_global_step"] < STEPS, "the last is the best: nothing was tested"
+    mine, theirs = weights(out), weights(folder)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_unwritable_folder_is_one_sentence(argv, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--output_dir .*file/out cannot be written"):
+        train_sft.main(argv("sft", "full", tmp_path / "file" / "out"))
