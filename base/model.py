@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from base import packing
+from base import packed_attention, packing  # noqa: F401  (packed_attention replaces transformers' sdpa)
 from base.errors import InputError
 from losses import token_kl
 
@@ -144,6 +144,7 @@ class VLModelMixin:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' generate; placeholder tokens are suppressed, because a generated one has no features."""
+        kwargs.pop("dummy_images", None)  # for training on several ranks only
         kwargs["suppress_tokens"] = (
             sorted({*(kwargs.get("suppress_tokens") or []), *self.image_placeholder_ids}) or None
         )
@@ -186,6 +187,8 @@ class VLModelMixin:
         window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
         if window is None or (kinds and "sliding_attention" not in kinds):
             return mask
+        if segment_ids.shape[1] <= window:  # it hides nothing
+            return dict.fromkeys(("full_attention", "sliding_attention"), mask) if kinds else mask
         position = packing.packed_positions(segment_ids)
         near = mask & (position[:, :, None] - position[:, None, :] < window)[:, None]
         return {"full_attention": mask, "sliding_attention": near} if kinds else near
@@ -204,7 +207,7 @@ class VLModelMixin:
 
 
 def _with_completions(native_forward: Any) -> Any:
-    """Give a forward the arguments `completion_index`, `completion_ids`, `temperature` and `with_entropy`.
+    """Give a forward the arguments `completion_index`, `completion_ids`, `temperature`, `with_entropy` and `dummy_images`.
 
     It has to be the forward itself: DDP, DeepSpeed and peft only see what passes through it. functools.wraps keeps the native signature
     visible, which generate validates its arguments against.
@@ -218,18 +221,30 @@ def _with_completions(native_forward: Any) -> Any:
         completion_ids: torch.Tensor | None = None,
         temperature: float = 1.0,
         with_entropy: bool = False,
+        dummy_images: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         if completion_index is None:
             return native_forward(self, *args, **kwargs)
         kwargs = {k: v for k, v in kwargs.items() if v is not None or k == "pixel_values"}
         hidden = self.last_hidden_state(*args, **kwargs).flatten(0, 1)[completion_index]  # (N, D)
+        if dummy_images is not None:
+            # Other ranks have images: the same modules must run here, and every weight must get a gradient, of 0.
+            hidden = hidden + (0.0 * _sum_of_tensors(self.encode_images(dummy_images))).to(hidden.dtype)
         if completion_ids is None:
             return CompletionOutput(hidden=hidden)
         logps, entropy = token_logps(self, hidden, completion_ids, temperature, with_entropy)
         return CompletionOutput(hidden=hidden, logps=logps, entropy=entropy)
 
     return forward
+
+
+def _sum_of_tensors(value: Any) -> Any:
+    """The sum over all floating-point tensors of nested dicts and lists; 0.0 if there is none."""
+    if isinstance(value, torch.Tensor):
+        return value.sum() if value.is_floating_point() else 0.0
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(_sum_of_tensors(v) for v in values)
 
 
 def token_logps(

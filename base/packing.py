@@ -107,7 +107,32 @@ def packed_mask(segment_ids: torch.Tensor) -> torch.Tensor:
     query, key = segment_ids[:, :, None], segment_ids[:, None, :]  # (B, L, 1), (B, 1, L)
     L = segment_ids.shape[1]
     causal = torch.ones((L, L), dtype=torch.bool, device=segment_ids.device).tril()
-    return (causal & ((key == 0) | (key == query)))[:, None]
+    mask = (causal & ((key == 0) | (key == query)))[:, None]
+    mask.packed_layout = Layout(segment_ids)
+    return mask
+
+
+class Layout:
+    """The segments of packed rows as attention by segments needs them (base/packed_attention.py); carried by their mask."""
+
+    def __init__(self, segment_ids: torch.Tensor) -> None:
+        """
+        Args:
+            segment_ids: (B, L).
+        """
+        self.length = segment_ids.shape[1]
+        self.sizes: list[list[int]] = []  # of each row: what is shared, every response, padding
+        for row in segment_ids.cpu():
+            of_segment = torch.unique_consecutive(row, return_counts=True)[1].tolist()
+            self.sizes.append(of_segment if row[-1] < 0 else [*of_segment, 0])
+        self._masks: dict[tuple[int, int], torch.Tensor] = {}
+
+    def response_mask(self, shared: int, own: int, device: torch.device) -> torch.Tensor:
+        """What `own` tokens of a response see of what is shared and of themselves: (own, shared + own) bool."""
+        if (shared, own) not in self._masks:
+            mask = torch.ones((own, shared + own), dtype=torch.bool, device=device)
+            self._masks[shared, own] = mask.tril(diagonal=shared)
+        return self._masks[shared, own]
 
 
 def same_span(inside: torch.Tensor) -> torch.Tensor:
