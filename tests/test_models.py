@@ -147,7 +147,7 @@ FAMILIES = {
 # One checkpoint per registered family, and those that a family serves besides.
 NAMES = [*MODEL_NICKNAME_MAP.values(), "pixtral"]
 QUESTIONS = {0: "What is a triangle?", 1: "What is this?", 2: "Describe the two photo, red or blue?"}
-ANSWERS = ["A red square and a blue circle.", "yes", "There are two green triangles.", "no, a star"]
+ANSWERS = ["A red square and a blue circle.", "A red star", "There are two green triangles.", "no, a star"]
 
 
 def picture(seed: int) -> Image.Image:
