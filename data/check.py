@@ -89,15 +89,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         usable = rows.select(good)
         facts = _facts(args.dataset_name, kind, rows, usable, found, len(set(verdicts.content[good].tolist())))
         if processor is not None and good:
-            limits = LengthLimits.from_args(data_args)
-            collator = adapter.sft_collator if kind == "conversation" else adapter.dpo_collator
-            if kind != "prompt":
-                facts += [
-                    (f"  length limits: {name.replace('_', ' ')}", f"{count:,}")
-                    for name, count in collator(processor, limits)
-                    .drop_overlong(usable, args.dataset_num_proc)[1]
-                    .items()
-                ]
+            collators = {
+                "conversation": adapter.sft_collator,
+                "preference": adapter.dpo_collator,
+                "prompt": adapter.ppo_collator,
+            }
+            collator = collators[kind](processor, LengthLimits.from_args(data_args))
+            counts = collator.drop_overlong(usable, args.dataset_num_proc)[1]
+            facts += [(f"  length limits: {name.replace('_', ' ')}", f"{n:,}") for name, n in counts.items()]
         table += facts
         shown = usable.select(range(min(check_args.show_rows, len(usable))))
         sections.append(_section(args.dataset_name, kind, shown, facts, found, processor, data_args.train_on))
