@@ -33,8 +33,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     ref_model = reference_for(model, model_args, lora_args, training_args)
 
     # ---- Data ------------------------------------------------------------------------------------------------------
-    with training_args.main_process_first(desc="reading the data"):
-        data = load_train_eval(data_args, "preference", training_args.seed, training_args.output_dir)
     collator = adapter.dpo_collator(
         processor,
         LengthLimits.from_args(data_args),
@@ -46,8 +44,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         diffusion_step=training_args.diffusion_step,
         seed=training_args.seed,
     )
-    train_dataset, lengths = collator.drop_overlong(data.train, data_args.dataset_num_proc)
-    eval_dataset, _ = collator.drop_overlong(data.eval, data_args.dataset_num_proc)
+    with training_args.main_process_first(desc="reading the data"):
+        data = load_train_eval(data_args, "preference", training_args.seed, training_args.output_dir)
+        train_dataset, lengths = collator.drop_overlong(data.train, data_args.dataset_num_proc)
+        eval_dataset, _ = collator.drop_overlong(data.eval, data_args.dataset_num_proc)
 
     # ---- Training --------------------------------------------------------------------------------------------------
     trainer = adapter.dpo_trainer(

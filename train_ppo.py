@@ -36,12 +36,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     rewards = load_rewards(model, model_args, lora_args, training_args)
 
     # ---- Data ------------------------------------------------------------------------------------------------------
-    with training_args.main_process_first(desc="reading the data"):
-        data = load_train_eval(data_args, "prompt", training_args.seed, training_args.output_dir)
     collator = adapter.ppo_collator(
         processor, LengthLimits.from_args(data_args), share_prefix=training_args.share_prefix
     )
-    train_dataset, lengths = collator.drop_overlong(data.train, data_args.dataset_num_proc)
+    with training_args.main_process_first(desc="reading the data"):
+        data = load_train_eval(data_args, "prompt", training_args.seed, training_args.output_dir)
+        train_dataset, lengths = collator.drop_overlong(data.train, data_args.dataset_num_proc)
 
     # ---- Training --------------------------------------------------------------------------------------------------
     trainer = adapter.ppo_trainer(

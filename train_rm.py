@@ -31,8 +31,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = adapter.reward_model(load_for_training(model_args, lora_args, training_args))
 
     # ---- Data ------------------------------------------------------------------------------------------------------
-    with training_args.main_process_first(desc="reading the data"):
-        data = load_train_eval(data_args, "preference", training_args.seed, training_args.output_dir)
     collator = adapter.reward_collator(
         processor,
         LengthLimits.from_args(data_args),
@@ -40,8 +38,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         pairs=data_args.pairs,
         score_margin=data_args.score_margin,
     )
-    train_dataset, lengths = collator.drop_overlong(data.train, data_args.dataset_num_proc)
-    eval_dataset, _ = collator.drop_overlong(data.eval, data_args.dataset_num_proc)
+    with training_args.main_process_first(desc="reading the data"):
+        data = load_train_eval(data_args, "preference", training_args.seed, training_args.output_dir)
+        train_dataset, lengths = collator.drop_overlong(data.train, data_args.dataset_num_proc)
+        eval_dataset, _ = collator.drop_overlong(data.eval, data_args.dataset_num_proc)
 
     # ---- Training --------------------------------------------------------------------------------------------------
     trainer = adapter.reward_trainer(

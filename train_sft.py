@@ -31,11 +31,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = load_for_training(model_args, lora_args, training_args)
 
     # ---- Data ------------------------------------------------------------------------------------------------------
+    collator = adapter.sft_collator(processor, LengthLimits.from_args(data_args), train_on=data_args.train_on)
     with training_args.main_process_first(desc="reading the data"):
         data = load_train_eval(data_args, "conversation", training_args.seed, training_args.output_dir)
-    collator = adapter.sft_collator(processor, LengthLimits.from_args(data_args), train_on=data_args.train_on)
-    train_dataset, lengths = collator.drop_overlong(data.train, data_args.dataset_num_proc)
-    eval_dataset, _ = collator.drop_overlong(data.eval, data_args.dataset_num_proc)
+        train_dataset, lengths = collator.drop_overlong(data.train, data_args.dataset_num_proc)
+        eval_dataset, _ = collator.drop_overlong(data.eval, data_args.dataset_num_proc)
 
     # ---- Training --------------------------------------------------------------------------------------------------
     trainer = adapter.sft_trainer(

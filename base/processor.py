@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from transformers import AutoProcessor, PreTrainedTokenizerBase
 
 from base.errors import InputError
+from data.images import FORMATS
 
 ImageSource = str | os.PathLike | bytes | dict[str, Any] | Image.Image
 Messages = list[dict[str, Any]]
@@ -46,7 +47,7 @@ def load_image(image: ImageSource) -> Image.Image:
     """
     file = image_file(image)
     try:
-        decoded = file if isinstance(file, Image.Image) else Image.open(file)
+        decoded = file if isinstance(file, Image.Image) else Image.open(file, formats=FORMATS)
         decoded = ImageOps.exif_transpose(decoded)
         if decoded.mode.startswith("I;16") or decoded.mode in ("I", "F"):
             # Pillow clips 16-bit greys at 255; scale them instead.
@@ -54,7 +55,7 @@ def load_image(image: ImageSource) -> Image.Image:
             top = 65535 if grey.max() > 255 else 255
             decoded = Image.fromarray((grey.clip(0, top) / top * 255).astype(np.uint8))
         return decoded.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, NotImplementedError, Image.DecompressionBombError) as error:
         name = file if isinstance(file, str) else "image bytes in the row"
         raise InputError(f"Cannot read {name} as an image ({error}): replace the file or drop the row.") from error
 

@@ -30,7 +30,9 @@ def test_prompt_is_the_published_format(processor: VLProcessor):
     assert text == "USER: <image>\nWhat is in this image? ASSISTANT:"
 
 
-@pytest.mark.parametrize("train_on, trained", [("all", ["A red square.", "A blue circle"]), ("last", ["A blue circle"])])
+@pytest.mark.parametrize(
+    "train_on, trained", [("all", ["A red square.", "A blue circle"]), ("last", ["A blue circle"])]
+)
 def test_labels_are_the_assistants_text_and_its_end_token(processor: VLProcessor, train_on: str, trained: list[str]):
     encoded = processor.process_batch_conv([TURNS], [[zoo.image()]], train_on=train_on)
     ids, labels = encoded["input_ids"][0], encoded["labels"][0]
@@ -96,7 +98,11 @@ def test_train_pads_right_and_infer_pads_left(processor: VLProcessor):
 def test_generation_of_a_left_padded_batch_equals_row_by_row(processor: VLProcessor, llava: str):
     model = load_model(llava, dtype=torch.float32).eval()
     processor.infer()
-    convs = [TURNS[:1], [{"role": "user", "content": "Hi"}], [{"role": "user", "content": "<image>\nphoto " * 1 + "of a dog " * 6}]]
+    convs = [
+        TURNS[:1],
+        [{"role": "user", "content": "Hi"}],
+        [{"role": "user", "content": "<image>\nphoto " * 1 + "of a dog " * 6}],
+    ]
     images = [[zoo.image(1)], [], [zoo.image(2)]]
     settings = model.prepare_default_generation_kwargs() | {"max_new_tokens": 8, "min_new_tokens": 8}
     batch = model.generate(**processor(convs=convs, images=images), **settings)[:, -8:]
