@@ -23,6 +23,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, List, Value
 from peft import PeftModel
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -132,14 +133,27 @@ class VLTrainer(SafeCheckpoints):
         forward, which DDP and DeepSpeed watch, and a pass with other vision weights needs its own features.
         """
         core = self.base_model(model)
+        images = batch["img_input_dict"]
+        # A rank whose rows have no image runs the tower all the same, or ZeRO-3 would wait for it, and DDP for its gradients.
+        dummy = self.dummy_images if self.args.world_size > 1 and images.get("pixel_values") is None else None
         if core.vision_trains():
-            return batch["img_input_dict"]
+            return images if dummy is None else images | {"dummy_images": self._prepare_inputs(dummy)}
         training = core.training
         core.eval()  # a frozen encoder has no dropout (InstructBLIP's Q-Former has some)
         with torch.no_grad(), self.accelerator.autocast():
-            features = core.encode_images(batch["img_input_dict"])
+            features = core.encode_images(images)
+            if dummy is not None:
+                core.encode_images(self._prepare_inputs(dummy))
         core.train(training)
         return features
+
+    @functools.cached_property
+    def dummy_images(self) -> Batch:
+        """Image inputs of one grey picture, for rows without images."""
+        processor = self.processing_class
+        text = processor.render([{"role": "user", "content": "<image>\n."}], add_generation_prompt=True, images=1)
+        img_inputs = processor.encode_prompts([text], [[Image.new("RGB", (64, 64), "grey")]])[1]
+        return processor.pad_img_inputs(img_inputs)
 
     def completion_outputs(self, model: nn.Module, batch: Batch, image_inputs: dict[str, Any]) -> CompletionOutput:
         """Log-probs (N,) and hidden states (N, D) of the N response tokens of a packed batch, response after response."""
