@@ -102,7 +102,7 @@ def main() -> None:
     args = parser.parse_args()
     from benchmarks.models import decoder as shape
 
-    decoder = decoder_of(tf.LlamaConfig(**shape(args.size, 32064, (512, 8, 8), (4096, 11008, 32, 32, 32))))
+    decoder = decoder_of(tf.LlamaConfig(**shape(args.size, 32064, (512, 4, 8), (4096, 11008, 32, 32, 32))))
     prompt = 600
     print("answer | plain, online | shared, online | shared, cached | worth online | worth cached   (decoder alone)")
     for answer in (50, 150, 400):

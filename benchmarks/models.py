@@ -1,8 +1,8 @@
 """Checkpoints with random weights in the shapes of public models, and rows to train them on.
 
-`cpu` keeps each model's image tokens, layout and proportions (tower to decoder, vocabulary to width) at about 1/8 of its width, `7b` is the
-published configuration, `tiny` runs in a test. Both sides of a comparison need the same tokens, so all families share one byte-level tokenizer
-and one ChatML template, which writes nothing behind an answer's end token (trainers differ in whether they learn that).
+`cpu` keeps each model's image tokens and layout at about 1/8 of its width and depth, tower and lm_head near their published share of the work;
+`7b` is the published configuration; `tiny` runs in a test. Both sides of a comparison need the same tokens, so all families share one byte-level
+tokenizer and one ChatML template, which writes nothing behind an answer's end token (trainers differ in whether they learn that).
 """
 
 import base.compat  # noqa: F401  isort: skip  (must come before transformers)
@@ -45,13 +45,15 @@ def decoder(size: str, vocabulary: int, cpu: tuple[int, int, int], full: tuple[i
         inner, heads = width * 43 // 16 // 32 * 32, width // 64
     else:
         width, inner, layers, heads, kv = 32, 64, 2, 4, 2
+    # lm_head keeps its share of the decoder's work
+    share = layers * inner / (full[2] * full[1])
     return dict(
         hidden_size=width,
         intermediate_size=inner,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv,
-        vocab_size=512 if size == "tiny" else vocabulary if size == "7b" else vocabulary * width // full[0],
+        vocab_size=vocabulary if size == "7b" else max(512, int(vocabulary * share)),
         max_position_embeddings=32768,
     )
 
@@ -82,9 +84,9 @@ def _llava(size: str, anyres: bool) -> Parts:
     tokenizer = tokenizer_of(["<image>"], {"image_token": "<image>"})
     side, patch = (28, 7) if size == "tiny" else (336, 14)
     vision = tf.CLIPVisionConfig(
-        **encoder(size, (128, 6), (1024, 4096, 24, 16)), image_size=side, patch_size=patch, projection_dim=768
+        **encoder(size, (128, 3), (1024, 4096, 24, 16)), image_size=side, patch_size=patch, projection_dim=768
     )
-    text = tf.LlamaConfig(**decoder(size, 32064, (512, 8, 8), (4096, 11008, 32, 32, 32)), **ids(tokenizer))
+    text = tf.LlamaConfig(**decoder(size, 32064, (512, 4, 8), (4096, 11008, 32, 32, 32)), **ids(tokenizer))
     common: dict[str, Any] = dict(
         patch_size=patch,
         vision_feature_select_strategy="default",
@@ -123,16 +125,16 @@ def qwen2_5_vl(size: str) -> Parts:
         tf.Qwen2VLVideoProcessor(patch_size=patch),
         chat_template=template("<|vision_start|><|image_pad|><|vision_end|>"),
     )
-    text = decoder(size, 152064, (512, 8, 2), (3584, 18944, 28, 28, 4))
+    text = decoder(size, 152064, (512, 4, 2), (3584, 18944, 28, 28, 4))
     vision = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=4, window_size=28, fullatt_block_indexes=[1])
     if size == "cpu":
         vision = dict(
-            depth=8,
+            depth=4,
             hidden_size=160,
             intermediate_size=428,
             num_heads=2,
             window_size=112,
-            fullatt_block_indexes=[1, 3, 5, 7],
+            fullatt_block_indexes=[1, 3],
         )
     elif size == "7b":
         vision = dict(
@@ -174,11 +176,11 @@ def internvl(size: str) -> Parts:
         image_seq_length=tokens,
         chat_template=template("<IMG_CONTEXT>"),
     )
-    vision = encoder(size, (128, 5), (1024, 4096, 24, 16))
+    vision = encoder(size, (128, 3), (1024, 4096, 24, 16))
     config = tf.InternVLConfig(
         vision_config=vision | {"image_size": [side, side], "patch_size": [patch, patch]},
         text_config=tf.Qwen2Config(
-            **decoder(size, 151674, (512, 8, 2), (3584, 18944, 28, 28, 4)), **ids(tokenizer), tie_word_embeddings=False
+            **decoder(size, 151674, (512, 4, 2), (3584, 18944, 28, 28, 4)), **ids(tokenizer), tie_word_embeddings=False
         ),
         image_token_id=tokenizer.context_image_token_id,
         image_seq_length=tokens,
@@ -209,9 +211,9 @@ def smolvlm(size: str) -> Parts:
         chat_template=template("<image>"),
     )
     config = tf.SmolVLMConfig(
-        vision_config=encoder(size, (128, 6), (1152, 4304, 27, 16)) | {"image_size": side, "patch_size": patch},
+        vision_config=encoder(size, (128, 3), (1152, 4304, 27, 16)) | {"image_size": side, "patch_size": patch},
         text_config=tf.LlamaConfig(
-            **decoder(size, 49280, (384, 8, 6), (2048, 8192, 24, 32, 32)), **ids(tokenizer), tie_word_embeddings=False
+            **decoder(size, 49280, (384, 4, 6), (2048, 8192, 24, 32, 32)), **ids(tokenizer), tie_word_embeddings=False
         ),
         image_token_id=tokenizer.image_token_id,
         scale_factor=scale,

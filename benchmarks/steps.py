@@ -27,6 +27,7 @@ class Timings:
 
     data: list[float] = field(default_factory=list)  # rows -> batch: decoding, image processor, tokeniser
     compute: list[float] = field(default_factory=list)  # forward, backward, clipping, optimizer
+    cpu: list[float] = field(default_factory=list)  # processor seconds of all threads: other load does not count
     losses: list[float] = field(default_factory=list)
     held_mib: float = 0.0  # weights, gradients and optimizer states between steps
     peak_mib: float = 0.0  # the most that a step holds
@@ -35,6 +36,11 @@ class Timings:
     def step(self) -> float:
         """Median seconds of a step, images included."""
         return statistics.median(d + c for d, c in zip(self.data, self.compute, strict=True))
+
+    @property
+    def step_cpu(self) -> float:
+        """Median processor seconds of a step."""
+        return statistics.median(self.cpu)
 
     @property
     def step_compute(self) -> float:
@@ -62,7 +68,7 @@ class Side:
     def step(self, measure: bool = True) -> float:
         """One optimizer step on the next batch; returns its loss."""
         trainer, parameters = self.trainer, [p for p in self.model.parameters() if p.requires_grad]
-        start = _now()
+        start, cpu = _now(), time.process_time()
         batch = self.batches[self.count % len(self.batches)]()
         ready = _now()
         loss = trainer.training_step(self.model, batch)
@@ -75,6 +81,7 @@ class Side:
         if measure:
             self.timings.data.append(ready - start)
             self.timings.compute.append(done - ready)
+            self.timings.cpu.append(time.process_time() - cpu)
             self.timings.losses.append(value)
         return value
 
@@ -129,7 +136,7 @@ def take_turns(sides: dict[str, Side], steps: int, warmup: int = 1) -> None:
 
 
 def matmul_rate(tokens: int, width: int, inner: int, dtype: torch.dtype, seconds: float = 0.5) -> float:
-    """Multiply-adds per second of this machine in a product of a decoder's shape, the best of several."""
+    """Multiply-adds per second of this process in a product of a decoder's shape, the best of several."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     a, b = torch.randn(tokens, width, dtype=dtype, device=device), torch.randn(width, inner, dtype=dtype, device=device)
     best, until = 0.0, time.perf_counter() + seconds
