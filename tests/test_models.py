@@ -22,14 +22,22 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor, GenerationMixin
 
-from args import DPOConfig, LoraArguments
+from args import DataArguments, DPOConfig, LoraArguments, ModelArguments, parse
 from base.collator import VLDPODataCollatorWithPadding, VLSFTDataCollatorWithPadding
 from base.errors import InputError
 from base.model import VLModelMixin
 from base.processor import IGNORE_INDEX
 from base.reward import last_token_positions
 from base.trainer import disable_dropout
-from models import FLASH_ATTN_MODELS, MODEL_NICKNAME_MAP, add_lora, architecture_of, core_mapper_for, load_model
+from models import (
+    FLASH_ATTN_MODELS,
+    MODEL_NICKNAME_MAP,
+    add_lora,
+    architecture_of,
+    core_mapper_for,
+    load_for_training,
+    load_model,
+)
 from models.internlm_xcomposer2.processing import SYSTEM
 from tests import zoo
 
@@ -601,6 +609,23 @@ def test_gemma3_beyond_its_window():
         logps = response_logps(model, batch, batch["img_input_dict"])
         model.config.text_config.sliding_window = 4096
         assert (response_logps(model, batch, batch["img_input_dict"]) - logps).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "name, flag, warning", [("llava", "--use_flash_attention_2", "using sdpa"), ("qwen3_5", "--bf16", "switched off")]
+)
+def test_what_packed_rows_cannot_have_is_switched_off_with_a_warning(
+    name: str, flag: str, warning: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """FlashAttention-2 takes no 4-D mask; linear attention takes none at all."""
+    argv = ["--model_name_or_path", zoo.checkpoint(name), "--dataset_name", "shapes", "--output_dir", str(tmp_path)]
+    parsed = parse(
+        ModelArguments, DataArguments, LoraArguments, DPOConfig, argv=[*argv, "--use_cpu", "True", flag, "True"]
+    )
+    model = load_for_training(parsed[0], parsed[2], parsed[3])
+    assert warning in caplog.text
+    assert model.config._attn_implementation == "sdpa"
+    assert parsed[3].share_prefix == (name == "llava")
 
 
 def test_the_guide_taken_literally(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
