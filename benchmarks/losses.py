@@ -35,8 +35,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RECIPE = (
-    "--use_lora True --lora_r 32 --lora_alpha 64 --lora_dropout 0 --learning_rate 1e-3 --per_device_train_batch_size 16 "
-    "--lr_scheduler_type constant --max_steps 40 --save_strategy no --logging_steps 20 --disable_tqdm True"
+    "--use_lora True --lora_r 32 --lora_alpha 64 --lora_dropout 0 --learning_rate 3e-4 --lr_scheduler_type cosine "
+    "--per_device_train_batch_size 16 --max_steps 60 --save_strategy no --logging_steps 20 --disable_tqdm True"
 )
 COLUMNS = {
     "chair_i": "CHAIR_i",
