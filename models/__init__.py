@@ -281,8 +281,14 @@ def reference_for(
     """The frozen reference of a policy from `load_for_training`, before its first step.
 
     All weights train: a second copy of the checkpoint. A fresh LoRA adapter: None, the base itself is the reference. A loaded adapter that
-    training continues: None, and a frozen copy of it inside the policy, under the name "ref".
+    training continues: None, and a frozen copy of it inside the policy, under the name "ref". With `--precompute_ref_log_probs` no copy: the
+    policy answers before its first step. Only ZeRO-3, which cannot run a model before its optimizer exists, needs one for that.
     """
+    if getattr(training_args, "precompute_ref_log_probs", False):
+        if is_deepspeed_zero3_enabled():
+            return load_for_training(model_args, lora_args, training_args)
+        if not isinstance(model, PeftModel):
+            return None
     if not isinstance(model, PeftModel):
         return load_for_training(model_args, lora_args, training_args)
     if base_model_path(model_args.model_name_or_path) != model_args.model_name_or_path:
