@@ -32,7 +32,7 @@ stage rm python train_rm.py --model_name_or_path "$OUT/sft" --output_dir "$OUT/r
     --eval_data_path "$DATA/eval_pairs.json" $lora \
     --per_device_train_batch_size 16 --max_steps 400 --learning_rate 2e-3 $common
 
-stage dpo python train_dpo.py --model_name_or_path "$OUT/sft" --output_dir "$OUT/dpo" $pairs $lora --loss_type "$LOSS" \
+stage dpo python train_dpo.py --model_name_or_path "$OUT/sft" --output_dir "$OUT/dpo" $pairs $lora --loss_type "$LOSS" --beta 1.0 \
     --per_device_train_batch_size 16 --max_steps 60 --learning_rate 3e-4 $common
 
 stage ppo python train_ppo.py --model_name_or_path "$OUT/sft" --output_dir "$OUT/ppo" $lora \
