@@ -22,7 +22,7 @@ SCORES = ("chair_i", "chair_s", "yesno_accuracy", "exact_captions", "coverage", 
 # What the curves show of each stage: titles and names in trainer_state.json.
 CURVES = {
     "sft": {"loss": "loss"},
-    "rm": {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"},
+    "rm": {"loss": "loss", "accuracy": "accuracy", "margin": "margin"},
     "dpo": {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"},
     "ppo": {"reward": "objective/scores", "KL": "objective/kl", "value loss": "loss/value_avg"},
 }
@@ -77,7 +77,7 @@ def report_of(folder: Path) -> dict[str, dict[str, float]]:
         if scores.is_file():
             values = json.loads(scores.read_text())
             found = {name: values[name] for name in SCORES}
-        if stage == "rm" and (accuracy := last(history, "eval_rewards/accuracies")) is not None:
+        if stage == "rm" and (accuracy := last(history, "eval_accuracy")) is not None:
             found = {"accuracy": accuracy}
         if stage == "ppo" and found:
             logged = {"reward": last(history, "objective/scores"), "kl": last(history, "objective/kl")}

@@ -288,7 +288,7 @@ def demo(folder: Path, tmp_path: Path) -> Path:
         history = [{"step": step, "loss": 1 / step} for step in (1, 2, 3)]
         (tmp_path / stage / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     (tmp_path / "rm").mkdir()
-    log = [{"step": 1, "eval_rewards/accuracies": 0.5}, {"step": 2, "eval_rewards/accuracies": 0.75}]
+    log = [{"step": 1, "eval_accuracy": 0.5}, {"step": 2, "eval_accuracy": 0.75}]
     (tmp_path / "rm" / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     (tmp_path / "seconds.tsv").write_text("data\t2.0\nsft\t60.5\nsft\t1.0\nrm\t20\n")
     return tmp_path
