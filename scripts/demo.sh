@@ -39,7 +39,7 @@ stage ppo python train_ppo.py --model_name_or_path "$OUT/sft" --output_dir "$OUT
     --dataset_name plain_dpo --data_path "$DATA/pairs.json" --image_root "$DATA" \
     --reward_adapter "$OUT/rm" --init_value_from_reward True --rollouts_per_prompt 4 --response_length 64 --temperature 1.0 \
     --per_device_train_batch_size 32 --gradient_accumulation_steps 2 --num_ppo_epochs 2 --kl_coef 0.05 --missing_eos_penalty 1.0 \
-    --max_steps 30 --learning_rate 5e-4 $common
+    --max_steps 30 --learning_rate 5e-4 $common --logging_steps 1
 
 for name in sft dpo ppo; do
     adapter=$([ $name = sft ] || echo "--adapter $OUT/$name")
