@@ -159,7 +159,9 @@ def plot(results: dict[str, list[dict[str, float]]], sft: dict[str, float], path
     axes.annotate("SFT", (axes.get_xlim()[0], sft["chair_i"]), fontsize=8, color="grey", va="bottom")
     axes.set_xlabel("KL to the reference, nats per caption")
     axes.set_ylabel("CHAIR_i on held-out pictures")
-    axes.set_xscale("symlog", linthresh=1)
+    axes.set_xscale("log")
+    axes.set_yscale("symlog", linthresh=0.01)  # most losses end near 0
+    axes.set_ylim(bottom=-0.001)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
