@@ -30,7 +30,7 @@ stage sft python train_sft.py --model_name_or_path "$OUT/init" --output_dir "$OU
 
 stage rm python train_rm.py --model_name_or_path "$OUT/sft" --output_dir "$OUT/rm" $pairs \
     --eval_data_path "$DATA/eval_pairs.json" $lora \
-    --per_device_train_batch_size 16 --max_steps 400 --learning_rate 2e-3 $common
+    --per_device_train_batch_size 16 --max_steps 600 --learning_rate 8e-4 --warmup_steps 0.1 $common
 
 stage dpo python train_dpo.py --model_name_or_path "$OUT/sft" --output_dir "$OUT/dpo" $pairs $lora --loss_type "$LOSS" --beta 1.0 \
     --per_device_train_batch_size 16 --max_steps 60 --learning_rate 3e-4 $common
