@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 2 -m tests.distributed_jobs jobs.json
 
-jobs.json: [{"name", "script", "argv"}, ...]. Writes jobs.times, one line with the seconds of each.
+jobs.json: [{"name", "script", "argv"}, ...], maybe with "pause", seconds that every
+step from then on waits. Writes jobs.times, one line with the seconds of each.
 """
 
 import json
@@ -20,6 +21,7 @@ import train_dpo
 import train_ppo
 import train_rm
 import train_sft
+from tests.processes import pause_before_steps
 
 SCRIPTS = {"sft": train_sft, "dpo": train_dpo, "rm": train_rm, "ppo": train_ppo}
 
@@ -29,6 +31,8 @@ def main() -> None:
     for job in json.loads(path.read_text()):
         start = time.monotonic()
         argv = job["argv"]
+        if "pause" in job:
+            pause_before_steps(job["pause"])
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         SCRIPTS[job["script"]].main(argv)

@@ -14,7 +14,14 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = {name: f"train_{name}" for name in ("sft", "dpo", "rm", "ppo")}
 
 
-def _main(script: str, argv: list[str], log: str, file_size: int | None) -> None:
+def pause_before_steps(seconds: float) -> None:
+    """Make every training step of this process wait, so that no machine is too fast for a signal between two steps."""
+    from base.checkpoints import Preemption
+
+    Preemption.on_step_begin = lambda *args, **kwargs: time.sleep(seconds)
+
+
+def _main(script: str, argv: list[str], log: str, file_size: int | None, pause: float) -> None:
     """In the child: everything printed goes to `log`; no file grows beyond `file_size` bytes, as on a full disk."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -28,6 +35,8 @@ def _main(script: str, argv: list[str], log: str, file_size: int | None) -> None
     torch.set_num_threads(1)
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    if pause:
+        pause_before_steps(pause)
     module = __import__(SCRIPTS[script])
     args.run(module.main)
     sys.stdout.flush()
@@ -44,9 +53,14 @@ def context() -> multiprocessing.context.BaseContext:
 class Run:
     """One run of a script: `Run("sft", argv, log).wait()`."""
 
-    def __init__(self, script: str, argv: list[str], log: Path, file_size: int | None = None) -> None:
+    def __init__(self, script: str, argv: list[str], log: Path, file_size: int | None = None, pause: float = 0) -> None:
+        """
+        Args:
+            file_size: bytes beyond which no file grows.
+            pause: seconds that every step waits.
+        """
         self.log = log
-        self.process = context().Process(target=_main, args=(script, argv, str(log), file_size))
+        self.process = context().Process(target=_main, args=(script, argv, str(log), file_size, pause))
         self.process.start()
 
     @property
@@ -68,8 +82,13 @@ class Run:
             time.sleep(0.001)
         return True
 
-    def signal(self, number: signal.Signals) -> None:
-        os.kill(self.process.pid, number)
+    def signal(self, number: signal.Signals) -> bool:
+        """Send a signal; False if the process has ended before."""
+        try:
+            os.kill(self.process.pid, number)
+        except ProcessLookupError:
+            return False
+        return True
 
     def wait(self) -> int:
         """The exit status, negative for a signal."""

@@ -189,14 +189,15 @@ def test_killed_on_two_ranks_and_resumed(command, tmp_path: Path, flags: str):
         f"--use_lora True --max_steps 5 --per_device_train_batch_size 2 --save_strategy steps --save_steps 1 {flags}"
     )
 
-    def run(out: Path) -> tuple[subprocess.Popen, Path]:
+    def run(out: Path, **more: float) -> tuple[subprocess.Popen, Path]:
         launcher = ["torchrun", "--nproc_per_node", "2", "--master_port", str(next(_PORT))]
-        log = tmp_path / f"{out.name}.log"
+        jobs, log = tmp_path / f"{out.name}.json", tmp_path / f"{out.name}.log"
         argv = command("dpo", f"{saving} --resume_from_checkpoint True", out=out)
-        return start([*launcher, "train_dpo.py", *argv], log), log
+        jobs.write_text(json.dumps([{"name": out.name, "script": "dpo", "argv": argv} | more]))
+        return start([*launcher, "-m", "tests.distributed_jobs", str(jobs)], log), log
 
     finish(*run(tmp_path / "whole"))
-    process, log = run(tmp_path / "killed")
+    process, log = run(tmp_path / "killed", pause=0.3)
     while not (tmp_path / "killed" / "checkpoint-2").exists():
         assert process.poll() is None, log.read_text()[-4000:]
         time.sleep(0.01)
