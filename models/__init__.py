@@ -22,6 +22,7 @@ from transformers.utils import cached_file
 
 from base.compat import keep_quantised_linears_trainable
 from base.errors import InputError
+from base.lora import use_fast_lora
 from models.core_mapper import ModelCoreMapper
 
 __all__ = [
@@ -183,9 +184,11 @@ def load_model(
         kwargs["attn_implementation"] = _flash_attention(path)
     if bits is not None:
         kwargs["quantization_config"] = _quantisation(model_class, path, bits, dtype)
-    model, info = model_class.from_pretrained(
-        path, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **kwargs
-    )
+    # ZeRO-3 draws all weights before it reads them. Adapters and heads, which are drawn next, must not depend on that.
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        model, info = model_class.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **kwargs
+        )
     wrong = {
         name: sorted(map(str, info.get(name) or ())) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
     }
@@ -239,6 +242,7 @@ def load_for_training(model_args: Any, lora_args: Any, training_args: Any) -> to
         (model.get_base_model() if isinstance(model, PeftModel) else model).freeze_vision_tower()
     if lora_args.use_lora and not isinstance(model, PeftModel):
         model = add_lora(model, lora_args, gradient_checkpointing=training_args.gradient_checkpointing)
+    use_fast_lora(model)
     return model
 
 
