@@ -64,6 +64,10 @@ class VLModelMixin:
     # Whether responses can share a row. Not if layers mix a row's tokens whatever the mask says (convolutions, linear attention).
     packs: ClassVar[bool] = True
 
+    # Arguments of generate for rollouts, whose length is bounded. A static cache is not copied for every token: on a CPU 1.3 times as fast at 50
+    # tokens, 1.5 times at 400.
+    rollout_cache: ClassVar[dict[str, Any]] = {"cache_implementation": "static", "disable_compile": True}
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         native = next(c for c in cls.__mro__[1:] if issubclass(c, GenerationMixin) and not issubclass(c, VLModelMixin))

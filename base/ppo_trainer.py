@@ -240,6 +240,7 @@ class VLPPOTrainer(VLHeadTrainer):
                 pad_token_id=collator.processor.tokenizer.pad_token_id,
                 use_cache=True,
                 logits_processor=LogitsProcessorList([sampling]),
+                **core.rollout_cache,
             )
         length = inputs["input_ids"].shape[1]
         if sequences.shape[1] > length and torch.equal(sequences[:, :length], inputs["input_ids"]):

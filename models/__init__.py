@@ -22,6 +22,7 @@ from transformers.utils import cached_file
 
 from base.compat import keep_quantised_linears_trainable
 from base.errors import InputError
+from base.lora import use_fast_lora
 from models.core_mapper import ModelCoreMapper
 
 __all__ = [
@@ -241,6 +242,7 @@ def load_for_training(model_args: Any, lora_args: Any, training_args: Any) -> to
         (model.get_base_model() if isinstance(model, PeftModel) else model).freeze_vision_tower()
     if lora_args.use_lora and not isinstance(model, PeftModel):
         model = add_lora(model, lora_args, gradient_checkpointing=training_args.gradient_checkpointing)
+    use_fast_lora(model)
     return model
 
 

@@ -554,8 +554,8 @@ class TestFamily:
         end = {"pad_token_id": it.processor.tokenizer.pad_token_id, "do_sample": False}
         length = {"max_new_tokens": 8, "min_new_tokens": 8}
 
-        def generated(model: torch.nn.Module, inputs: dict) -> list[list[int]]:
-            return model.generate(**inputs, **length, **end)[:, inputs["input_ids"].shape[1] :].tolist()
+        def generated(model: torch.nn.Module, inputs: dict, **more) -> list[list[int]]:
+            return model.generate(**inputs, **length, **end, **more)[:, inputs["input_ids"].shape[1] :].tolist()
 
         it.processor.infer()
         batch = it.processor(convs=[r["prompt"] for r in examples], images=[r["images"] for r in examples])
@@ -571,6 +571,7 @@ class TestFamily:
             features = model.encode_images(batch)
         assert generated(model, text | features) == expected
         assert calls.count == 1
+        assert generated(model, text | features, **model.rollout_cache) == expected
 
     def test_placeholders_are_never_generated(self, it: SimpleNamespace):
         """Even when the model wants nothing else."""

@@ -19,6 +19,8 @@ TOWER_INPUTS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 class MllamaForRL(VLModelMixin, MllamaForConditionalGeneration):
     """Llama 3.2 Vision with the project's model methods."""
 
+    rollout_cache = {}  # a static one has no room for the image's keys
+
     def __init__(self, config: MllamaConfig) -> None:
         super().__init__(config)
         # Two corrections to the model's own forward, which in a batch of rows with different numbers of images mixes them up.

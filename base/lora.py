@@ -1,0 +1,75 @@
+"""peft's LoRA product with the low-rank part accumulated into the frozen one: the same numbers, fewer passes over wide tensors.
+
+peft computes `base(x) + lora_B(lora_A(x)) * scaling`: the product, its scaling and the sum are three tensors as wide as the output, and autograd
+adds one as wide as the input. Here both low-rank products are accumulated by the matrix product itself (BLAS beta = 1), forward and backward.
+What is stored and saved is peft's: only the class of the layers in memory differs.
+"""
+
+import base.compat  # noqa: F401  isort: skip  (must come before transformers)
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+
+
+class _LoraProduct(torch.autograd.Function):
+    """y = x Wᵀ + b + s (x Aᵀ) Bᵀ, with gradients to x, A and B. LoRA, 2106.09685 eq. 3."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+    ) -> Tensor:
+        """x (..., in), weight (out, in), bias (out,), A (r, in), B (out, r) -> (..., out)."""
+        flat = x.flatten(0, -2)
+        low = flat @ A.T  # (N, r)
+        out = nn.functional.linear(flat, weight, bias).addmm_(low, B.T, alpha=scaling)
+        ctx.save_for_backward(flat, low, weight, A, B)
+        ctx.scaling, ctx.shape = scaling, x.shape
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        flat, low, weight, A, B = ctx.saved_tensors
+        grad = grad.flatten(0, -2)  # (N, out)
+        low_grad = (grad @ B) * ctx.scaling  # (N, r)
+        x_grad = (grad @ weight).addmm_(low_grad, A).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        A_grad = low_grad.T @ flat if ctx.needs_input_grad[3] else None
+        B_grad = (grad.T @ low).mul_(ctx.scaling) if ctx.needs_input_grad[4] else None
+        return x_grad, None, None, A_grad, B_grad, None
+
+
+class LoraLinear(Linear):
+    """peft's LoRA layer, which hands the common case to `_LoraProduct` and everything else to peft."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if args or kwargs or self.disable_adapters or self.merged or len(active) != 1 or active[0] in self.lora_variant:
+            return super().forward(x, *args, **kwargs)
+        name, device = active[0], x.device.type
+        base, A, B, dropout = self.base_layer, self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+        ours = (
+            base.weight.dtype == dtype
+            and (autocast or A.weight.dtype == dtype)
+            and not base.weight.requires_grad
+            and (base.bias is None or not base.bias.requires_grad)
+            and B.bias is None
+            and (isinstance(dropout, nn.Identity) or not (dropout.training and dropout.p))
+            # ZeRO-3 and other tools reach weights through the hooks of the modules that own them.
+            and not any(m._forward_pre_hooks or m._forward_hooks for m in (base, A, B))
+        )
+        if not ours:
+            return super().forward(x, *args, **kwargs)
+        A_weight, B_weight = A.weight.to(dtype), B.weight.to(dtype)
+        with torch.autocast(device, enabled=False):
+            return _LoraProduct.apply(x.to(dtype), base.weight, base.bias, A_weight, B_weight, self.scaling[name])
+
+
+def use_fast_lora(model: nn.Module) -> None:
+    """Let every plain LoRA layer of a model compute as `LoraLinear`. Quantised layers, and linear layers of other classes, stay peft's."""
+    for module in model.modules():
+        if type(module) is Linear and type(module.base_layer) is nn.Linear:
+            module.__class__ = LoraLinear
