@@ -56,6 +56,8 @@ CASES = [
     Case("qwen2_5_vl-50", "qwen2_5_vl", 50),
     Case("internvl-50", "internvl", 50),
     Case("smolvlm-50", "smolvlm", 50),
+    Case("smolvlm_256m-50", "smolvlm_256m", 50),
+    Case("llava_wide-50", "llava_wide", 50),
     Case("llava-50-checkpointing", "llava", 50, checkpointing=True),
     Case("llava-50-full", "llava", 50, lora=False),
     Case("llava-50-four", "llava", 50, batch=1, responses=4),

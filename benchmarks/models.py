@@ -42,7 +42,7 @@ def decoder(size: str, vocabulary: int, cpu: tuple[int, int, int], full: tuple[i
         width, inner, layers, heads, kv = full
     elif size == "cpu":
         width, layers, kv = cpu
-        inner, heads = width * 43 // 16 // 32 * 32, width // 64
+        inner, heads = width * 43 // 16 // 32 * 32, width // (full[0] // full[3])  # heads as wide as published
     else:
         width, inner, layers, heads, kv = 32, 64, 2, 4, 2
     # lm_head keeps its share of the decoder's work
@@ -75,18 +75,25 @@ def llava(size: str) -> Parts:
     return _llava(size, anyres=False)
 
 
+def llava_wide(size: str) -> Parts:
+    """LLaVA-1.5 at half its width, with two layers: what a step costs when products with weights outweigh the rest, as they do at 7B."""
+    return _llava(size, anyres=False, cpu=((2048, 2, 16), (256, 6)))
+
+
 def llava_next(size: str) -> Parts:
     """LLaVA-NeXT-7B: a base view and two tiles of a 672 x 336 picture, 1,752 tokens."""
     return _llava(size, anyres=True)
 
 
-def _llava(size: str, anyres: bool) -> Parts:
+def _llava(
+    size: str, anyres: bool, cpu: tuple[tuple[int, int, int], tuple[int, int]] = ((512, 4, 4), (128, 3))
+) -> Parts:
     tokenizer = tokenizer_of(["<image>"], {"image_token": "<image>"})
     side, patch = (28, 7) if size == "tiny" else (336, 14)
     vision = tf.CLIPVisionConfig(
-        **encoder(size, (128, 3), (1024, 4096, 24, 16)), image_size=side, patch_size=patch, projection_dim=768
+        **encoder(size, cpu[1], (1024, 4096, 24, 16)), image_size=side, patch_size=patch, projection_dim=768
     )
-    text = tf.LlamaConfig(**decoder(size, 32064, (512, 4, 8), (4096, 11008, 32, 32, 32)), **ids(tokenizer))
+    text = tf.LlamaConfig(**decoder(size, 32064, cpu[0], (4096, 11008, 32, 32, 32)), **ids(tokenizer))
     common: dict[str, Any] = dict(
         patch_size=patch,
         vision_feature_select_strategy="default",
@@ -125,7 +132,7 @@ def qwen2_5_vl(size: str) -> Parts:
         tf.Qwen2VLVideoProcessor(patch_size=patch),
         chat_template=template("<|vision_start|><|image_pad|><|vision_end|>"),
     )
-    text = decoder(size, 152064, (512, 4, 2), (3584, 18944, 28, 28, 4))
+    text = decoder(size, 152064, (512, 4, 1), (3584, 18944, 28, 28, 4))
     vision = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=4, window_size=28, fullatt_block_indexes=[1])
     if size == "cpu":
         vision = dict(
@@ -145,7 +152,7 @@ def qwen2_5_vl(size: str) -> Parts:
             window_size=112,
             fullatt_block_indexes=[7, 15, 23, 31],
         )
-    sections = {"tiny": [2, 1, 1], "cpu": [8, 12, 12], "7b": [16, 24, 24]}[size]
+    sections = [2, 1, 1] if size == "tiny" else [16, 24, 24]
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
     names = dict(
         image="<|image_pad|>", video="<|video_pad|>", vision_start="<|vision_start|>", vision_end="<|vision_end|>"
@@ -180,7 +187,7 @@ def internvl(size: str) -> Parts:
     config = tf.InternVLConfig(
         vision_config=vision | {"image_size": [side, side], "patch_size": [patch, patch]},
         text_config=tf.Qwen2Config(
-            **decoder(size, 151674, (512, 4, 2), (3584, 18944, 28, 28, 4)), **ids(tokenizer), tie_word_embeddings=False
+            **decoder(size, 151674, (512, 4, 1), (3584, 18944, 28, 28, 4)), **ids(tokenizer), tie_word_embeddings=False
         ),
         image_token_id=tokenizer.context_image_token_id,
         image_seq_length=tokens,
@@ -192,6 +199,22 @@ def internvl(size: str) -> Parts:
 
 def smolvlm(size: str) -> Parts:
     """SmolVLM2-2.2B's design: tiles of 512 pixels (two by two of them and the whole, here), 64 tokens each."""
+    return _smolvlm(
+        size,
+        encoder(size, (128, 3), (1152, 4304, 27, 16)),
+        decoder(size, 49280, (384, 4, 6), (2048, 8192, 24, 32, 32)),
+    )
+
+
+def smolvlm_256m(size: str) -> Parts:
+    """SmolVLM-256M as published, at every size: no stand-in."""
+    size = size if size == "tiny" else "7b"
+    return _smolvlm(
+        size, encoder(size, (0, 0), (768, 3072, 12, 12)), decoder(size, 49280, (0, 0, 0), (576, 1536, 30, 9, 3))
+    )
+
+
+def _smolvlm(size: str, vision: dict, text: dict) -> Parts:
     named = {
         "image_token": "<image>",
         "fake_image_token": "<fake_token_around_image>",
@@ -211,10 +234,8 @@ def smolvlm(size: str) -> Parts:
         chat_template=template("<image>"),
     )
     config = tf.SmolVLMConfig(
-        vision_config=encoder(size, (128, 3), (1152, 4304, 27, 16)) | {"image_size": side, "patch_size": patch},
-        text_config=tf.LlamaConfig(
-            **decoder(size, 49280, (384, 4, 6), (2048, 8192, 24, 32, 32)), **ids(tokenizer), tie_word_embeddings=False
-        ),
+        vision_config=vision | {"image_size": side, "patch_size": patch},
+        text_config=tf.LlamaConfig(**text, **ids(tokenizer), tie_word_embeddings=False),
         image_token_id=tokenizer.image_token_id,
         scale_factor=scale,
         tie_word_embeddings=False,
@@ -223,15 +244,17 @@ def smolvlm(size: str) -> Parts:
 
 
 FAMILIES: dict[str, Callable[[str], Parts]] = {
-    f.__name__: f for f in (llava, llava_next, qwen2_5_vl, internvl, smolvlm)
+    f.__name__: f for f in (llava, llava_wide, llava_next, qwen2_5_vl, internvl, smolvlm, smolvlm_256m)
 }
 # Width and height of the pictures, at sizes cpu and 7b
 PICTURES = {
     "llava": (336, 336),
+    "llava_wide": (336, 336),
     "llava_next": (672, 336),
     "qwen2_5_vl": (448, 448),
     "internvl": (448, 448),
     "smolvlm": (1024, 1024),
+    "smolvlm_256m": (1024, 1024),
 }
 
 

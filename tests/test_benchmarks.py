@@ -5,7 +5,7 @@ import json
 import pytest
 import transformers as tf
 
-from benchmarks import dpo_vs_trl, floor, ppo_reuse, rm_vs_plain
+from benchmarks import data_wait, dpo_vs_trl, floor, ppo_reuse, rm_vs_plain
 from benchmarks.models import FAMILIES
 
 
@@ -62,3 +62,9 @@ def test_ppo_updates_agree_with_and_without_reuse():
     assert plain > pixels > shared == 2  # two prompts per update, each encoded once
     for name in ("plain", "pixels"):
         assert found["kl"][name] == pytest.approx(found["kl"]["shared"], abs=1e-5)
+
+
+def test_waiting_for_data_is_measured_from_the_real_trainer():
+    inside, workers = data_wait.main("--size tiny --steps 3 --workers 0 1".split())
+    assert 0 < inside["waiting"] < inside["step"] and 0 < inside["share"] < 1
+    assert workers["workers"] == 1 and workers["waiting"] < workers["step"]

@@ -1,0 +1,101 @@
+"""How long a step waits for its batch: files decoded, resized and tokenised in the main process, and in loader workers beside the computation.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.data_wait --size cpu --out benchmarks/results
+
+Pictures are photographs' size (1280 x 960 JPEG, four different ones per step), as decoding costs most. Each setting is one run of train_dpo.py's
+trainer; `waiting` is the time inside the loader's `next`, the first batch (workers start) left out.
+"""
+
+import base.compat  # noqa: F401  isort: skip  (must come before transformers)
+import argparse
+import itertools
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.dpo_vs_trl import CASES, MORE_CASES, our_trainer
+from benchmarks.models import SIZES, build, picture, rows
+from benchmarks.steps import LoadWatch, machine, markdown, write
+
+
+def photographs(folder: Path, data: list[dict[str, Any]]) -> None:
+    """Give every row a JPEG of 1280 x 960."""
+    for i, row in enumerate(data):
+        path = folder / f"photograph{i}.jpg"
+        picture((1280, 960), i).save(path, quality=90)
+        row["images"] = [str(path)]
+
+
+def run(case: Any, checkpoint: Path, data: list[dict[str, Any]], workers: int, steps: int, precision: str) -> dict:
+    """Seconds of the steps of one run, and of their waiting."""
+    options = f"{precision} --dataloader_num_workers {workers} --save_strategy no --report_to none"
+    trainer = our_trainer(case, checkpoint, data, options, checkpoint / "reference")
+    trainer.args.max_steps = steps + 1
+    waits: list[float] = []
+    ends: list[float] = []
+    fetch, step = trainer.get_batch_samples, trainer.training_step
+
+    def timed_fetch(*arguments: Any) -> Any:
+        start = time.perf_counter()
+        batches = fetch(*arguments)
+        if batches[0]:
+            waits.append(time.perf_counter() - start)
+        return batches
+
+    def timed_step(*arguments: Any) -> Any:
+        loss = step(*arguments)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        ends.append(time.perf_counter())
+        return loss
+
+    trainer.get_batch_samples, trainer.training_step = timed_fetch, timed_step
+    trainer.train()
+    whole = [b - a for a, b in itertools.pairwise(ends)]
+    return {
+        "workers": workers,
+        "step": statistics.median(whole),
+        "waiting": statistics.median(waits[1:]),
+        "share": sum(waits[1 : len(whole) + 1]) / sum(whole),
+    }
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="cpu")
+    parser.add_argument("--case", default="llava-50", help="a case of benchmarks.dpo_vs_trl")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", help="folder for data_wait_SIZE.json and .md")
+    options = parser.parse_args(argv)
+    case = next(c for c in CASES + MORE_CASES if c.name == options.case)
+    dtype = torch.bfloat16 if options.size == "7b" else torch.float32
+    precision = "--bf16 True" if options.size == "7b" else "--use_cpu True"
+    about = machine()
+    with tempfile.TemporaryDirectory() as folder, LoadWatch() as load:
+        checkpoint = build(case.family, options.size, Path(folder), dtype)
+        data = rows(case.family, options.size, checkpoint, case.answer, 4 * case.batch, case.responses, case.common)
+        photographs(Path(folder), data)
+        found = [run(case, checkpoint, data, n, options.steps, precision) for n in options.workers]
+    table = markdown(
+        [
+            {
+                "loader workers": f["workers"],
+                "step, s": f"{f['step']:.3f}",
+                "of it waiting for data, s": f"{f['waiting']:.4f}",
+                "share": f"{f['share']:.2%}",
+            }
+            for f in found
+        ]
+    )
+    heading = f"{case.name}, {about['date']}, {about['device']}, {about['threads']} threads, {about['commit']}, load {load.mean}"
+    write(f"data_wait_{options.size}", {"machine": about, "runs": found}, f"{heading}\n\n{table}", options.out)
+    return found
+
+
+if __name__ == "__main__":
+    main()
