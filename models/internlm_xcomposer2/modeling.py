@@ -15,7 +15,7 @@ from transformers import CLIPVisionModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -24,9 +24,10 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
-from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
+from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from models.image_text import ImageTextForConditionalGeneration, ImageTextModel
 from models.internlm_xcomposer2.configuration import InternLMXComposer2Config, InternLMXComposer2TextConfig
 
 
@@ -165,7 +166,7 @@ class InternLMXComposer2PreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
 
-class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
+class InternLMXComposer2Model(ImageTextModel, InternLMXComposer2PreTrainedModel):
     """Vision tower, projector and decoder without the language-model head."""
 
     def __init__(self, config: InternLMXComposer2Config):
@@ -203,6 +204,10 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
             )
         return mask[..., None]
 
+    def embed_text(self, input_ids: torch.Tensor) -> torch.Tensor:
+        # The placeholder's id lies behind the embedding: look another row up.
+        return super().embed_text(input_ids.masked_fill(input_ids == self.config.image_token_id, 0))
+
     @can_return_tuple
     def forward(
         self,
@@ -218,33 +223,11 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
         """Hidden states (B, L, D). Arguments as in transformers' LLaVA.
 
         Raises:
-            ValueError: see `get_placeholder_mask`; or the row is longer than the positions the model knows.
+            ValueError: see `embed`; or the row is longer than the positions the model knows.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give the model either input_ids or inputs_embeds, not both and not neither.")
-        features = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None and features is not None:
-            raise ValueError("Give the model either pixel_values or mm_encoder_outputs, not both.")
-        if input_ids is not None:
-            # The placeholder's id lies behind the embedding: look another row up, it is overwritten below.
-            text_ids = input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
-            inputs_embeds = self.get_input_embeddings()(text_ids)
+        inputs_embeds, image_features = self.embed(input_ids, inputs_embeds, pixel_values, mm_encoder_outputs)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         self._check_length(past + inputs_embeds.shape[1], position_ids)
-
-        image_features = None
-        if pixel_values is not None:
-            features = self.get_image_features(pixel_values=pixel_values, return_dict=True)
-        if features is not None:
-            image_features = torch.cat(list(features.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
-            inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
-        elif self.training:
-            # Data-parallel ranks must run the same modules: a text-only batch sees one blank image with weight 0.
-            size = self.config.vision_config.image_size
-            blank = self.get_image_features(pixel_values=inputs_embeds.new_zeros(1, 3, size, size), return_dict=True)
-            inputs_embeds = inputs_embeds + 0 * blank.pooler_output[0].sum().to(inputs_embeds.dtype)
-
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -275,61 +258,9 @@ class InternLMXComposer2Model(InternLMXComposer2PreTrainedModel):
             raise ValueError(f"The row has {length} tokens; InternLM-XComposer2 knows {limit} positions: shorten it.")
 
 
-class InternLMXComposer2ForConditionalGeneration(InternLMXComposer2PreTrainedModel, GenerationMixin):
-    """InternLM-XComposer2-VL with its language-model head; arguments and outputs are those of transformers' LLaVA."""
+class InternLMXComposer2ForConditionalGeneration(
+    ImageTextForConditionalGeneration, InternLMXComposer2PreTrainedModel, GenerationMixin
+):
+    """InternLM-XComposer2-VL with its language-model head."""
 
-    def __init__(self, config: InternLMXComposer2Config):
-        super().__init__(config)
-        self.model = InternLMXComposer2Model(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        """See `InternLMXComposer2Model.get_image_features`."""
-        return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
-
-    def get_placeholder_mask(
-        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, image_features: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """See `InternLMXComposer2Model.get_placeholder_mask`."""
-        return self.model.get_placeholder_mask(input_ids, inputs_embeds, image_features)
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
-    ) -> LlavaCausalLMOutputWithPast:
-        outputs = self.model(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            mm_encoder_outputs=mm_encoder_outputs,
-            **kwargs,
-        )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
-        return LlavaCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-        )
+    model_class = InternLMXComposer2Model

@@ -16,10 +16,10 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import CLIPEncoder, CLIPPreTrainedModel
 from transformers.models.clip.modeling_clip import eager_attention_forward as clip_eager_attention
-from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
+from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2Attention,
     Qwen2DecoderLayer,
@@ -31,6 +31,7 @@ from transformers.models.qwen2.modeling_qwen2 import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from models.image_text import ImageTextForConditionalGeneration, ImageTextModel
 from models.qwen_vl.configuration import QwenVLConfig, QwenVLTextConfig, QwenVLVisionConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,7 +305,7 @@ class QwenVLPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
 
-class QwenVLModel(QwenVLPreTrainedModel):
+class QwenVLModel(ImageTextModel, QwenVLPreTrainedModel):
     """Vision model and decoder without the language-model head."""
 
     def __init__(self, config: QwenVLConfig):
@@ -352,26 +353,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs,
     ) -> LlavaModelOutputWithPast:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give the model either input_ids or inputs_embeds, not both and not neither.")
-        features = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None and features is not None:
-            raise ValueError("Give the model either pixel_values or mm_encoder_outputs, not both.")
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        image_features = None
-        if pixel_values is not None:
-            features = self.get_image_features(pixel_values=pixel_values, return_dict=True)
-        if features is not None:
-            image_features = torch.cat(list(features.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
-            inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
-        elif self.training:
-            # Data-parallel ranks must run the same modules: a text-only batch sees one blank image with weight 0.
-            size = self.config.vision_config.image_size
-            blank = self.get_image_features(pixel_values=inputs_embeds.new_zeros(1, 3, size, size), return_dict=True)
-            inputs_embeds = inputs_embeds + 0 * blank.pooler_output[0].sum().to(inputs_embeds.dtype)
-
+        inputs_embeds, image_features = self.embed(input_ids, inputs_embeds, pixel_values, mm_encoder_outputs)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -382,61 +364,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
         return LlavaModelOutputWithPast(**outputs, image_hidden_states=image_features)
 
 
-class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
-    """Qwen-VL with its language-model head; the classes' arguments and outputs are those of transformers' LLaVA."""
+class QwenVLForConditionalGeneration(ImageTextForConditionalGeneration, QwenVLPreTrainedModel, GenerationMixin):
+    """Qwen-VL with its language-model head."""
 
-    def __init__(self, config: QwenVLConfig):
-        super().__init__(config)
-        self.model = QwenVLModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        """See `QwenVLModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
-
-    def get_placeholder_mask(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """See `QwenVLModel.get_placeholder_mask`."""
-        return self.model.get_placeholder_mask(input_ids, inputs_embeds, image_features)
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
-    ) -> LlavaCausalLMOutputWithPast:
-        outputs = self.model(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            mm_encoder_outputs=mm_encoder_outputs,
-            **kwargs,
-        )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
-        return LlavaCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-        )
+    model_class = QwenVLModel
