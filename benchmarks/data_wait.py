@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.data_wait --size cpu --out benchmarks/results
 
-Pictures are photographs' size (1280 x 960 JPEG, four different ones per step), as decoding costs most. Each setting is one run of train_dpo.py's
+Pictures are photographs' size (1280 x 960 JPEG, a new one for every row), as decoding costs most. Each setting is one run of train_dpo.py's
 trainer; `waiting` is the time inside the loader's `next`, the first batch (workers start) left out.
 """
 
@@ -60,7 +60,7 @@ def run(case: Any, checkpoint: Path, data: list[dict[str, Any]], workers: int, s
         "workers": workers,
         "step": statistics.median(whole),
         "waiting": statistics.median(waits[1:]),
-        "share": sum(waits[1 : len(whole) + 1]) / sum(whole),
+        "share": sum(waits[1:]) / sum(whole),
     }
 
 
@@ -78,7 +78,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     about = machine()
     with tempfile.TemporaryDirectory() as folder, LoadWatch() as load:
         checkpoint = build(case.family, options.size, Path(folder), dtype)
-        data = rows(case.family, options.size, checkpoint, case.answer, 4 * case.batch, case.responses, case.common)
+        count = (options.steps + 1) * case.batch  # one epoch: workers start once
+        data = rows(case.family, options.size, checkpoint, case.answer, count, case.responses, case.common)
         photographs(Path(folder), data)
         found = [run(case, checkpoint, data, n, options.steps, precision) for n in options.workers]
     table = markdown(

@@ -199,6 +199,8 @@ def run_case(case: Case, size: str, steps: int, one_by_one: bool) -> dict[str, A
                 sides = {name: makers[name]() for name in names}
                 take_turns(sides, steps)
                 timings |= {name: side.timings for name, side in sides.items()}
+                if "online" in sides:
+                    profile = sides["online"].profile()
                 del sides
                 gc.collect()
                 torch.cuda.empty_cache()
@@ -224,6 +226,7 @@ def run_case(case: Case, size: str, steps: int, one_by_one: bool) -> dict[str, A
         "macs_per_second": rate,
         "floor": floors,
         "over_floor": {name: timings[name].step_compute / floors[name] for name in ours_only},
+        "profile": profile,
         "load": load.mean,
     }
 
@@ -259,6 +262,13 @@ def _facts(case: Case, side: Side) -> dict[str, Any]:
         "width": text.hidden_size,
         "inner": text.intermediate_size,
     }
+
+
+def profile_table(found: list[dict[str, Any]]) -> str:
+    """Where our online step's time goes."""
+    return markdown(
+        [{"case": f["case"]["name"], **{kind: f"{share:.0%}" for kind, share in f["profile"].items()}} for f in found]
+    )
 
 
 def table(found: list[dict[str, Any]]) -> str:
@@ -315,7 +325,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         write(
             f"dpo_vs_trl_{options.size}",
             {"machine": about, "cases": found},
-            f"{heading}\n\n{table(found)}",
+            f"{heading}\n\n{table(found)}\n\nOur online step:\n\n{profile_table(found)}",
             options.out,
         )
     return found

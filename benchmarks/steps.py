@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import threading
@@ -19,6 +20,16 @@ import torch
 from transformers import Trainer
 
 MIB = 1 << 20
+# Kinds of work in a profile: beginnings of operators' names (CPU) and kernels' names (GPU)
+KINDS = {
+    "matrix products": r"(add|b|badd)?(b?mm|linear)|.*(gemm|cutlass|nvjet)",
+    "attention": r"_?scaled_dot_product|_flash|_efficient|.*(flash|fmha|attention)",
+    "elementwise": r"(mul|add|sub|div|silu|gelu|sigmoid|tanh|exp|pow|neg|rsqrt|sum|mean|where|masked_fill|threshold|native_layer_norm"
+    r"|_?log_softmax|_?softmax|nll|norm|lt|le|gt|ge|eq|bitwise|addc|sqrt|lerp|cos|sin|clamp|_foreach|_fused)"
+    r"|.*(elementwise|reduce|softmax|norm)",
+    "copies": r"(cat|copy|clone|fill|zero|empty|index|gather|scatter|embedding|masked_scatter|slice|constant_pad|_to_copy)"
+    r"|.*(copy|Memcpy|Memset|CatArray)",
+}
 
 
 @dataclass
@@ -97,6 +108,18 @@ class Side:
         else:
             peak = held + peak_of(lambda: self.step(measure=False))
         self.timings.held_mib, self.timings.peak_mib = held / MIB, peak / MIB
+
+    def profile(self) -> dict[str, float]:
+        """One more step: which share of its operators' time each kind takes, by torch's profiler."""
+        with torch.profiler.profile() as profile:
+            self.step(measure=False)
+        cuda = torch.cuda.is_available()
+        times: dict[str, float] = dict.fromkeys(KINDS, 0.0) | {"other": 0.0}
+        for event in profile.key_averages():
+            seconds = event.self_device_time_total if cuda else event.self_cpu_time_total
+            name = event.key.removeprefix("aten::")
+            times[next((kind for kind, names in KINDS.items() if re.match(names, name)), "other")] += seconds
+        return {kind: seconds / sum(times.values()) for kind, seconds in times.items()}
 
 
 def peak_of(run: Callable[[], Any]) -> int:
