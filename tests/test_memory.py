@@ -103,13 +103,13 @@ CASES = [
         for method in ("full", "lora")
         for checkpointing in (False, True)
     ),
-    ("sft", "lora", True, True),
+    pytest.param("sft", "lora", True, True, marks=pytest.mark.slow),
     ("dpo", "full", True, True),
     ("dpo", "lora", True, True),
     ("dpo", "lora", False, True),
     ("rm", "lora", True, True),
-    ("ppo", "full", True, False),
-    ("ppo", "lora", True, True),
+    pytest.param("ppo", "full", True, False, marks=pytest.mark.slow),
+    pytest.param("ppo", "lora", True, True, marks=pytest.mark.slow),
     ("ppo", "lora", False, True),
 ]
 
