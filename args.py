@@ -177,6 +177,8 @@ class _Config(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # else several CPU processes would each train on their own, without a word
             self.dataloader_pin_memory = False  # pinned memory needs an accelerator to copy to
+        if self.use_cpu:
+            base.compat.join_processes_on_cpu(bool(self.deepspeed), self.ddp_timeout)
         super().__post_init__()
         if self.resume_from_checkpoint in ("True", "true", "False", "false"):
             # Nothing saved yet is a start from the beginning, so that one command line serves a job and its restarts.
@@ -320,6 +322,12 @@ class PPOConfig(_Config):
         default=None, metadata={"help": "Taken off the score of an answer that does not end within --response_length."}
     )
     reward_clip: float | None = field(default=None, metadata={"help": "Clip scores to [-x, x]."})
+    ds3_gather_for_generation: bool = field(
+        default=True,
+        metadata={
+            "help": "ZeRO-3: gather all weights once per rollout. False needs less memory and is slower: layer by layer, for every token."
+        },
+    )
     num_sample_generations: int = field(
         default=10, metadata={"help": "How many tables of samples a run writes to its folder; 0 for none."}
     )
@@ -393,10 +401,6 @@ def parse(*classes: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
         InputError: unknown flags, a missing or malformed config file, flags that contradict each other.
     """
     argv = [*(sys.argv[1:] if argv is None else argv)]
-    try:
-        base.compat.init_deepspeed_on_cpu(argv)
-    except torch.distributed.DistError as error:
-        raise InputError(_unreachable(error)) from error
     if "--config" in argv:
         path = Path(argv[argv.index("--config") + 1]) if argv[-1] != "--config" else Path()
         if not path.is_file():

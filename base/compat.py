@@ -5,7 +5,6 @@
    calls them.
 """
 
-import itertools
 import os
 from datetime import timedelta
 
@@ -18,22 +17,24 @@ if torch.version.cuda is None and torch.version.hip is None:
         _TORCHVISION_OPS.define(_name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
-def init_deepspeed_on_cpu(argv: list[str]) -> None:
-    """Start DeepSpeed's process group before TrainingArguments exist, if `--deepspeed` runs on a machine without an accelerator.
+def join_processes_on_cpu(with_deepspeed: bool, timeout: float) -> None:
+    """Start the process group of a run on the CPU, before transformers does.
 
-    transformers skips DeepSpeed's own start when it trains on the CPU; ZeRO-3 then believes that there is one process and refuses the
-    batch sizes. Also maps the launcher's environment to the CPU backend.
+    transformers leaves out `--ddp_timeout` there, and DeepSpeed's own start; ZeRO-3 then believes that there is one process and refuses the batch
+    sizes.
+
+    Args:
+        timeout: seconds to wait for the other processes.
     """
-    if not any(a == "--deepspeed" or a.startswith("--deepspeed=") for a in argv) or torch.cuda.is_available():
+    if torch.distributed.is_initialized():
         return
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if "--use_cpu" not in argv:
-        argv += ["--use_cpu", "True"]
-    if not torch.distributed.is_initialized():
+    if with_deepspeed:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed  # slow to import, needed by nobody else
 
-        seconds = next((b for a, b in itertools.pairwise(argv) if a == "--ddp_timeout"), 1800)
-        deepspeed.init_distributed("gloo", timeout=timedelta(seconds=float(seconds)), verbose=False)
+        deepspeed.init_distributed("gloo", timeout=timedelta(seconds=timeout), verbose=False)
+    elif int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ:  # torchrun
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
 
 
 def keep_quantised_linears_trainable(model: torch.nn.Module) -> None:

@@ -24,6 +24,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from base import packed_attention, packing  # noqa: F401  (packed_attention replaces transformers' sdpa)
 from base.errors import InputError
+from base.rollout import slim_features
 from losses import token_kl
 
 # Above this many logits the vocabulary is walked in chunks, so that no more than a chunk of logits exists at a time. Measured on a CPU, 100 tokens
@@ -31,6 +32,7 @@ from losses import token_kl
 MAX_LOGITS = 1 << 24
 VOCAB_CHUNK = 8192
 TOKEN_CHUNK = 512  # tokens at a time where all their logits are needed
+TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache")
 
 
 @dataclass
@@ -232,10 +234,16 @@ def _with_completions(native_forward: Any) -> Any:
         if completion_index is None:
             return native_forward(self, *args, **kwargs)
         kwargs = {k: v for k, v in kwargs.items() if v is not None or k == "pixel_values"}
-        hidden = self.last_hidden_state(*args, **kwargs).flatten(0, 1)[completion_index]  # (N, D)
+        nothing = 0.0
         if dummy_images is not None:
-            # Other ranks have images: the same modules must run here, and every weight must get a gradient, of 0.
-            hidden = hidden + (0.0 * _sum_of_tensors(self.encode_images(dummy_images))).to(hidden.dtype)
+            # ZeRO-3 gathers weights as modules run: on every rank the tower runs first. A dummy gives the weights that images reach a gradient of 0,
+            # and no others: ranks with images have none for those.
+            text = {k: kwargs.pop(k) for k in TEXT_INPUTS if k in kwargs}
+            kwargs = text | self.encode_images(kwargs)
+            nothing = 0.0 * _sum_of_tensors(slim_features(self.encode_images(dummy_images)))
+        hidden = self.last_hidden_state(*args, **kwargs).flatten(0, 1)[completion_index]  # (N, D)
+        if dummy_images:
+            hidden = hidden + nothing.to(hidden.dtype)
         if completion_ids is None:
             return CompletionOutput(hidden=hidden)
         logps, entropy = token_logps(self, hidden, completion_ids, temperature, with_entropy)

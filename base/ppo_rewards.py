@@ -1,6 +1,7 @@
 """The terms of PPO's score: reward adapters on the policy's base, reward models of their own, and functions in a user's file."""
 
 import base.compat  # noqa: F401  isort: skip  (must come before transformers)
+import functools
 import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
@@ -29,6 +30,11 @@ class Reward:
     model: VLRewardModel | None = None
     processor: Any = None
     function: RewardFunction | None = None
+
+    @functools.cached_property
+    def dummy_images(self) -> dict[str, Any]:
+        """Image inputs of one grey picture, as this model's processor makes them."""
+        return self.processor.dummy_images()
 
 
 def load_reward_fn(spec: str) -> RewardFunction:

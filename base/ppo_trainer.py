@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessorList, TrainerCallback, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import ExportableState
 from trl.models.utils import prepare_deepspeed, unwrap_model_for_generation
 
@@ -137,7 +138,7 @@ class VLPPOTrainer(VLHeadTrainer):
         self.ppo_state = PPOState(args.kl_coef)
         self.add_callback(self.ppo_state)
         self.own_vision = {r.hat for r in self.rewards if r.hat is not None and model.own_vision(r.hat)}
-        if model.value_has_own_vision():
+        if self._on_any_process(model.value_has_own_vision()):
             self.own_vision.add("value")
 
     def _prepare_frozen(self, model: nn.Module | None) -> nn.Module | None:
@@ -148,6 +149,11 @@ class VLPPOTrainer(VLHeadTrainer):
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(model, self.accelerator)
         return self.accelerator.prepare_model(model, evaluation_mode=True)
+
+    def base_model(self, model: nn.Module) -> nn.Module:
+        """The adapter's model inside everything; the value function's backbone is one itself."""
+        model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        return model.core if isinstance(model, VLModelWithValueHead) else model
 
     # -- 1. rollout ------------------------------------------------------------------------------------------------------
 
@@ -170,7 +176,7 @@ class VLPPOTrainer(VLHeadTrainer):
                 Rollouts(batch["rows"], batch["prompts"], batch["img_input_dict"], {"": self._encode(images)}, place)
             )
         per_call = max(1, self.args.local_rollout_forward_batch_size // (self.sizes.micro_prompts * K))
-        if len({len(row["images"]) for r in rollouts for row in r.rows}) > 1:
+        if self._on_any_process(len({len(row["images"]) for r in rollouts for row in r.rows}) > 1):
             per_call = 1  # some families lay out the images of a batch by its fullest row
         with self._generation_model() as core, self.phase("rollout", len(rollouts)) as bar:
             for start in range(0, len(rollouts), per_call):
@@ -189,8 +195,11 @@ class VLPPOTrainer(VLHeadTrainer):
 
     @contextmanager
     def _generation_model(self) -> Iterator[nn.Module]:
-        """The adapter's model with gathered weights and without the checkpoint's own sampling settings."""
-        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
+        """The adapter's model, its weights gathered unless told otherwise, without the checkpoint's own sampling settings."""
+        gather = self.args.ds3_gather_for_generation
+        with unwrap_model_for_generation(
+            self.model_wrapped, self.accelerator, gather_deepspeed3_params=gather
+        ) as model:
             core = model.core
             owners = [m for m in core.modules() if isinstance(getattr(m, "generation_config", None), GenerationConfig)]
             before = [m.generation_config for m in owners]
@@ -228,7 +237,8 @@ class VLPPOTrainer(VLHeadTrainer):
             order += [first + b * K + k for k in range(K) for b in range(len(r.prompts))]
             first += len(r.prompts) * K
         inputs = collator.pad_for_generation(prompts, {k: [v for t in tokens for v in t[k]] for k in tokens[0]})
-        inputs = to_device(inputs, args.device) | tile_images([r.images[""] for r in group for _ in range(K)])
+        images = [self._images_to_read(core, r) for r in group]
+        inputs = to_device(inputs, args.device) | tile_images([i for i in images for _ in range(K)])
         sampling = SeededSampling(uniforms[order].to(args.device), args.temperature, args.top_p)
         end_ids = self._end_ids
         with self.accelerator.autocast():
@@ -241,6 +251,8 @@ class VLPPOTrainer(VLHeadTrainer):
                 use_cache=True,
                 logits_processor=LogitsProcessorList([sampling]),
                 **core.rollout_cache,
+                # Weights that are shared out need all ranks at every token, until the longest answer of all ranks has ended.
+                synced_gpus=is_deepspeed_zero3_enabled() and args.world_size > 1 and not args.ds3_gather_for_generation,
             )
         length = inputs["input_ids"].shape[1]
         if sequences.shape[1] > length and torch.equal(sequences[:, :length], inputs["input_ids"]):
@@ -251,6 +263,17 @@ class VLPPOTrainer(VLHeadTrainer):
             rounds = [[next(generated) for _ in r.prompts] for _ in range(K)]
             answers.append([[rounds[k][b] for k in range(K)] for b in range(len(r.prompts))])
         return answers
+
+    def _images_to_read(self, core: nn.Module, r: Rollouts) -> dict[str, Any]:
+        """What generation reads of a micro batch's images: features. Where the tower trains it runs here, on every rank as often."""
+        if not core.vision_trains():
+            return r.images[""]
+        images = to_device(self.data_collator.processor.pad_img_inputs(r.img_inputs), self.args.device)
+        with self.accelerator.autocast():
+            if self.args.world_size > 1 and images.get("pixel_values") is None:
+                core.encode_images(self._prepare_inputs(self.dummy_images))
+            features = slim_features(core.encode_images(images))
+        return {k: v for k, v in features.items() if k not in self.data_collator.processor.per_token_keys}
 
     def _pack(self, rollouts: Rollouts, answers: list[list[list[int]]]) -> None:
         """Lay out prompts and answers once for all passes."""
@@ -307,7 +330,14 @@ class VLPPOTrainer(VLHeadTrainer):
             texts[p].append(text)
         rows = [row | {"responses": of_row} for row, of_row in zip(r.rows, texts, strict=True)]
         with self.accelerator.autocast():
-            scores = score_rows(reward.model, reward.processor, rows, len(rows), self.data_collator.share_prefix)
+            scores = score_rows(
+                reward.model,
+                reward.processor,
+                rows,
+                len(rows),
+                self.data_collator.share_prefix,
+                dummy_images=reward.dummy_images if self.args.world_size > 1 else None,
+            )
         taken = [0] * len(rows)
         flat = []
         for p in r.prompt_of:
@@ -376,7 +406,7 @@ class VLPPOTrainer(VLHeadTrainer):
         model = self.accelerator.unwrap_model(self.model)
         images = to_device(self.data_collator.processor.pad_img_inputs(r.img_inputs), self.args.device)
         if hat == "value" and model.value_backbone is not None:
-            features = slim_features(model.value_backbone.encode_images(images))
+            features = self._encode(images, model.value_backbone)
         else:
             with adapter_active(model.backbone, VALUE_ADAPTER if hat == "value" else hat):
                 features = self._encode(images)

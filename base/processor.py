@@ -351,6 +351,11 @@ class VLProcessor:
         """Image inputs with their per-token entries padded to tensors."""
         return {k: self.pad(v, 0) if k in self.per_token_keys else v for k, v in img_inputs.items()}
 
+    def dummy_images(self) -> dict[str, torch.Tensor]:
+        """Image inputs of one grey picture, for ranks whose rows have none: they run the vision tower all the same, or the others wait."""
+        text = self.render([{"role": "user", "content": "<image>\n."}], add_generation_prompt=True, images=1)
+        return self.pad_img_inputs(self.encode_prompts([text], [[Image.new("RGB", (64, 64), "grey")]])[1])
+
     def pad(self, rows: Sequence[Sequence[Any]], value: Any) -> torch.Tensor:
         """Pad B lists (of numbers, or of equal-shaped lists) to one (B, L, ...) tensor on the tokenizer's padding side."""
         tensors = [torch.as_tensor(row) for row in rows]

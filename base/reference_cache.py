@@ -39,14 +39,15 @@ def default_folder() -> Path:
     return Path(constants.HF_HOME) / "vl_rlhf" / "reference_logps"
 
 
-def weights_digest(model: nn.Module) -> str:
+def weights_digest(model: nn.Module, is_policy: bool) -> str:
     """SHA-256 of the names, shapes, types and bytes of all parameters and buffers of a reference.
 
-    A policy's own adapter ("default") is left out: it is switched off when the policy stands for its reference.
+    Args:
+        is_policy: the policy stands for its reference, with its own adapter ("default") switched off: that one is left out.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
-        if isinstance(model, PeftModel) and ".default." in f"{name}.":
+        if is_policy and isinstance(model, PeftModel) and ".default." in f"{name}.":
             continue
         tensor = getattr(tensor, "ds_tensor", tensor).detach()  # ZeRO-3: this rank's part
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -303,13 +303,19 @@ def load_weights(backbone: nn.Module, folder: str, adapter_name: str = "default"
 
 @torch.no_grad()
 def score_rows(
-    model: VLRewardModel, processor: Any, rows: Sequence[Row], batch_size: int = 8, share_prefix: bool = True
+    model: VLRewardModel,
+    processor: Any,
+    rows: Sequence[Row],
+    batch_size: int = 8,
+    share_prefix: bool = True,
+    dummy_images: dict[str, Any] | None = None,
 ) -> list[list[float]]:
     """Reward of every response of preference rows.
 
     Args:
         model, processor: of one checkpoint.
         rows: columns `images`, `prompt`, `responses`.
+        dummy_images: of VLProcessor, under ZeRO-3: what the vision tower runs on where a batch has no image.
 
     Returns:
         For each row one number per response, in order.
@@ -328,6 +334,8 @@ def score_rows(
         chunk = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
         batch = collator.encode_rows(chunk)
         image_inputs = model.core.encode_images(to_device(batch["img_input_dict"], model.device))
+        if dummy_images is not None and batch["img_input_dict"].get("pixel_values") is None:
+            model.core.encode_images(to_device(dummy_images, model.device))
         segment_ids = batch["segment_ids"].to(model.device)
         inputs = model.core.packed_inputs(
             batch["input_ids"].to(model.device), segment_ids, image_inputs, batch["packed"]
@@ -461,13 +469,12 @@ class VLModelWithValueHead(_HeadModel):
         return any(f".{hat}." in name for name, _ in _vision_side(self.backbone))
 
     def value_has_own_vision(self) -> bool:
-        """Whether the value function's vision side differs from the policy's: then it needs features of its own."""
+        """Whether the value function's vision side differs from the policy's (ZeRO-3: this rank's part): then it needs features of its own."""
         if self.value_backbone is None:
             return isinstance(self.backbone, PeftModel) and self.own_vision(VALUE_ADAPTER)
+        here = lambda p: getattr(p, "ds_tensor", p).detach().cpu()  # noqa: E731
         mine = dict(_vision_side(self.backbone))
-        return any(
-            not torch.equal(mine[name], p.to(mine[name].device)) for name, p in _vision_side(self.value_backbone)
-        )
+        return any(not torch.equal(here(mine[name]), here(p)) for name, p in _vision_side(self.value_backbone))
 
     # -- passes ------------------------------------------------------------------------------------------------------------
 

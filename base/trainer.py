@@ -23,7 +23,6 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, List, Value
 from peft import PeftModel
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -134,26 +133,25 @@ class VLTrainer(SafeCheckpoints):
         """
         core = self.base_model(model)
         images = batch["img_input_dict"]
-        # A rank whose rows have no image runs the tower all the same, or ZeRO-3 would wait for it, and DDP for its gradients.
-        dummy = self.dummy_images if self.args.world_size > 1 and images.get("pixel_values") is None else None
-        if core.vision_trains():
-            return images if dummy is None else images | {"dummy_images": self._prepare_inputs(dummy)}
+        # A rank whose rows have no image runs the tower all the same, or ZeRO-3 would wait for it, and DDP for its gradients. So does a single
+        # process whose tower trains: to the optimizer a gradient of 0 is not the same as none.
+        several, text_only, trains = self.args.world_size > 1, images.get("pixel_values") is None, core.vision_trains()
+        dummy = self._prepare_inputs(self.dummy_images) if text_only and (several or trains) else None
+        if trains:
+            return images | {"dummy_images": dummy or {}} if several or text_only else images
         training = core.training
         core.eval()  # a frozen encoder has no dropout (InstructBLIP's Q-Former has some)
         with torch.no_grad(), self.accelerator.autocast():
             features = core.encode_images(images)
             if dummy is not None:
-                core.encode_images(self._prepare_inputs(dummy))
+                core.encode_images(dummy)
         core.train(training)
         return features
 
     @functools.cached_property
     def dummy_images(self) -> Batch:
         """Image inputs of one grey picture, for rows without images."""
-        processor = self.processing_class
-        text = processor.render([{"role": "user", "content": "<image>\n."}], add_generation_prompt=True, images=1)
-        img_inputs = processor.encode_prompts([text], [[Image.new("RGB", (64, 64), "grey")]])[1]
-        return processor.pad_img_inputs(img_inputs)
+        return self.processing_class.dummy_images()
 
     def completion_outputs(self, model: nn.Module, batch: Batch, image_inputs: dict[str, Any]) -> CompletionOutput:
         """Log-probs (N,) and hidden states (N, D) of the N response tokens of a packed batch, response after response."""
@@ -426,7 +424,7 @@ class VLDPOTrainer(VLTrainer):
             # What the reference is asked about beyond prompt, responses and images
             columns = ["image_rejected", "ranks", "scores"] if "image_rejected" in self.needs else []
             keys = self._row_keys(dataset, columns)
-            there = cache.keys()
+            there = set().union(*gather_object([cache.keys()]))  # one answer for all ranks, before any of them writes
             todo = list({key: i for i, key in enumerate(keys) if key not in there}.values())
             logger.info(
                 "Reference log-probs of %s: %d of %d rows are in %s",
@@ -435,7 +433,9 @@ class VLDPOTrainer(VLTrainer):
                 len(keys),
                 cache.folder,
             )
-            mine = todo[rank::world]
+            mine = [
+                todo[i % len(todo)] for i in range(rank, -(-len(todo) // world) * world, world)
+            ]  # every rank as many
             self._compute_reference(dataset.select(mine), [keys[i] for i in mine], cache, len(todo))
             self.accelerator.wait_for_everyone()
             values = cache.read(keys)
@@ -451,7 +451,7 @@ class VLDPOTrainer(VLTrainer):
         reference = self.ref_model if self.ref_model is not None else self.model
         config = self.base_model(reference).config.to_dict()
         about = {
-            "weights": weights_digest(self.accelerator.unwrap_model(reference)),
+            "weights": weights_digest(self.accelerator.unwrap_model(reference), is_policy=self.ref_model is None),
             "config": {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")},
             "processor": processor_digest(self.processing_class),
             "limits": dataclasses.asdict(self.data_collator.limits),

@@ -290,7 +290,10 @@ def reference_for(
     """
     if getattr(training_args, "precompute_ref_log_probs", False):
         if is_deepspeed_zero3_enabled():
-            return load_for_training(model_args, lora_args, training_args)
+            reference = load_for_training(model_args, lora_args, training_args)
+            fresh = base_model_path(model_args.model_name_or_path) == model_args.model_name_or_path
+            # Its fresh adapter says nothing yet, but would give every seed log-probs of its own in the cache.
+            return reference.unload() if fresh and isinstance(reference, PeftModel) else reference
         if not isinstance(model, PeftModel):
             return None
     if not isinstance(model, PeftModel):

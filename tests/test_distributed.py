@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from base.ppo_trainer import VLPPOTrainer
 from tests.distributed_jobs import SCRIPTS
 from tests.processes import ROOT, history
 
@@ -43,7 +46,7 @@ def start(command: list[str], log: Path) -> subprocess.Popen:
         )
 
 
-def finish(process: subprocess.Popen, log: Path, timeout: float = 1500) -> None:
+def finish(process: subprocess.Popen, log: Path, timeout: float = 900) -> None:
     """Wait for a launcher; a hang ends with all its processes."""
     try:
         assert process.wait(timeout) == 0, log.read_text()[-6000:]
@@ -73,18 +76,21 @@ def rewards(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def job(command, rewards, tmp_path: Path) -> Callable[..., dict]:
+def job(command, rewards, tmp_path: Path, llava: str) -> Callable[..., dict]:
     """job(script, mode, folder, batch size on one rank, further flags): three steps of a global batch of 4."""
 
-    def build(script: str, mode: str, folder: str, batch: int, extra: str = "") -> dict:
-        flags = f"--per_device_train_batch_size {batch} --max_steps 3 {MODES[mode]}"
+    def build(
+        script: str, mode: str, folder: str, batch: int, extra: str = "", model: str = llava, name: str = ""
+    ) -> dict:
+        flags = f"--per_device_train_batch_size {batch} --max_steps 3 --ddp_timeout 300 {MODES[mode]}"
         if script == "ppo":
             flags += f" --reward_fn {rewards} --response_length 6 --num_ppo_epochs 2"
-        out = tmp_path / folder / f"{script}-{mode}"
+        name = name or f"{script}-{mode}"
+        out = tmp_path / folder / name
         return {
-            "name": f"{script}-{mode}",
+            "name": name,
             "script": script,
-            "argv": command(script, f"{flags} {extra}", out=out),
+            "argv": command(script, f"{flags} {extra}", model, out),
             "out": str(out),
         }
 
@@ -108,14 +114,19 @@ def assert_same_curve(one: Path, other: Path, tolerance: float = 1e-5) -> None:
             assert difference.max() < 4e-3 and difference.mean() < 1e-4, name
 
 
+LAUNCH = {"ddp": ("torchrun", "--use_cpu True --ddp_backend gloo")} | {
+    name: ("deepspeed", f"--deepspeed ds_configs/{name}.json") for name in QUICK
+}
+
+
 def check_cells(cells: list[tuple[str, str]], setup: str, job, tmp_path: Path) -> None:
     """Run cells on one process and on two ranks; compare what they logged and saved."""
-    flags = "--use_cpu True --ddp_backend gloo" if setup == "ddp" else f"--deepspeed ds_configs/{setup}.json"
+    launcher, flags = LAUNCH[setup]
     alone = [job(*cell, "one", 4) for cell in cells]
     two = [job(*cell, "two", 2, flags) for cell in cells]
     for one in alone:
         SCRIPTS[one["script"]].main(one["argv"])
-    launch("torchrun" if setup == "ddp" else "deepspeed", two, tmp_path)
+    launch(launcher, two, tmp_path)
     print(setup, (tmp_path / "jobs.times").read_text())
     for one, other in zip(alone, two, strict=True):
         assert_same_curve(Path(one["out"]), Path(other["out"]))
@@ -125,7 +136,6 @@ def test_ddp_equals_one_process(job, tmp_path: Path):
     check_cells(CELLS, "ddp", job, tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("config", QUICK)
 def test_deepspeed_equals_one_process(job, tmp_path: Path, config: str):
     check_cells(QUICK[config], config, job, tmp_path)
@@ -160,13 +170,21 @@ def mixed_files(preference_rows: list[dict], image_dir: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("setup", ["ddp", "zero3"])
 def test_ranks_without_images(job, mixed_files, tmp_path: Path, setup: str):
     """Text-only rows on one rank, images on the other: nobody waits, and the curve is that of one process."""
+    reward_model = tmp_path / "one" / "rm-full"
     cells = [
         ("sft", "full", ""),
         ("dpo", "lora", ""),
-        ("rm", "full", "--freeze_vision_tower False"),
-        ("ppo", "lora", ""),
+        ("rm", "full", "--freeze_vision_tower False"),  # comes before the cell that reads it
+        ("ppo", "lora", "--gradient_accumulation_steps 2 --ds3_gather_for_generation False"),
+        # The tower trains, the value function has one of its own, and so has the reward model.
+        (
+            "ppo",
+            "full",
+            "--gradient_accumulation_steps 2 --ds3_gather_for_generation False --freeze_vision_tower False "
+            f"--reward_model_name_or_path {reward_model} --init_value_from_reward True",
+        ),
     ]
-    flags = "--use_cpu True --ddp_backend gloo" if setup == "ddp" else "--deepspeed ds_configs/zero3.json"
+    launcher, flags = LAUNCH[setup]
 
     def build(script: str, mode: str, extra: str, folder: str, batch: int, more: str) -> dict:
         data = mixed_files["sft" if script == "sft" else "other"]
@@ -176,9 +194,82 @@ def test_ranks_without_images(job, mixed_files, tmp_path: Path, setup: str):
     two = [build(*cell, "two", 1, flags) for cell in cells]
     for one in alone:
         SCRIPTS[one["script"]].main(one["argv"])
-    launch("torchrun" if setup == "ddp" else "deepspeed", two, tmp_path)
+    launch(launcher, two, tmp_path)
     for one, other in zip(alone, two, strict=True):
         assert_same_curve(Path(one["out"]), Path(other["out"]))
+
+
+@pytest.fixture
+def talkative(llava: str, tmp_path: Path) -> str:
+    """A checkpoint for which a sixth of all tokens end an answer, so that answers end anywhere."""
+    folder = tmp_path / "talkative"
+    shutil.copytree(llava, folder)
+    file = folder / "generation_config.json"
+    settings = json.loads(file.read_text()) if file.exists() else {}
+    vocabulary = json.loads((folder / "config.json").read_text())["text_config"]["vocab_size"]
+    file.write_text(json.dumps(settings | {"eos_token_id": [*range(10, vocabulary, 6)]}))
+    return str(folder)
+
+
+@pytest.mark.parametrize("gather", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_rollouts_of_different_lengths(job, talkative, tmp_path: Path, monkeypatch, gather: bool):
+    """ZeRO-3: a rank whose answers have ended waits for the others, or needs no one; what is sampled is what one process samples."""
+    longest = []
+    write = VLPPOTrainer._write_samples
+
+    def note(self: VLPPOTrainer, rollouts: list) -> None:
+        lengths = rollouts[0].mask.sum(1).tolist()
+        longest.append((max(lengths[:2]), max(lengths[2:])))  # of the rows of each rank
+        write(self, rollouts)
+
+    monkeypatch.setattr(VLPPOTrainer, "_write_samples", note)
+    _, flags = LAUNCH["zero3"]
+    more = "--response_length 12"
+    alone = [job("ppo", mode, "one", 4, more, talkative) for mode in MODES]
+    two = [
+        job("ppo", mode, "two", 2, f"{more} {flags} --ds3_gather_for_generation {gather}", talkative) for mode in MODES
+    ]
+    for one in alone:
+        SCRIPTS["ppo"].main(one["argv"])
+    assert sum(a != b for a, b in longest) >= 3, f"the ranks end together: {longest}"
+    launch("deepspeed", two, tmp_path)
+    for one, other in zip(alone, two, strict=True):
+        assert_same_curve(Path(one["out"]), Path(other["out"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setup", ["ddp", "zero2", "zero3"])
+def test_cached_reference_on_two_ranks(job, pairs_json, tmp_path: Path, setup: str):
+    """All weights, a fresh adapter and one that is continued: the curve is that of the online reference, and a second run computes nothing."""
+    rows = tmp_path / "five.json"  # one rank gets a row more
+    rows.write_text(json.dumps(json.loads(pairs_json.read_text())[:5]))
+    launcher, flags = LAUNCH[setup]
+    cache = tmp_path / "cache"
+    common = f"--data_path {rows} --dataloader_drop_last True"
+    caching = (
+        f"{common} {flags} --precompute_ref_log_probs True --ref_log_probs_dir {cache} --precompute_ref_batch_size 2"
+    )
+    first = job("dpo", "lora", "start", 4, f"{common} --learning_rate 0.03")
+    SCRIPTS["dpo"].main(first["argv"])
+    cells = {"full": {"mode": "full"}, "fresh": {"mode": "lora"}, "continued": {"mode": "lora", "model": first["out"]}}
+    alone, two, again = [], [], []
+    for name, cell in cells.items():
+        alone.append(job("dpo", **cell, name=name, folder="one", batch=4, extra=common))
+        two.append(job("dpo", **cell, name=name, folder="two", batch=2, extra=caching))
+        again.append(job("dpo", **cell, name=name, folder="again", batch=2, extra=caching))
+    for one in alone:
+        SCRIPTS["dpo"].main(one["argv"])
+    launch(launcher, two, tmp_path)
+    keys = sorted(p.parent.name for p in cache.glob("*/about.json"))
+    files = sorted(cache.rglob("*.safetensors"))
+    # Under ZeRO-3 the base of a fresh adapter is a copy of its own, the same as that of all weights.
+    assert len(keys) == (2 if setup == "zero3" else 3) and len(files) == 2 * len(keys), files
+    launch(launcher, again, tmp_path)
+    assert sorted(cache.rglob("*.safetensors")) == files, "computed again"
+    for one, other, third in zip(alone, two, again, strict=True):
+        assert history(Path(one["out"]))[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert_same_curve(Path(one["out"]), Path(other["out"]))
+        assert_same_curve(Path(one["out"]), Path(third["out"]))
 
 
 @pytest.mark.slow
@@ -230,11 +321,11 @@ def test_two_nodes_on_loopback(command, tmp_path: Path):
     assert run["world_size"] == 2 and history(tmp_path / "dpo")[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
 
 
-@pytest.mark.slow
-def test_unreachable_rank_is_one_sentence(command):
+@pytest.mark.parametrize("flags", ["", pytest.param("--deepspeed ds_configs/zero2.json", marks=pytest.mark.slow)])
+def test_unreachable_rank_is_one_sentence(command, flags: str):
     lonely = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29699"}
     environment = os.environ | lonely | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    argv = [sys.executable, "train_sft.py", *command("sft", "--deepspeed ds_configs/zero2.json --ddp_timeout 3")]
+    argv = [sys.executable, "train_sft.py", *command("sft", f"{flags} --ddp_timeout 3")]
     done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr[-3000:]
     assert "train_sft.py: Process 1 of 2 cannot reach the others at 127.0.0.1:29699" in done.stderr
