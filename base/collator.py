@@ -56,7 +56,8 @@ class VLDataCollator:
 
         def count(row: Row, index: int) -> dict[str, int]:
             counts = LengthCounts()
-            counted = self.fit(row, counts, where=row.get("where") or f"row {index}")
+            with self.processor.lengths_only():
+                counted = self.fit(row, counts, where=row.get("where") or f"row {index}")
             return {"keep": int(counted)} | counts.as_dict()
 
         counts = dataset.map(
@@ -75,8 +76,13 @@ class VLDataCollator:
 
     def with_lengths(self, dataset: Dataset, column: str, num_proc: int | None = None) -> Dataset:
         """Add the tokens that each row takes in a batch, image tokens included, for `--train_sampling_strategy group_by_length`."""
+
+        def count(row: Row) -> dict[str, int]:
+            with self.processor.lengths_only():
+                return {column: self.length(row)}
+
         lengths = dataset.map(
-            lambda row: {column: self.length(row)},
+            count,
             num_proc=num_proc,
             remove_columns=dataset.column_names,
             load_from_cache_file=False,  # an image may have changed

@@ -5,17 +5,19 @@ is cut at the assistant's turns, the pieces are tokenised once each, and labels 
 """
 
 import base.compat  # noqa: F401  isort: skip  (must come before transformers)
+import functools
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from jinja2 import TemplateError
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from transformers import AutoProcessor, PreTrainedTokenizerBase
 
 from base.errors import InputError
@@ -56,8 +58,27 @@ def load_image(image: ImageSource) -> Image.Image:
             decoded = Image.fromarray((grey.clip(0, top) / top * 255).astype(np.uint8))
         return decoded.convert("RGB")
     except (OSError, SyntaxError, ValueError, NotImplementedError, Image.DecompressionBombError) as error:
-        name = file if isinstance(file, str) else "image bytes in the row"
-        raise InputError(f"Cannot read {name} as an image ({error}): replace the file or drop the row.") from error
+        raise _unreadable(file, error) from error
+
+
+def upright_size(image: ImageSource) -> tuple[int, int]:
+    """Width and height of what `load_image` returns, read from the file's header.
+
+    Raises:
+        InputError: as `load_image`.
+    """
+    file = image_file(image)
+    try:
+        opened = file if isinstance(file, Image.Image) else Image.open(file, formats=FORMATS)
+        turned = opened.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return opened.size[::-1] if turned else opened.size
+    except (OSError, SyntaxError, ValueError, NotImplementedError, Image.DecompressionBombError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Any, error: Exception) -> InputError:
+    name = file if isinstance(file, str) else "image bytes in the row"
+    return InputError(f"Cannot read {name} as an image ({error}): replace the file or drop the row.")
 
 
 def _inserted(text: str, longer: str, token: str) -> str | None:
@@ -96,6 +117,8 @@ class VLProcessor:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.unk_token or self.tokenizer.eos_token
         self._read_template()
+        self._lengths_only = False
+        self._image_tokens: dict[tuple[tuple[int, int], ...], int] = {}  # sizes of a prompt's images -> their tokens
         self.train()
 
     # -- the contract -------------------------------------------------------------------------------------------------
@@ -277,10 +300,12 @@ class VLProcessor:
         Raises:
             InputError: an image cannot be read, or the number of placeholders differs from the number of images.
         """
-        pictures = [[load_image(i) for i in row] for row in images]
-        for text, row in zip(texts, pictures, strict=True):
+        for text, row in zip(texts, images, strict=True):
             if (found := self.count_placeholders(text)) != len(row):
                 raise InputError(f"A prompt has {found} image placeholder(s) for {len(row)} image(s): {text[:200]!r}.")
+        if self._lengths_only and all(images):
+            return [self._as_long_ids(text, row) for text, row in zip(texts, images, strict=True)], {}
+        pictures = [[load_image(i) for i in row] for row in images]
         try:
             encoded = self.call_native(list(texts), pictures)
         except ValueError:
@@ -294,6 +319,40 @@ class VLProcessor:
             for k, v in encoded.items()
         }
         return [ids[b][mask[b]].tolist() for b in range(len(mask))], img_inputs
+
+    @contextmanager
+    def lengths_only(self) -> Iterator[None]:
+        """Within it, encoded prompts have the right number of tokens and no image inputs, and no image is decoded.
+
+        How many tokens images take depends on their sizes alone: each combination of sizes is expanded once, on blank images.
+        """
+        self._lengths_only = True
+        try:
+            yield
+        finally:
+            self._lengths_only = False
+
+    def _as_long_ids(self, text: str, images: Sequence[ImageSource]) -> list[int]:
+        """The tokens of a prompt, with those of its images where the first of them stands, all alike."""
+        sizes = tuple(map(upright_size, images))
+        tokens = functools.partial(self.tokenizer, add_special_tokens=False)
+        if sizes not in self._image_tokens:
+            question = [{"type": "image"}] * len(sizes) + [{"type": "text", "text": "a"}]
+            short = self._template([{"role": "user", "content": question}], add_generation_prompt=True)
+            pictures, self._lengths_only = [Image.new("RGB", size) for size in sizes], False
+            try:
+                ((ids,), _) = self.encode_prompts([short], [pictures])
+            except InputError:
+                self._refuse_pictures([images], [pictures])
+                raise
+            finally:
+                self._lengths_only = True
+            self._image_tokens[sizes] = len(ids) - len(tokens(short).input_ids)
+        before, image, after = text.partition(self.image_token)
+        filler = [-1] * self._image_tokens[sizes]
+        ids = tokens(text).input_ids
+        start = len(tokens(before).input_ids) if image else 0
+        return ids[:start] + filler + ids[start:]
 
     def _refuse_pictures(self, images: Sequence[Sequence[ImageSource]], pictures: list[list[Image.Image]]) -> None:
         """Raise an InputError for the first picture that the image processor does not take (too narrow, for some families)."""

@@ -4,10 +4,10 @@ A family needs a tiny checkpoint in tests/zoo.py and an entry in FAMILIES below 
 reason); without them its tests fail. The reference everywhere is the plain transformers class on one unpadded row.
 """
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 import importlib
 import io
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,10 +18,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from datasets import Dataset
+from PIL import ExifTags, Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor, GenerationMixin
 
+import base.compat
+import base.processor
 from args import DataArguments, DPOConfig, LoraArguments, ModelArguments, parse
 from base.collator import VLDPODataCollatorWithPadding, VLSFTDataCollatorWithPadding
 from base.errors import InputError
@@ -589,6 +592,41 @@ class TestFamily:
         output = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
         new = output[0, inputs["input_ids"].shape[1] :].tolist()
         assert not {*new} & {*model.image_placeholder_ids}
+
+    # -- lengths -----------------------------------------------------------------------------------------------------------
+
+    def test_lengths_come_from_image_headers(self, it: SimpleNamespace, tmp_path: Path, monkeypatch):
+        """Tokens of a row, counted without decoding its images, are those of the encoded row; a turned photograph's too."""
+        draw = random.Random(it.name)
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6
+        examples, talks = [], []
+        for n, images in enumerate(it.family.images * 4):
+            files = [str(tmp_path / f"{n}.{i}.jpg") for i in range(images)]
+            for i, file in enumerate(files):
+                size = (draw.randint(28, 150), draw.randint(28, 150))
+                zoo.image(n + i, *size).save(file, exif=exif if (n + i) % 2 else b"")
+            words = " ".join(draw.choices(["red", " square", "the\n", "photo?", "1."], k=draw.randint(1, 9)))
+            question = QUESTIONS[images].replace("?", f" {words}?")
+            examples.append(
+                row(images, responses=3) | {"images": files, "prompt": [{"role": "user", "content": question}]}
+            )
+            turns = [*examples[-1]["prompt"], {"role": "assistant", "content": words + " end"}]
+            talks.append({"images": files, "messages": turns})
+        collators = [
+            (it.adapter.dpo_collator(it.processor, share_prefix=it.model.packs), examples),
+            (it.adapter.ppo_collator(it.processor), examples),
+            (it.adapter.sft_collator(it.processor), talks),
+        ]
+        expected = [[collator.length(example) for example in of] for collator, of in collators]
+
+        def only_blanks(image: Image.Image) -> Image.Image:
+            assert isinstance(image, Image.Image), f"{image} was decoded"
+            return image
+
+        monkeypatch.setattr(base.processor, "load_image", only_blanks)
+        for (collator, of), lengths in zip(collators, expected, strict=True):
+            assert collator.with_lengths(Dataset.from_list(of), "length")["length"][:] == lengths
 
     # -- flash attention -----------------------------------------------------------------------------------------------
 
