@@ -348,7 +348,7 @@ class VLProcessor:
             finally:
                 self._lengths_only = True
             self._image_tokens[sizes] = len(ids) - len(tokens(short).input_ids)
-        before, image, after = text.partition(self.image_token)
+        before, image, _ = text.partition(self.image_token)
         filler = [-1] * self._image_tokens[sizes]
         ids = tokens(text).input_ids
         start = len(tokens(before).input_ids) if image else 0
