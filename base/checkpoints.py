@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
+from transformers.trainer_utils import sort_checkpoints
 
 from base.errors import InputError
 from base.reward import load_weights
@@ -175,6 +175,13 @@ class SafeCheckpoints(Trainer):
             raise SystemExit(EXIT_PREEMPTED)
         return result
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Trainer looks at the number of steps after a step only: resumed from the last one's checkpoint, it would train one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _on_any_process(self, flag: bool) -> bool:
         if self.accelerator.num_processes == 1:
             return flag
@@ -231,14 +238,18 @@ class SafeCheckpoints(Trainer):
                 if final.exists():  # of an earlier run
                     os.rename(final, folder / f"{name}.old")
                 os.rename(folder / name, final)
+                self._move_old_checkpoints(folder)
                 shutil.rmtree(folder)
-                rotate_checkpoints(
-                    output_dir=self.args.output_dir,
-                    save_total_limit=self.args.save_total_limit,
-                    best_model_checkpoint=self.state.best_model_checkpoint,
-                    use_mtime=True,
-                )
             self.accelerator.wait_for_everyone()
+
+    def _move_old_checkpoints(self, folder: Path) -> None:
+        """What --save_total_limit leaves out, never the newest or the best. Deleted in place, a kill would leave a half under its name."""
+        checkpoints, best = sort_checkpoints(self.args.output_dir, use_mtime=True), self.state.best_model_checkpoint
+        protected = {checkpoints[-1], *([str(Path(best))] if best else [])}
+        others = [checkpoint for checkpoint in checkpoints if checkpoint not in protected]
+        limit = self.args.save_total_limit or len(checkpoints)
+        for checkpoint in others[: max(0, len(checkpoints) - max(limit, len(protected)))]:
+            os.rename(checkpoint, folder / f"{Path(checkpoint).name}.old")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer's; every file is replaced at once, none is ever half written."""

@@ -585,6 +585,9 @@ class VLPPOTrainer(VLHeadTrainer):
                    ignore_keys_for_eval: Any = None, start_time: float | None = None,
                    resume_from_checkpoint: str | None = None, epochs_trained: int = 0, **_: Any) -> None:  # fmt: skip
         """One pass over the prompts; called by Trainer.train, which has prepared model, optimizer and state."""
+        if self.state.global_step >= self.state.max_steps:  # resumed from the checkpoint of the last update
+            self.control.should_training_stop = True
+            return
         args, sizes, order = self.args, self.sizes, train_dataloader.batch_sampler
         order.epoch, order.first_update = epoch, self.state.global_step - epoch * order.updates
         if resume_from_checkpoint is not None and epoch == epochs_trained:

@@ -733,10 +733,13 @@ class VLRMTrainer(VLHeadTrainer):
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         rewards = self.response_rewards(model, inputs)
-        if not len(inputs["chosen"]):  # all responses of these rows are equally good
-            return rewards.sum() * 0.0
         self.log_metrics(rewards.detach(), inputs)
-        loss = self.ranking_loss(rewards, inputs).mean()
+        per_row = self.ranking_loss(rewards, inputs)  # of none, if all responses of these rows are equally good
+        # Ranks may hold different numbers of rows with a pair: dividing by their mean makes DDP's average the mean over all of them.
+        count = torch.tensor(float(per_row.numel()), device=per_row.device)
+        loss = sample_mean(
+            per_row, self.accelerator.reduce(count, reduction="mean").clamp(min=1 / self.args.world_size)
+        )
         return (loss, {"rewards": rewards}) if return_outputs else loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

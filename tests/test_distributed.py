@@ -1,17 +1,18 @@
 """Two ranks against one: DDP and every DeepSpeed config, all four scripts, all weights and LoRA, through the real launchers."""
 
+import contextlib
 import itertools
 import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -46,13 +47,21 @@ def start(command: list[str], log: Path) -> subprocess.Popen:
         )
 
 
+def kill(process: subprocess.Popen) -> None:
+    """Kill a launcher and everything below it; torchrun gives its workers sessions of their own."""
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            one.kill()
+    process.wait()
+
+
 def finish(process: subprocess.Popen, log: Path, timeout: float = 900) -> None:
     """Wait for a launcher; a hang ends with all its processes."""
     try:
         assert process.wait(timeout) == 0, log.read_text()[-6000:]
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill(process)
 
 
 def launch(launcher: str, jobs: Jobs, folder: Path) -> None:
@@ -199,6 +208,20 @@ def test_ranks_without_images(job, mixed_files, tmp_path: Path, setup: str):
         assert_same_curve(Path(one["out"]), Path(other["out"]))
 
 
+@pytest.mark.slow
+def test_rank_without_a_pair(job, preference_rows, tmp_path: Path):
+    """Reward models: all responses of a rank's rows may be equally good; the loss is the mean over the rows of all ranks that have a pair."""
+    file = tmp_path / "ties.json"
+    rows = [row | {"ranks": [0.0, float(i % 3 > 0)]} for i, row in enumerate(preference_rows)]
+    file.write_text(json.dumps(rows))
+    launcher, flags = LAUNCH["ddp"]
+    common = f"--dataset_name rows_of_my_own --data_path {file} --max_steps 6"
+    one, other = job("rm", "full", "one", 2, common), job("rm", "full", "two", 1, f"{common} {flags}")
+    SCRIPTS["rm"].main(one["argv"])
+    launch(launcher, [other], tmp_path)
+    assert_same_curve(Path(one["out"]), Path(other["out"]))
+
+
 @pytest.fixture
 def talkative(llava: str, tmp_path: Path) -> str:
     """A checkpoint for which a sixth of all tokens end an answer, so that answers end anywhere."""
@@ -292,8 +315,7 @@ def test_killed_on_two_ranks_and_resumed(command, tmp_path: Path, flags: str):
     while not (tmp_path / "killed" / "checkpoint-2").exists():
         assert process.poll() is None, log.read_text()[-4000:]
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill(process)
     assert not (tmp_path / "killed" / "trainer_state.json").exists()
     finish(*run(tmp_path / "killed"))
     whole, again = history(tmp_path / "whole"), history(tmp_path / "killed")

@@ -1,5 +1,6 @@
 """Training that is killed, asked to stop or out of disk: what is on disk is whole, and the resumed curve is the uninterrupted one, bit for bit."""
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -123,6 +124,27 @@ def test_twenty_random_kills(argv, tmp_path, script: str, mode: str):
     check_kills(
         argv, tmp_path, script, mode, kills=3 if mode == "lora" else 2, seed=random.SystemRandom().randint(0, 1 << 20)
     )
+
+
+@pytest.mark.parametrize("script", ["sft", "ppo"])
+def test_killed_after_the_last_checkpoint(argv, tmp_path, script: str):
+    """All steps are done, the final model is not written: the resumed run takes no further step."""
+    main, whole, out = importlib.import_module(f"train_{script}").main, tmp_path / "whole", tmp_path / "out"
+    main(argv(script, "lora", whole))
+    (out / ASIDE).mkdir(parents=True)
+    (whole / f"checkpoint-{STEPS}").rename(out / f"checkpoint-{STEPS}")
+    main(argv(script, "lora", out, "--resume_from_checkpoint True"))
+    assert_equal_runs(whole, out)
+
+
+def test_old_checkpoints_are_moved_before_they_are_deleted(argv, tmp_path, monkeypatch):
+    """A kill during the deletion leaves no half under a checkpoint's name."""
+    out, removed = tmp_path / "out", []
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **kwargs: (removed.append(Path(path)), rmtree(path, **kwargs)))
+    train_sft.main(argv("sft", "lora", out))
+    assert sorted(p.name for p in out.glob("checkpoint-*")) == [f"checkpoint-{STEPS - 1}", f"checkpoint-{STEPS}"]
+    assert removed and not any(path.name.startswith("checkpoint-") for path in removed)
 
 
 def test_sigterm_saves_and_exits_with_its_own_status(argv, tmp_path):
