@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -29,9 +30,15 @@ QUICK = {
     "zero3": [("sft", "full"), ("dpo", "lora"), ("rm", "full"), ("ppo", "lora")],
     "zero3_offload": [("rm", "lora")],
 }
-_PORT = itertools.count(29600)
 
 Jobs = list[dict]
+
+
+def free_port() -> str:
+    """One that no other run on this machine listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def start(command: list[str], log: Path) -> subprocess.Popen:
@@ -68,7 +75,7 @@ def launch(launcher: str, jobs: Jobs, folder: Path) -> None:
     """Run jobs on two ranks by torchrun or deepspeed."""
     path = folder / "jobs.json"
     path.write_text(json.dumps(jobs))
-    port = ["--master_port", str(next(_PORT))]
+    port = ["--master_port", free_port()]
     module = "tests.distributed_jobs"
     command = {
         "torchrun": ["torchrun", "--nproc_per_node", "2", *port, "-m", module, str(path)],
@@ -291,7 +298,7 @@ def test_killed_on_two_ranks_and_resumed(command, tmp_path: Path, flags: str):
     )
 
     def run(out: Path, **more: float) -> tuple[subprocess.Popen, Path]:
-        launcher = ["torchrun", "--nproc_per_node", "2", "--master_port", str(next(_PORT))]
+        launcher = ["torchrun", "--nproc_per_node", "2", "--master_port", free_port()]
         jobs, log = tmp_path / f"{out.name}.json", tmp_path / f"{out.name}.log"
         argv = command("dpo", f"{saving} --resume_from_checkpoint True", out=out)
         jobs.write_text(json.dumps([{"name": out.name, "script": "dpo", "argv": argv} | more]))
@@ -314,7 +321,7 @@ def test_killed_on_two_ranks_and_resumed(command, tmp_path: Path, flags: str):
 @pytest.mark.slow
 def test_two_nodes_on_loopback(command, tmp_path: Path):
     """`torchrun --nnodes 2`, one process on each: what a cluster runs on every machine."""
-    port, log = str(next(_PORT)), tmp_path / "log"
+    port, log = free_port(), tmp_path / "log"
     flags = "--use_lora True --use_cpu True --ddp_backend gloo"
     nodes = [
         start(
