@@ -18,7 +18,12 @@ from benchmarks.models import SIZES, build, rows
 from benchmarks.steps import LoadWatch, Side, machine, markdown, take_turns, write
 from models import core_mapper_for, load_for_training
 
-CASES = [("llava", 50, 2), ("llava", 150, 2), ("llava", 50, 4), ("llava_wide", 50, 2)]  # family, tokens of an answer, answers per row
+CASES = [
+    ("llava", 50, 2),
+    ("llava", 150, 2),
+    ("llava", 50, 4),
+    ("llava_wide", 50, 2),
+]  # family, tokens of an answer, answers per row
 
 
 def side_of(checkpoint: Path, data: list[dict[str, Any]], batch: int, options: str) -> Side:
