@@ -60,7 +60,7 @@ def _quotas(weights: Sequence[float], total: int) -> list[int]:
 
 def _shuffled(keys: np.ndarray, seed: int) -> np.ndarray:
     """A fixed pseudo-random number per key and seed (the finaliser of SplitMix64)."""
-    x = keys.astype(np.uint64) + np.uint64(seed % 2**63) * np.uint64(0x9E3779B97F4A7C15)
+    x = keys.astype(np.uint64) + np.uint64(seed % 2**63 * 0x9E3779B97F4A7C15 % 2**64)  # array operations wrap around
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
