@@ -24,7 +24,6 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from base import packed_attention, packing  # noqa: F401  (packed_attention replaces transformers' sdpa)
 from base.errors import InputError
-from base.rollout import slim_features
 from losses import token_kl
 
 # Above this many logits the vocabulary is walked in chunks, so that no more than a chunk of logits exists at a time. Measured on a CPU, 100 tokens
@@ -250,6 +249,16 @@ def _with_completions(native_forward: Any) -> Any:
         return CompletionOutput(hidden=hidden, logps=logps, entropy=entropy)
 
     return forward
+
+
+def slim_features(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Drop the encoder's inner states from image features: they would live as long as the update."""
+    outputs = inputs.get("mm_encoder_outputs")
+    if outputs is None:
+        return inputs
+    keep = ("pooler_output", "deepstack_features", "visual_indicator_features")  # what language models read
+    slim = {m: type(o)(**{k: o[k] for k in keep if k in o}) for m, o in outputs.items()}
+    return inputs | {"mm_encoder_outputs": slim}
 
 
 def _sum_of_tensors(value: Any) -> Any:

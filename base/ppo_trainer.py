@@ -48,6 +48,7 @@ from trl.models.utils import prepare_deepspeed, unwrap_model_for_generation
 import losses
 from base.checkpoints import _ignore_sigterm
 from base.errors import InputError
+from base.model import slim_features
 from base.packing import scatter_to_responses
 from base.ppo_rewards import Reward, call_reward_fn
 from base.reward import (
@@ -67,7 +68,6 @@ from base.rollout import (
     SeededSampling,
     cut_after_end,
     mini_batches,
-    slim_features,
     stable_seed,
     tile_images,
 )

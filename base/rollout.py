@@ -183,16 +183,6 @@ def tile_images(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return joined("", list(parts)) if len(parts) > 1 else dict(parts[0])
 
 
-def slim_features(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Drop the encoder's inner states from image features: they would live as long as the update."""
-    outputs = inputs.get("mm_encoder_outputs")
-    if outputs is None:
-        return inputs
-    keep = ("pooler_output", "deepstack_features", "visual_indicator_features")  # what language models read
-    slim = {m: type(o)(**{k: o[k] for k in keep if k in o}) for m, o in outputs.items()}
-    return inputs | {"mm_encoder_outputs": slim}
-
-
 def cut_after_end(ids: Sequence[int], end_ids: Sequence[int]) -> list[int]:
     """Tokens up to and with the first end token."""
     for n, token in enumerate(ids):

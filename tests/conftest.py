@@ -116,3 +116,11 @@ def command(
         )
 
     return build
+
+
+@pytest.fixture
+def rewards(tmp_path: Path) -> str:
+    """A reward function on disk: the length of the answer."""
+    path = tmp_path / "rewards.py"
+    path.write_text("def length(images, prompts, responses):\n    return [float(len(r)) for r in responses]\n")
+    return f"{path}:length"

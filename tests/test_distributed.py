@@ -85,13 +85,6 @@ def launch(launcher: str, jobs: Jobs, folder: Path) -> None:
 
 
 @pytest.fixture
-def rewards(tmp_path: Path) -> str:
-    path = tmp_path / "rewards.py"
-    path.write_text("def length(images, prompts, responses):\n    return [float(len(r)) for r in responses]\n")
-    return f"{path}:length"
-
-
-@pytest.fixture
 def job(command, rewards, tmp_path: Path, llava: str) -> Callable[..., dict]:
     """job(script, mode, folder, batch size on one rank, further flags): three steps of a global batch of 4."""
 

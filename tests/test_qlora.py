@@ -81,13 +81,6 @@ def test_gradients_survive_an_evaluation(family: str, bits: int, monkeypatch):
     assert not any(m.support_avx512bf16_for_cpu for m in model.modules() if isinstance(m, bnb.nn.Linear4bit))
 
 
-@pytest.fixture
-def rewards(tmp_path: Path) -> str:
-    path = tmp_path / "rewards.py"
-    path.write_text("def length(images, prompts, responses):\n    return [float(len(r)) for r in responses]\n")
-    return f"{path}:length"
-
-
 @pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_trains_evaluates_and_trains_again(command, rewards, tmp_path: Path, script: str, bits: int):

@@ -24,13 +24,6 @@ STEPS = 6
 
 
 @pytest.fixture
-def rewards(tmp_path: Path) -> str:
-    path = tmp_path / "rewards.py"
-    path.write_text("def length(images, prompts, responses):\n    return [float(len(r)) for r in responses]\n")
-    return f"{path}:length"
-
-
-@pytest.fixture
 def argv(command, rewards):
     """argv(script, mode, out): six steps over one and a half epochs, a checkpoint after each."""
 
