@@ -4,7 +4,7 @@
 values the command line overrides. The `*Config` classes add their algorithm's flags to transformers' `TrainingArguments`.
 """
 
-import base.compat  # isort: skip  # must come before transformers
+import common.compat  # isort: skip  # must come before transformers
 import dataclasses
 import importlib.metadata
 import json
@@ -23,8 +23,8 @@ from transformers import TrainingArguments
 from trl import TrlParser
 
 import losses
-from base.checkpoints import check_writable, newest_whole_checkpoint, what_is_wrong_with
-from base.errors import InputError
+from common.errors import InputError
+from common.files import check_writable, write_text
 
 __all__ = [
     "DPOConfig",
@@ -34,6 +34,7 @@ __all__ = [
     "PPOConfig",
     "RMConfig",
     "SFTConfig",
+    "VLConfig",
     "parse",
     "run",
     "write_run_json",
@@ -140,7 +141,7 @@ class DataArguments:
 
 
 @dataclass
-class _Config(TrainingArguments):
+class VLConfig(TrainingArguments):
     """What the four algorithms share on top of transformers' TrainingArguments."""
 
     report_to: None | str | list[str] = field(  # noqa: RUF036  the parser reads the members in this order
@@ -178,19 +179,15 @@ class _Config(TrainingArguments):
             self.use_cpu = True  # else several CPU processes would each train on their own, without a word
             self.dataloader_pin_memory = False  # pinned memory needs an accelerator to copy to
         if self.use_cpu:
-            base.compat.join_processes_on_cpu(bool(self.deepspeed), self.ddp_timeout)
+            common.compat.join_processes_on_cpu(bool(self.deepspeed), self.ddp_timeout)
+        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
+            # Reentrant checkpointing drops the gradients of a frozen base with LoRA.
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         super().__post_init__()
-        if self.resume_from_checkpoint in ("True", "true", "False", "false"):
-            # Nothing saved yet is a start from the beginning, so that one command line serves a job and its restarts.
-            self.resume_from_checkpoint = (
-                newest_whole_checkpoint(self.output_dir) if self.resume_from_checkpoint in ("True", "true") else None
-            )
-        elif self.resume_from_checkpoint and (reason := what_is_wrong_with(self.resume_from_checkpoint)):
-            raise InputError(f"--resume_from_checkpoint {self.resume_from_checkpoint} cannot be used: {reason}.")
 
 
 @dataclass
-class SFTConfig(_Config):
+class SFTConfig(VLConfig):
     """Supervised fine-tuning on conversations: token-mean cross-entropy of the assistant's turns."""
 
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
@@ -203,7 +200,7 @@ _LossFlags = dataclasses.make_dataclass(
         (name, flag.type, field(default=flag.default, metadata={"help": flag.help}))
         for name, flag in losses.FLAGS.items()
     ],
-    bases=(_Config,),
+    bases=(VLConfig,),
 )
 
 
@@ -254,12 +251,14 @@ class DPOConfig(_LossFlags):
                 f"These losses corrupt images in different ways ({', '.join(sorted(ways))}): give --corruption."
             )
         self.corruption = self.corruption or next(iter(ways), None)
+        if "running_delta" in losses.needs_of(self.loss_type):
+            self.restore_callback_states_from_checkpoint = True
         if not 0 <= self.diffusion_step < 1000:
             raise InputError(f"--diffusion_step is a step from 0 to 999, not {self.diffusion_step}.")
 
 
 @dataclass
-class RMConfig(_Config):
+class RMConfig(VLConfig):
     """Reward model: a scalar head trained to rank responses (Bradley-Terry)."""
 
     learning_rate: float = field(
@@ -272,7 +271,7 @@ class RMConfig(_Config):
 
 
 @dataclass
-class PPOConfig(_Config):
+class PPOConfig(VLConfig):
     """Proximal policy optimisation against rewards (base/ppo_trainer.py). Batch sizes are counted in rollouts."""
 
     learning_rate: float = field(
@@ -414,6 +413,9 @@ def parse(*classes: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
     except torch.distributed.DistError as error:
         raise InputError(_unreachable(error)) from error
     _refuse_contradictions(parsed)
+    flags = {type(p): p for p in parsed}
+    if PPOConfig in flags and flags[LoraArguments].use_lora and flags[PPOConfig].ddp_find_unused_parameters is None:
+        flags[PPOConfig].ddp_find_unused_parameters = False  # every adapter weight takes part in every step
     for config in parsed:
         if isinstance(config, TrainingArguments):
             check_writable(config.output_dir)
@@ -435,6 +437,10 @@ def _refuse_contradictions(parsed: Sequence[Any]) -> None:
         for name, default in defaults.items():
             if flags.get(name, default) != default:
                 raise InputError(f"--{name} needs --use_lora True: without it all weights are trained.")
+    if any(isinstance(p, PPOConfig) for p in parsed) and flags.get("lora_bias", "none") != "none":
+        raise InputError(
+            "--lora_bias must be none in PPO: trained biases belong to the base, which the reference and the rewards share."
+        )
     if flags.get("eval_data_path") and flags.get("eval_ratio"):
         raise InputError("--eval_data_path and --eval_ratio both say what to evaluate on: give one of them.")
     if flags.get("pairs") == "score_margin" and flags.get("score_margin") is None:
@@ -493,8 +499,7 @@ def write_run_json(output_dir: str | Path, *parsed: Any, **facts: Any) -> Path:
         info["gpu"] = torch.cuda.get_device_name(training.device)
     path = Path(output_dir) / "run.json"
     if training.process_index == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(info, indent=2, default=str) + "\n")
+        write_text(path, json.dumps(info, indent=2, default=str) + "\n")
     return path
 
 

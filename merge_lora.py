@@ -6,7 +6,6 @@ An adapter that QLoRA trained is merged into the quantised weights that it was t
 run of train_ppo.py the policy is merged; of a reward model also the head is copied.
 """
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 import argparse
 from collections.abc import Sequence
 

@@ -9,41 +9,53 @@ Eight GPUs, all weights, a reward model of its own:
         --output_dir runs/ppo
 """
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
+import common.compat  # noqa: F401  isort: skip  (must come before transformers)
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 from transformers import set_seed
 
 from args import DataArguments, LoraArguments, ModelArguments, PPOConfig, parse, run, write_run_json
-from base.ppo_rewards import load_rewards
-from data import load_train_eval
+from base.ppo_trainer import VLPPOTrainer
+from base.resume import checkpoint_to_resume
+from base.rewards import load_rewards
+from data import DataSplits, load_train_eval
 from data.lengths import LengthLimits
-from models import core_mapper_for, load_for_training, reference_for
+from models import core_mapper_for
+from models.assemble import LoadPlan, load_policy, load_reference
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    model_args, data_args, lora_args, training_args = parse(
-        ModelArguments, DataArguments, LoraArguments, PPOConfig, argv=argv
-    )
+def build(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    lora_args: LoraArguments,
+    training_args: PPOConfig,
+    data: DataSplits | None = None,
+) -> tuple[VLPPOTrainer, dict[str, Any]]:
+    """The trainer, and what run.json says of model and data. `data` stands in for the rows that the flags name."""
     set_seed(training_args.seed)
 
     # ---- Model -----------------------------------------------------------------------------------------------------
-    adapter = core_mapper_for(model_args.model_name_or_path)
-    processor = adapter.processor(model_args.model_name_or_path)
-    policy = load_for_training(model_args, lora_args, training_args)
-    ref_model = reference_for(policy, model_args, lora_args, training_args)
+    plan = LoadPlan.of(model_args, lora_args, training_args)
+    adapter = core_mapper_for(plan.checkpoint)
+    processor = adapter.processor(plan.checkpoint)
+    # EDIT: what trains and what is frozen
+    policy = load_policy(plan, lora_args, training_args)
+    ref_model = load_reference(policy, plan, training_args)
     model = adapter.value_model(policy)
-    rewards = load_rewards(model, model_args, lora_args, training_args)
+    # EDIT: a reward of your own; or a function in a file, named by --reward_fn
+    rewards = load_rewards(model, plan.base, plan.freeze_vision_tower, training_args)
 
     # ---- Data ------------------------------------------------------------------------------------------------------
-    collator = adapter.ppo_collator(
-        processor, LengthLimits.from_args(data_args), share_prefix=training_args.share_prefix
-    )
+    collator = adapter.ppo_collator(processor, LengthLimits.from_args(data_args), share_prefix=plan.share_prefix)
     with training_args.main_process_first(desc="reading the data"):
-        data = load_train_eval(data_args, "prompt", training_args.seed, training_args.output_dir)
+        # EDIT: rows of your own, as a Dataset with the columns of docs/data.md
+        data = data or load_train_eval(data_args, "prompt", training_args.seed, training_args.output_dir)
         train_dataset, lengths = collator.drop_overlong(data.train, data_args.dataset_num_proc)
 
     # ---- Training --------------------------------------------------------------------------------------------------
+    # EDIT: a subclass of VLPPOTrainer with advantages or a policy_and_value_loss of your own
     trainer = adapter.ppo_trainer(
         model=model,
         ref_model=ref_model,
@@ -54,10 +66,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_dataset=train_dataset,
         eval_dataset=data.eval,
     )
-    write_run_json(
-        training_args.output_dir, model_args, data_args, lora_args, training_args, data=data.info, lengths=lengths
-    )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    return trainer, {"plan": asdict(plan), "data": data.info, "lengths": lengths}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, build, train, save."""
+    flags = parse(ModelArguments, DataArguments, LoraArguments, PPOConfig, argv=argv)
+    training_args = flags[-1]
+    resume_from = checkpoint_to_resume(training_args)
+    trainer, about = build(*flags)
+    write_run_json(training_args.output_dir, *flags, **about)
+    trainer.train(resume_from_checkpoint=resume_from)
 
     # ---- Save ------------------------------------------------------------------------------------------------------
     trainer.save_model()

@@ -8,36 +8,49 @@ Eight GPUs, all weights:
         --dataset_name vlquery_json --data_path train.json --image_root images --bf16 True --output_dir runs/sft
 """
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
+import common.compat  # noqa: F401  isort: skip  (must come before transformers)
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 from transformers import set_seed
 
 from args import DataArguments, LoraArguments, ModelArguments, SFTConfig, parse, run, write_run_json
-from data import load_train_eval
+from base.resume import checkpoint_to_resume
+from base.trainer import VLSFTTrainer
+from data import DataSplits, load_train_eval
 from data.lengths import LengthLimits
-from models import core_mapper_for, load_for_training
+from models import core_mapper_for
+from models.assemble import LoadPlan, load_policy
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    model_args, data_args, lora_args, training_args = parse(
-        ModelArguments, DataArguments, LoraArguments, SFTConfig, argv=argv
-    )
+def build(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    lora_args: LoraArguments,
+    training_args: SFTConfig,
+    data: DataSplits | None = None,
+) -> tuple[VLSFTTrainer, dict[str, Any]]:
+    """The trainer, and what run.json says of model and data. `data` stands in for the rows that the flags name."""
     set_seed(training_args.seed)
 
     # ---- Model -----------------------------------------------------------------------------------------------------
-    adapter = core_mapper_for(model_args.model_name_or_path)
-    processor = adapter.processor(model_args.model_name_or_path)
-    model = load_for_training(model_args, lora_args, training_args)
+    plan = LoadPlan.of(model_args, lora_args, training_args)
+    adapter = core_mapper_for(plan.checkpoint)
+    processor = adapter.processor(plan.checkpoint)
+    # EDIT: what trains and what is frozen
+    model = load_policy(plan, lora_args, training_args)
 
     # ---- Data ------------------------------------------------------------------------------------------------------
     collator = adapter.sft_collator(processor, LengthLimits.from_args(data_args), train_on=data_args.train_on)
     with training_args.main_process_first(desc="reading the data"):
-        data = load_train_eval(data_args, "conversation", training_args.seed, training_args.output_dir)
+        # EDIT: rows of your own, as a Dataset with the columns of docs/data.md
+        data = data or load_train_eval(data_args, "conversation", training_args.seed, training_args.output_dir)
         train_dataset, lengths = collator.drop_overlong(data.train, data_args.dataset_num_proc)
         eval_dataset, _ = collator.drop_overlong(data.eval, data_args.dataset_num_proc)
 
     # ---- Training --------------------------------------------------------------------------------------------------
+    # EDIT: a subclass of VLSFTTrainer with a compute_loss of your own
     trainer = adapter.sft_trainer(
         model=model,
         args=training_args,
@@ -46,10 +59,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
     )
-    write_run_json(
-        training_args.output_dir, model_args, data_args, lora_args, training_args, data=data.info, lengths=lengths
-    )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    return trainer, {"plan": asdict(plan), "data": data.info, "lengths": lengths}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, build, train, save."""
+    flags = parse(ModelArguments, DataArguments, LoraArguments, SFTConfig, argv=argv)
+    training_args = flags[-1]
+    resume_from = checkpoint_to_resume(training_args)
+    trainer, about = build(*flags)
+    write_run_json(training_args.output_dir, *flags, **about)
+    trainer.train(resume_from_checkpoint=resume_from)
 
     # ---- Save ------------------------------------------------------------------------------------------------------
     trainer.save_model()

@@ -1,3 +1,3 @@
 """What every model family inherits: model mixin, processor, packed rows, collators and trainers."""
 
-import base.compat  # noqa: F401  must come before transformers
+import common.compat  # noqa: F401  isort: skip  (must come before transformers)

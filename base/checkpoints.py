@@ -6,14 +6,11 @@
 SIGTERM, which a cluster sends before it takes a machine away, ends training after the current step: a checkpoint, then exit status EXIT_PREEMPTED.
 """
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 import functools
-import json
 import os
 import shutil
 import signal
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,91 +18,19 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
-from base.errors import InputError
-from base.reward import load_weights
+from base.loading import load_weights
+from base.resume import newest_whole_checkpoint
+from common.errors import InputError
+from common.files import flush
 
 EXIT_PREEMPTED = 75  # sysexits.h EX_TEMPFAIL: nothing is wrong, start the same command again
 ASIDE = ".incomplete"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Which checkpoint to resume from
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def newest_whole_checkpoint(output_dir: str) -> str | None:
-    """The checkpoint-N with the largest N that can be resumed from; halves, which other programs may have left, are passed over."""
-    if not os.path.isdir(output_dir):
-        return None
-    for folder in reversed(sort_checkpoints(output_dir)):
-        reason = what_is_wrong_with(folder)
-        if reason is None:
-            return folder
-        print(f"{folder} is passed over: {reason}", file=sys.stderr)
-    return None
-
-
-def what_is_wrong_with(checkpoint: str | Path) -> str | None:
-    """Why a checkpoint cannot be resumed from, or None. Reads headers and sizes, not the weights."""
-    checkpoint = Path(checkpoint)
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-    except FileNotFoundError:
-        return f"it has no {TRAINER_STATE_NAME}"
-    except json.JSONDecodeError:
-        return f"its {TRAINER_STATE_NAME} is cut short"
-    weights = sorted(checkpoint.rglob("*.safetensors"))
-    for index in checkpoint.rglob("*.safetensors.index.json"):
-        weights += [index.parent / name for name in set(json.loads(index.read_text())["weight_map"].values())]
-    sharded_state = [*checkpoint.glob("global_step*")]
-    if not weights and not sharded_state:
-        return "it has no weights"
-    for file in weights:
-        try:
-            with safe_open(file, "pt"):  # compares the header with the size of the file
-                pass
-        except (OSError, SafetensorError) as error:
-            return f"{file.name} is damaged ({error})"
-    for file in checkpoint.rglob("*.pt"):
-        if not zipfile.is_zipfile(file):  # the directory of a zip file is its end
-            return f"{file.name} is cut short"
-    if not sharded_state and not (checkpoint / "optimizer.pt").is_file():
-        return "it has no optimizer state (--save_only_model)"
-    return None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def check_writable(folder: str) -> None:
-    """Raise InputError if no file can be created in a folder, or in the nearest one above that exists."""
-    there = Path(folder).absolute()
-    while not there.exists():
-        there = there.parent
-    probe = there / f".writable-{os.getpid()}"
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"--output_dir {folder} cannot be written ({error.strerror}): give another folder.") from error
-
-
-def flush(folder: Path) -> None:
-    """Wait until everything in a folder is on disk, so that a rename never comes before the data that it announces."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _could_not_write(error: BaseException) -> bool:

@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from base.corruption import Corruption, corrupt_picture, diffuse, seed_of
-from base.errors import InputError
+from base.corruption import Corruption, corrupt_picture, diffuse
+from base.images import image_file, load_image
 from base.packing import common_beginning, pack_rows, packed_length
-from base.processor import IGNORE_INDEX, VLProcessor, image_file, load_image
+from base.processor import IGNORE_INDEX, VLProcessor
+from common.errors import InputError
+from common.seeds import stable_seed
 from data.lengths import LengthCounts, LengthLimits, fit_row
 from data.pairs import ordered_pairs
 from losses import changed_tokens
@@ -309,7 +311,7 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
         return rows
 
     def _draw(self, *rows: Row) -> int:
-        return seed_of(self.seed, self.epoch, [(row["prompt"], row["responses"]) for row in rows])
+        return stable_seed(self.seed, self.epoch, [(row["prompt"], row["responses"]) for row in rows])
 
     def _diffused(
         self, img_inputs: dict[str, Any], features: Sequence[Row], rows: Sequence[Row], views: dict[str, Any]

@@ -6,20 +6,13 @@ swap: another row's image.
 All keep the image's size, so that v′ has as many image tokens as v.
 """
 
-import hashlib
-import json
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
 Corruption = Literal["crop", "diffusion", "black", "patch", "swap"]
-
-
-def seed_of(*parts: Any) -> int:
-    """A 63-bit seed from any printable values: the same in every process and on every run."""
-    return int.from_bytes(hashlib.sha256(json.dumps(parts, default=str).encode()).digest()[:8], "big") >> 1
 
 
 def corrupt_picture(picture: Image.Image, corruption: Corruption, rng: np.random.Generator) -> Image.Image:

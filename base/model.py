@@ -7,7 +7,6 @@ An adapter mixes `VLModelMixin` in front of a transformers class:
 and overrides the small hooks (`packed_attention_mask`, `packed_position_ids`, `encode_images`, ...) where its family differs.
 """
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 import functools
 import inspect
 import re
@@ -19,18 +18,12 @@ import torch.utils.checkpoint
 from torch import nn
 from transformers import GenerationMixin
 from transformers.utils import ModelOutput
-from trl.kernels import ChunkedLogProbFunction
-from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from base import packed_attention, packing  # noqa: F401  (packed_attention replaces transformers' sdpa)
-from base.errors import InputError
-from losses import token_kl
+from base.features import slim_features, sum_of_tensors
+from base.logps import token_logps
+from common.errors import InputError
 
-# Above this many logits the vocabulary is walked in chunks, so that no more than a chunk of logits exists at a time. Measured on a CPU, 100 tokens
-# of a 152k vocabulary: 26 MiB instead of 174, for half as much time again in float32 (the backward pass computes the chunks anew).
-MAX_LOGITS = 1 << 24
-VOCAB_CHUNK = 8192
-TOKEN_CHUNK = 512  # tokens at a time where all their logits are needed
 TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache")
 
 
@@ -239,7 +232,7 @@ def _with_completions(native_forward: Any) -> Any:
             # and no others: ranks with images have none for those.
             text = {k: kwargs.pop(k) for k in TEXT_INPUTS if k in kwargs}
             kwargs = text | self.encode_images(kwargs)
-            nothing = 0.0 * _sum_of_tensors(slim_features(self.encode_images(dummy_images)))
+            nothing = 0.0 * sum_of_tensors(slim_features(self.encode_images(dummy_images)))
         hidden = self.last_hidden_state(*args, **kwargs).flatten(0, 1)[completion_index]  # (N, D)
         if dummy_images:
             hidden = hidden + nothing.to(hidden.dtype)
@@ -249,79 +242,3 @@ def _with_completions(native_forward: Any) -> Any:
         return CompletionOutput(hidden=hidden, logps=logps, entropy=entropy)
 
     return forward
-
-
-def slim_features(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Drop the encoder's inner states from image features: they would live as long as the update."""
-    outputs = inputs.get("mm_encoder_outputs")
-    if outputs is None:
-        return inputs
-    keep = ("pooler_output", "deepstack_features", "visual_indicator_features")  # what language models read
-    slim = {m: type(o)(**{k: o[k] for k in keep if k in o}) for m, o in outputs.items()}
-    return inputs | {"mm_encoder_outputs": slim}
-
-
-def _sum_of_tensors(value: Any) -> Any:
-    """The sum over all floating-point tensors of nested dicts and lists; 0.0 if there is none."""
-    if isinstance(value, torch.Tensor):
-        return value.sum() if value.is_floating_point() else 0.0
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return sum(_sum_of_tensors(v) for v in values)
-
-
-def token_logps(
-    model: nn.Module,
-    hidden: torch.Tensor,
-    token_ids: torch.Tensor,
-    temperature: float = 1.0,
-    with_entropy: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probability of each token, float32, without more than MAX_LOGITS logits in memory.
-
-    Args:
-        hidden: (N, D) states that predict the tokens.
-        token_ids: (N,).
-
-    Returns:
-        logps (N,) and, if asked for, the entropy of each next-token distribution (N,), in nats.
-    """
-    lm_head = model.get_output_embeddings()
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    if type(lm_head) is not nn.Linear or token_ids.numel() * lm_head.out_features <= MAX_LOGITS:
-        logits = lm_head(hidden).float()  # (N, V)
-        if softcap:
-            logits = softcap * torch.tanh(logits / softcap)
-        logits = logits / temperature
-        logps = -nn.functional.cross_entropy(logits, token_ids, reduction="none")
-        return logps, torch.distributions.Categorical(logits=logits).entropy() if with_entropy else None
-    outputs = ("entropy",) if with_entropy else ()
-    with maybe_gather_lm_head_ctx(lm_head.weight, lm_head.bias):
-        logps, entropy, *_ = ChunkedLogProbFunction.apply(
-            hidden, lm_head.weight, lm_head.bias, token_ids, temperature, VOCAB_CHUNK, softcap, 1.0, outputs
-        )
-    return logps, entropy
-
-
-def token_logits(model: nn.Module, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """Raw logit of each token, (N, D), (N,) -> (N,) float32, from the head's rows of those tokens alone."""
-    lm_head = model.get_output_embeddings()
-    with maybe_gather_lm_head_ctx(lm_head.weight, lm_head.bias):
-        logits = (hidden * lm_head.weight[token_ids]).sum(-1)
-        return (logits if lm_head.bias is None else logits + lm_head.bias[token_ids]).float()
-
-
-def vocabulary_kl(
-    reference: nn.Module, reference_hidden: torch.Tensor, policy: nn.Module, policy_hidden: torch.Tensor
-) -> torch.Tensor:
-    """KL(reference || policy) of the next token over the whole vocabulary, (N, D), (N, D) -> (N,), with gradient to the policy.
-
-    Never more than TOKEN_CHUNK tokens' logits exist: the backward pass computes each chunk's again.
-    """
-
-    def chunk(ref: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        return token_kl(
-            reference.get_output_embeddings()(ref).float().detach(), policy.get_output_embeddings()(own).float()
-        )
-
-    chunks = zip(reference_hidden.split(TOKEN_CHUNK), policy_hidden.split(TOKEN_CHUNK), strict=True)
-    return torch.cat([torch.utils.checkpoint.checkpoint(chunk, ref, own, use_reentrant=False) for ref, own in chunks])

@@ -8,7 +8,6 @@ transformers hands a 4-D mask to its attention function unchanged, so `packing.p
 module's version of "sdpa" looks for it. A mask that a family changed (windows, bidirectional spans) is another tensor, and is used as it is.
 """
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 from typing import Any
 
 import torch

@@ -160,3 +160,12 @@ def packed_positions(segment_ids: torch.Tensor) -> torch.Tensor:
 def scatter_to_responses(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Put the N per-token values of all responses back into their (R, T) grid, zero where padded. Differentiable."""
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+def last_token_positions(segment_ids: torch.Tensor) -> torch.Tensor:
+    """Flat position b * L + t of the last real token of each response, never of padding: (B, L) -> (R,) long.
+
+    For packed and plain rows alike; responses are counted row by row, as in `packing.pack_rows`.
+    """
+    following = torch.nn.functional.pad(segment_ids[:, 1:], (0, 1), value=-1)
+    return ((segment_ids > 0) & (following != segment_ids)).flatten().nonzero()[:, 0]

@@ -26,7 +26,6 @@ Departures from TRL's former PPO (1.10), besides those of losses.py:
     6. Image placeholders are never sampled. With --top_p below 1 sampling leaves out the tail, while log-probs are those of the whole vocabulary.
 """
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 import functools
 import logging
 import math
@@ -46,33 +45,20 @@ from transformers.trainer_callback import ExportableState
 from trl.models.utils import prepare_deepspeed, unwrap_model_for_generation
 
 import losses
+from args import PPOConfig
+from base.adapters import adapter_active
 from base.checkpoints import _ignore_sigterm
-from base.errors import InputError
-from base.model import slim_features
-from base.packing import scatter_to_responses
-from base.ppo_rewards import Reward, call_reward_fn
-from base.reward import (
-    POLICY,
-    REFERENCE,
-    VALUE_ADAPTER,
-    VLModelWithValueHead,
-    adapter_active,
-    last_token_positions,
-    score_rows,
-    to_device,
-)
-from base.rollout import (
-    BatchSizes,
-    PromptBatches,
-    Rollouts,
-    SeededSampling,
-    cut_after_end,
-    mini_batches,
-    stable_seed,
-    tile_images,
-)
+from base.features import slim_features, tile_images
+from base.packing import last_token_positions, scatter_to_responses
+from base.reward import score_rows
+from base.rewards import Reward, call_reward_fn
+from base.rollout import BatchSizes, PromptBatches, Rollouts, SeededSampling, cut_after_end, mini_batches
 from base.samples import write_samples
 from base.trainer import VLHeadTrainer, disable_dropout
+from base.value import POLICY, REFERENCE, VALUE_ADAPTER, VLModelWithValueHead
+from common.errors import InputError
+from common.seeds import stable_seed
+from common.tensors import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +94,7 @@ class VLPPOTrainer(VLHeadTrainer):
     def __init__(
         self,
         model: VLModelWithValueHead,
-        args: TrainingArguments,
+        args: PPOConfig,
         *rest: Any,
         rewards: Sequence[Reward],
         ref_model: nn.Module | None = None,
@@ -126,8 +112,6 @@ class VLPPOTrainer(VLHeadTrainer):
         for m in (model, ref_model, *(r.model for r in rewards)):
             if m is not None:
                 disable_dropout(m)
-        if args.ddp_find_unused_parameters is None and ref_model is None:
-            args.ddp_find_unused_parameters = False  # every adapter weight takes part in every step
         super().__init__(model, args, *rest, **kwargs)
         self.model_accepts_loss_kwargs = True
         self.rewards = list(rewards)
@@ -436,7 +420,10 @@ class VLPPOTrainer(VLHeadTrainer):
 
     def _rewards_and_advantages(self, rollouts: Sequence[Rollouts]) -> None:
         T = self.args.response_length
-        wide = lambda tensors: torch.cat([nn.functional.pad(t, (0, T - t.shape[1])) for t in tensors])  # noqa: E731
+
+        def wide(tensors: Sequence[Tensor]) -> Tensor:
+            return torch.cat([nn.functional.pad(t, (0, T - t.shape[1])) for t in tensors])
+
         mask = wide([r.mask for r in rollouts])  # (all R, response_length), so that devices can be joined
         scores = torch.cat([r.scores for r in rollouts])
         logps, ref_logps = wide([r.logps for r in rollouts]), wide([r.ref_logps for r in rollouts])

@@ -4,9 +4,7 @@ The family's own transformers processor expands image placeholders and prepares 
 is cut at the assistant's turns, the pieces are tokenised once each, and labels are right by construction.
 """
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 import functools
-import io
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -14,71 +12,20 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from jinja2 import TemplateError
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from transformers import AutoProcessor, PreTrainedTokenizerBase
 
-from base.errors import InputError
-from data.images import FORMATS
+from base.images import ImageSource, image_file, load_image, upright_size
+from common.errors import InputError
+from data.rows import IMAGE_MARK
 
-ImageSource = str | os.PathLike | bytes | dict[str, Any] | Image.Image
 Messages = list[dict[str, Any]]
 
-IMAGE_MARK = "<image>"  # what data files write where an image stands
 IGNORE_INDEX = -100
 # Stand for a user's and an assistant's text while a template is rendered
 _QUESTION, _ANSWER = "\N{WORD JOINER}QUESTION\N{WORD JOINER}", "\N{WORD JOINER}ANSWER\N{WORD JOINER}"
-
-
-def image_file(image: ImageSource) -> str | io.BytesIO | Image.Image:
-    """What `PIL.Image.open` accepts for an image of a row (path, bytes or {"bytes", "path"}); a PIL image stays one."""
-    if isinstance(image, dict):
-        image = image["bytes"] if image.get("bytes") is not None else image["path"]
-    if isinstance(image, bytes):
-        return io.BytesIO(image)
-    return image if isinstance(image, Image.Image) else os.fspath(image)
-
-
-def load_image(image: ImageSource) -> Image.Image:
-    """Decode one image to upright 8-bit RGB.
-
-    Raises:
-        InputError: the file is missing, truncated or no image; names it.
-    """
-    file = image_file(image)
-    try:
-        decoded = file if isinstance(file, Image.Image) else Image.open(file, formats=FORMATS)
-        decoded = ImageOps.exif_transpose(decoded)
-        if decoded.mode.startswith("I;16") or decoded.mode in ("I", "F"):
-            # Pillow clips 16-bit greys at 255; scale them instead.
-            grey = np.asarray(decoded, dtype=np.float64)
-            top = 65535 if grey.max() > 255 else 255
-            decoded = Image.fromarray((grey.clip(0, top) / top * 255).astype(np.uint8))
-        return decoded.convert("RGB")
-    except (OSError, SyntaxError, ValueError, NotImplementedError, Image.DecompressionBombError) as error:
-        raise _unreadable(file, error) from error
-
-
-def upright_size(image: ImageSource) -> tuple[int, int]:
-    """Width and height of what `load_image` returns, read from the file's header.
-
-    Raises:
-        InputError: as `load_image`.
-    """
-    file = image_file(image)
-    try:
-        opened = file if isinstance(file, Image.Image) else Image.open(file, formats=FORMATS)
-        turned = opened.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        return opened.size[::-1] if turned else opened.size
-    except (OSError, SyntaxError, ValueError, NotImplementedError, Image.DecompressionBombError) as error:
-        raise _unreadable(file, error) from error
-
-
-def _unreadable(file: Any, error: Exception) -> InputError:
-    name = file if isinstance(file, str) else "image bytes in the row"
-    return InputError(f"Cannot read {name} as an image ({error}): replace the file or drop the row.")
 
 
 def _inserted(text: str, longer: str, token: str) -> str | None:

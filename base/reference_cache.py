@@ -8,7 +8,6 @@ covers its prompt, responses and the bytes of its images. A run that was killed 
 whatever changed since has another key and is computed anew.
 """
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 import hashlib
 import json
 import logging
@@ -26,8 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils.hub import constants
 
-from base.errors import InputError
-from base.processor import ImageSource, VLProcessor, image_file
+from base.images import ImageSource, image_file
+from base.processor import VLProcessor
+from common.errors import InputError
+from common.files import replacing, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class ReferenceCache:
         self._held: dict[str, Tensor] = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write_whole(self.folder / "about.json", lambda path: path.write_text(text + "\n"))
+            write_text(self.folder / "about.json", text + "\n")
         except OSError as error:
             raise InputError(
                 f"Cannot write reference log-probs to {self.folder} ({error}): give --ref_log_probs_dir another folder."
@@ -127,7 +128,8 @@ class ReferenceCache:
         """Write what is held."""
         if self._held:
             path = self.folder / f"{uuid.uuid4().hex}.safetensors"
-            _write_whole(path, lambda to: save_file(self._held, to))
+            with replacing(path) as beside:
+                save_file(self._held, beside)
             self._held = {}
 
     def read(self, keys: Iterable[str]) -> dict[str, list[float]]:
@@ -146,10 +148,3 @@ class ReferenceCache:
                 "--ref_log_probs_dir a folder that all nodes share."
             )
         return found
-
-
-def _write_whole(path: Path, write: Any) -> None:
-    """Write beside and rename: a reader sees the whole file or none."""
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    write(beside)
-    beside.replace(path)

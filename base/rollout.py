@@ -1,19 +1,16 @@
 """The parts of a PPO rollout that are no trainer: batch sizes, the order of prompts, sampling, and what one micro batch carries."""
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import LogitsProcessor, TopPLogitsWarper, TrainingArguments
-from transformers.utils import ModelOutput
 
-from base.errors import InputError
+from common.errors import InputError
+from common.seeds import stable_seed
 
 Row = dict[str, Any]
 
@@ -43,11 +40,6 @@ class BatchSizes:
         micro_batches = args.gradient_accumulation_steps * args.num_mini_batches
         rollouts = micro * micro_batches * args.world_size
         return cls(micro // K, micro_batches, args.num_mini_batches, rollouts // K, rollouts)
-
-
-def stable_seed(*parts: int | str) -> int:
-    """A 63-bit seed from numbers and names, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
 
 
 class PromptBatches:
@@ -157,30 +149,6 @@ class SeededSampling(LogitsProcessor):
         target = self.uniforms[:, input_ids.shape[1] - self.first_length, None] * cumulative[:, -1:]
         token = (cumulative <= target).sum(-1, keepdim=True)  # a token of probability 0 is never hit
         return torch.full_like(scores, -math.inf).scatter(-1, token, 0.0)
-
-
-def tile_images(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Image inputs of several batches, one after the other (or of one batch several times).
-
-    Of features only what the language model reads is kept.
-    """
-
-    def joined(name: str, values: list[Any]) -> Any:
-        first = values[0]
-        if isinstance(first, Tensor):
-            wide = [max(v.shape[d] for v in values) for d in range(1, first.ndim)]
-            # Tokens of InstructBLIP's Q-Former: padded to the longest, as its processor does
-            gaps = [[g for d in range(v.ndim - 1, 0, -1) for g in (0, wide[d - 1] - v.shape[d])] for v in values]
-            return torch.cat([F.pad(v, gap) if any(gap) else v for v, gap in zip(values, gaps, strict=True)])
-        if isinstance(first, ModelOutput):
-            return type(first)(**{k: joined(k, [v[k] for v in values]) for k in first})
-        if isinstance(first, dict):
-            return {k: joined(k, [v[k] for v in values]) for k in first}
-        if name == "pooler_output":  # one tensor per image
-            return [t for v in values for t in v]
-        return [joined(name, [v[i] for v in values]) for i in range(len(first))]  # one entry per layer
-
-    return joined("", list(parts)) if len(parts) > 1 else dict(parts[0])
 
 
 def cut_after_end(ids: Sequence[int], end_ids: Sequence[int]) -> list[int]:

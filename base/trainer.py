@@ -5,18 +5,14 @@ VLDPOTrainer: `response_logps` -> `reference_logps` -> `preference_loss` -> `log
 VLRMTrainer: `response_rewards` -> `ranking_loss` -> `log_metrics`.
 """
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 import dataclasses
 import functools
 import importlib.metadata
-import json
 import logging
-import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,16 +22,18 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_callback import ExportableState
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import disable_dropout_in_model, use_adapter
 
+from args import DPOConfig, RMConfig, VLConfig
+from base.adapters import REFERENCE_ADAPTER
+from base.calibration import draw_calibration
+from base.callbacks import RunningDelta, SetEpoch
 from base.checkpoints import SafeCheckpoints
-from base.errors import InputError
-from base.model import TOKEN_CHUNK, CompletionOutput, token_logits, vocabulary_kl
-from base.packing import scatter_to_responses
+from base.logps import TOKEN_CHUNK, token_logits, vocabulary_kl
+from base.model import CompletionOutput
+from base.packing import last_token_positions, scatter_to_responses
 from base.processor import VLProcessor
 from base.reference_cache import (
     COLUMN,
@@ -45,7 +43,7 @@ from base.reference_cache import (
     row_key,
     weights_digest,
 )
-from base.reward import last_token_positions
+from common.errors import InputError
 from losses import (
     PreferenceBatch,
     bradley_terry,
@@ -63,8 +61,6 @@ Batch = dict[str, Any]
 
 logger = logging.getLogger(__name__)
 
-REFERENCE_ADAPTER = "ref"  # name of the frozen copy of an adapter that training continues (TRL's name)
-
 
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout of a model to 0: a log-ratio of two passes would measure its noise. Attention takes its rate from a plain number."""
@@ -80,7 +76,7 @@ class VLTrainer(SafeCheckpoints):
     def __init__(
         self,
         model: nn.Module,
-        args: TrainingArguments,
+        args: VLConfig,
         processor: VLProcessor,
         data_collator: Any,
         train_dataset: Dataset | None = None,
@@ -93,9 +89,6 @@ class VLTrainer(SafeCheckpoints):
             processor: saved with every checkpoint.
             kwargs: go to transformers.Trainer.
         """
-        if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
-            # Reentrant checkpointing drops the gradients of a frozen base with LoRA.
-            args.gradient_checkpointing_kwargs = {"use_reentrant": False}
         if args.log_image_sensitivity and eval_dataset is None:
             raise InputError(
                 "--log_image_sensitivity is measured on evaluation rows: add --eval_ratio or --eval_data_path."
@@ -279,7 +272,7 @@ class VLDPOTrainer(VLTrainer):
     """
 
     def __init__(
-        self, model: nn.Module, args: TrainingArguments, *rest: Any, ref_model: nn.Module | None = None, **kwargs: Any
+        self, model: nn.Module, args: DPOConfig, *rest: Any, ref_model: nn.Module | None = None, **kwargs: Any
     ) -> None:
         columns = kwargs["train_dataset"].column_names if kwargs.get("train_dataset") is not None else None
         try:
@@ -288,8 +281,6 @@ class VLDPOTrainer(VLTrainer):
             raise InputError(str(error)) from error
         self.needs = needs_of(args.loss_type)
         self.reference_free = all(get_loss(name).reference_free for name in args.loss_type)
-        if "running_delta" in self.needs:
-            args.restore_callback_states_from_checkpoint = True
         if args.precompute_ref_log_probs and self.reference_free:
             raise InputError(
                 f"--precompute_ref_log_probs does nothing with --loss_type {' '.join(args.loss_type)}, which reads no reference."
@@ -456,7 +447,7 @@ class VLDPOTrainer(VLTrainer):
             "processor": processor_digest(self.processing_class),
             "limits": dataclasses.asdict(self.data_collator.limits),
             "autocast": self.accelerator.mixed_precision,
-            "share_prefix": self.args.share_prefix,
+            "share_prefix": self.data_collator.share_prefix,
             "losses": sorted(self.needs & {"image_rejected"}),
             "pairs": [self.data_collator.pairs, self.data_collator.score_margin]
             if "image_rejected" in self.needs
@@ -621,26 +612,6 @@ class VLDPOTrainer(VLTrainer):
         return mean.to(rewards.device)
 
 
-class RunningDelta(TrainerCallback, ExportableState):
-    """The running mean reward of MPO, saved in trainer_state.json so that a resumed run goes on with it."""
-
-    def __init__(self, mean: float = 0.0, count: int = 0) -> None:
-        self.mean, self.count = torch.tensor(float(mean)), torch.tensor(count)
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {"mean": self.mean.item(), "count": int(self.count)}, "attributes": {}}
-
-
-class SetEpoch(TrainerCallback):
-    """Tells the collator the epoch, before the loader's workers start."""
-
-    def __init__(self, collator: Any) -> None:
-        self.collator = collator
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.collator.epoch = int(state.epoch or 0)
-
-
 class VLHeadTrainer(VLTrainer):
     """What trainers of a backbone with a scalar head share: finding the adapter's model inside, saving and loading both parts."""
 
@@ -667,7 +638,7 @@ class VLRMTrainer(VLHeadTrainer):
     With K > 2 every ordered pair of a row counts, and a row counts once: InstructGPT, 2203.02155 eq. 1.
     """
 
-    def __init__(self, model: nn.Module, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
+    def __init__(self, model: nn.Module, args: RMConfig, *rest: Any, **kwargs: Any) -> None:
         disable_dropout(model)
         super().__init__(model, args, *rest, **kwargs)
         # The loss is a mean over rows: Trainer must divide it by the accumulation steps.
@@ -750,45 +721,3 @@ class VLRMTrainer(VLHeadTrainer):
         if self.args.should_save and margins:
             draw_calibration(margins, self.args.output_dir)
         return metrics
-
-
-def draw_calibration(margins: Sequence[float], output_dir: str, num_bins: int = 8) -> list[dict[str, float]]:
-    """Write `calibration.png` and `calibration.json`: how often the model is right, by how sure it is.
-
-    A Bradley-Terry model that is calibrated is right with probability σ(|margin|).
-
-    Args:
-        margins: reward of chosen minus reward of rejected, one per pair.
-
-    Returns:
-        Per bin of equal count: mean |margin|, accuracy, σ(|margin|) and number of pairs.
-    """
-    from matplotlib.figure import Figure  # slow to import; without pyplot no display is touched
-
-    ordered = sorted(margins, key=abs)
-    bins = [
-        chunk
-        for i in range(num_bins)
-        if (chunk := ordered[i * len(ordered) // num_bins : (i + 1) * len(ordered) // num_bins])
-    ]
-    table = [
-        {
-            "margin": sum(map(abs, chunk)) / len(chunk),
-            "accuracy": sum(m > 0 for m in chunk) / len(chunk),
-            "expected": sum(1 / (1 + math.exp(-abs(m))) for m in chunk) / len(chunk),
-            "pairs": len(chunk),
-        }
-        for chunk in bins
-    ]
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
-    (Path(output_dir) / "calibration.json").write_text(json.dumps(table, indent=2) + "\n")
-    figure = Figure(figsize=(5, 4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(
-        [b["margin"] for b in table], [b["accuracy"] for b in table], "o-", label=f"this model, {len(margins)} pairs"
-    )
-    axes.plot([b["margin"] for b in table], [b["expected"] for b in table], "--", color="grey", label="σ(|margin|)")
-    axes.set(xlabel="|reward of chosen - reward of rejected|", ylabel="share of pairs ranked right", ylim=(0, 1.05))
-    axes.legend(loc="lower right")
-    figure.savefig(Path(output_dir) / "calibration.png", dpi=120)
-    return table

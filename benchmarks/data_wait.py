@@ -6,7 +6,6 @@ Pictures are photographs' size (1280 x 960 JPEG, a new one for every row), as de
 trainer; `waiting` is the time inside the loader's `next`, the first batch (workers start) left out.
 """
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 import argparse
 import itertools
 import statistics

@@ -9,7 +9,6 @@ alone, so that other load on the machine, which wall time suffers from, hardly m
 of our columns are compared with the same steps of TRL. Losses of all sides are compared step by step.
 """
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 import argparse
 import fnmatch
 import gc
@@ -27,11 +26,12 @@ from datasets import Dataset
 from PIL import Image
 
 import args as flags
+import train_dpo
 from base.model import VLModelMixin
 from benchmarks import floor
 from benchmarks.models import SIZES, build, rows
 from benchmarks.steps import LoadWatch, Side, Timings, machine, markdown, matmul_rate, take_turns, write
-from models import core_mapper_for, load_for_training, reference_for
+from data import DataSplits
 
 Row = dict[str, Any]
 
@@ -73,28 +73,17 @@ MORE_CASES = [  # run when named
 def our_trainer(case: Case, checkpoint: Path, data: list[Row], options: str, cache: Path) -> Any:
     """What train_dpo.py builds."""
     lora = "--use_lora True --lora_r 16 --lora_alpha 32 --lora_dropout 0" if case.lora else ""
-    model_args, _, lora_args, training_args = flags.parse(
+    parsed = flags.parse(
         flags.ModelArguments,
         flags.DataArguments,
         flags.LoraArguments,
         flags.DPOConfig,
-        argv=f"--model_name_or_path {checkpoint} --dataset_name x --output_dir {checkpoint}/ours --disable_tqdm True "
+        argv=f"--model_name_or_path {checkpoint} --dataset_name x --output_dir {checkpoint}/ours --disable_tqdm True --seed 0 "
         f"--per_device_train_batch_size {case.batch} --learning_rate 1e-4 --max_steps 1000 --ref_log_probs_dir {cache} "
         f"--gradient_checkpointing {case.checkpointing} {lora} {options}".split(),
     )
-    transformers.set_seed(0)
-    adapter = core_mapper_for(str(checkpoint))
-    processor = adapter.processor(str(checkpoint))
-    model = load_for_training(model_args, lora_args, training_args)
-    trainer = adapter.dpo_trainer(
-        model=model,
-        ref_model=reference_for(model, model_args, lora_args, training_args),
-        args=training_args,
-        processor=processor,
-        data_collator=adapter.dpo_collator(processor, share_prefix=training_args.share_prefix),
-        train_dataset=Dataset.from_list(data),
-    )
-    if training_args.precompute_ref_log_probs:
+    trainer, _ = train_dpo.build(*parsed, data=DataSplits(Dataset.from_list(data), None, {}))
+    if trainer.args.precompute_ref_log_probs:
         trainer.precompute_reference_logps()
     return trainer
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 import transformers as tf
 
+from benchmarks.models import decoder as shape
+
 
 @dataclass(frozen=True)
 class Row:
@@ -100,8 +102,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=("cpu", "7b"), default="7b")
     args = parser.parse_args()
-    from benchmarks.models import decoder as shape
-
     decoder = decoder_of(tf.LlamaConfig(**shape(args.size, 32064, (512, 4, 8), (4096, 11008, 32, 32, 32))))
     prompt = 600
     print("answer | plain, online | shared, online | shared, cached | worth online | worth cached   (decoder alone)")

@@ -8,7 +8,6 @@ compares what a loss does under one budget, not what it could do when tuned. Los
 wrong object and 0.5 otherwise, margin the same number, image_rejected the next row's picture.
 """
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 import argparse
 import contextlib
 import io
@@ -26,10 +25,11 @@ from tqdm import tqdm
 
 import losses
 import train_dpo
-from base.errors import InputError
+from base.loading import load_model
+from common.errors import InputError
 from data.shapes import CAPTION_PROMPT
 from eval.shapes import evaluate, read_scenes
-from models import core_mapper_for, load_model
+from models import core_mapper_for
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -3,7 +3,7 @@
     python -m benchmarks.memory --model llava-hf/llava-1.5-7b-hf --gpus 8 --zero 3
     python -m benchmarks.memory --model runs/sft --script dpo --method lora --max_prompt_length 2900
 
-Weights, gradients and optimizer states are counted on the model's real modules, parameter by parameter, in the precision that load_for_training
+Weights, gradients and optimizer states are counted on the model's real modules, parameter by parameter, in the precision that load_policy
 and DeepSpeed give them. Activations are what one forward and backward of the real modules hold at their worst, run on tensors without
 content (torch's FakeTensorMode). What DeepSpeed, DDP and peft add is a formula each, in `memory`. tests/test_memory.py compares with tensors
 counted by torch's allocator in real steps.
@@ -11,7 +11,6 @@ counted by torch's allocator in real steps.
 Not counted: the vision tower's activations (it is frozen by default), and what OVERHEAD and FRAGMENTATION assume.
 """
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 import argparse
 import copy
 import functools
@@ -31,10 +30,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from args import LoraArguments, run
-from base.lora import use_fast_lora
-from base.packing import pack_rows
-from base.reward import VLModelWithValueHead, VLRewardModel, last_token_positions
-from models import MODEL_NICKNAME_MAP, add_lora, core_mapper_for
+from base.fast_lora import use_fast_lora
+from base.packing import last_token_positions, pack_rows
+from base.reward import VLRewardModel
+from base.value import VLModelWithValueHead
+from models import MODEL_NICKNAME_MAP, core_mapper_for
+from models.assemble import add_lora
 
 GIB = 1 << 30
 OVERHEAD = 1.5 * GIB  # assumed: CUDA context, cuBLAS and NCCL workspaces

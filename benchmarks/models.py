@@ -5,7 +5,6 @@
 tokenizer and one ChatML template, which writes nothing behind an answer's end token (trainers differ in whether they learn that).
 """
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 import random
 from collections.abc import Callable
 from pathlib import Path

@@ -6,23 +6,22 @@
 one row per answer. Configurations run one after the other, several rounds; medians are over all updates but a configuration's first.
 """
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 import argparse
 import statistics
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import transformers
 from datasets import Dataset
 
 import args as flags
-from base.ppo_rewards import load_rewards
+import train_ppo
 from benchmarks.models import SIZES, build, rows
 from benchmarks.steps import LoadWatch, machine, markdown, write
-from models import core_mapper_for, load_for_training, reference_for
+from data import DataSplits
 
 PHASES = ("rollout", "score", "evaluate_tokens", "optimise")
 CONFIGURATIONS = ("plain", "pixels", "shared")
@@ -37,50 +36,35 @@ def updates_of(
     name: str, checkpoint: Path, data: list[dict[str, Any]], tokens: int, updates: int, cpu: bool
 ) -> dict[str, Any]:
     """Seconds of each phase of every update but the first, images through the tower per update, and the losses."""
-    model_args, _, lora_args, training_args = flags.parse(
+    parsed = flags.parse(
         flags.ModelArguments,
         flags.DataArguments,
         flags.LoraArguments,
         flags.PPOConfig,
         argv=f"--model_name_or_path {checkpoint} --dataset_name x --output_dir {checkpoint}/{name} --disable_tqdm True --learning_rate 1e-5 "
-        f"--use_lora True --lora_r 16 --lora_dropout 0 --per_device_train_batch_size 4 --rollouts_per_prompt 2 --save_strategy no "
+        f"--use_lora True --lora_r 16 --lora_dropout 0 --per_device_train_batch_size 4 --rollouts_per_prompt 2 --save_strategy no --seed 0 "
         f"--response_length {tokens} --max_steps {updates + 1} --num_sample_generations 0 --temperature 1.0 "
         f"--share_prefix {name != 'plain'} --reward_fn {__file__}:count_words {'--use_cpu True' if cpu else '--bf16 True'}".split(),
     )
-    transformers.set_seed(0)
-    adapter = core_mapper_for(str(checkpoint))
-    processor = adapter.processor(str(checkpoint))
-    policy = load_for_training(model_args, lora_args, training_args)
-    reference = reference_for(policy, model_args, lora_args, training_args)
-    model = adapter.value_model(policy)
+    prompts = Dataset.from_list([{"images": r["images"], "prompt": r["prompt"]} for r in data])
+    trainer, _ = train_ppo.build(*parsed, data=DataSplits(prompts, None, {}))
+    if name != "shared":  # every pass encodes its images
+        trainer.image_inputs = lambda model, batch: batch["img_input_dict"]
     seconds: dict[str, list[float]] = defaultdict(list)
 
-    class Timed(adapter.ppo_trainer):
-        """The trainer with a clock on its phases."""
+    def clocked(phase: str) -> Callable[..., Any]:
+        timed = getattr(trainer, phase)
 
-        def image_inputs(self, model: Any, batch: dict[str, Any]) -> dict[str, Any]:
-            return super().image_inputs(model, batch) if name == "shared" else batch["img_input_dict"]
-
-    def clocked(phase: str) -> Any:
-        def run(self: Any, *arguments: Any) -> Any:
+        def run(*arguments: Any) -> Any:
             start = time.perf_counter()
-            result = getattr(super(Timed, self), phase)(*arguments)
+            result = timed(*arguments)
             seconds[phase].append(time.perf_counter() - start)
             return result
 
         return run
 
     for phase in PHASES:
-        setattr(Timed, phase, clocked(phase))
-    trainer = Timed(
-        model=model,
-        ref_model=reference,
-        rewards=load_rewards(model, model_args, lora_args, training_args),
-        args=training_args,
-        processor=processor,
-        data_collator=adapter.ppo_collator(processor, share_prefix=training_args.share_prefix),
-        train_dataset=Dataset.from_list([{"images": r["images"], "prompt": r["prompt"]} for r in data]),
-    )
+        setattr(trainer, phase, clocked(phase))
     images: list[int] = []
     trainer.base_model(trainer.model).get_vision_tower().register_forward_hook(
         lambda _, inputs, kwargs, output: images.append(len(inputs[0] if inputs else kwargs["pixel_values"])),

@@ -3,20 +3,19 @@
 OMP_NUM_THREADS=2 python -m benchmarks.rm_vs_plain --size cpu --out benchmarks/results
 """
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 import argparse
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import transformers
 from datasets import Dataset
 
 import args as flags
+import train_rm
 from benchmarks.models import SIZES, build, rows
 from benchmarks.steps import LoadWatch, Side, machine, markdown, take_turns, write
-from models import core_mapper_for, load_for_training
+from data import DataSplits
 
 CASES = [
     ("llava", 50, 2),
@@ -28,24 +27,15 @@ CASES = [
 
 def side_of(checkpoint: Path, data: list[dict[str, Any]], batch: int, options: str) -> Side:
     """What train_rm.py builds; its first weights do not depend on the options."""
-    model_args, _, lora_args, training_args = flags.parse(
+    parsed = flags.parse(
         flags.ModelArguments,
         flags.DataArguments,
         flags.LoraArguments,
         flags.RMConfig,
-        argv=f"--model_name_or_path {checkpoint} --dataset_name x --output_dir {checkpoint}/rm --disable_tqdm True --learning_rate 1e-4 "
+        argv=f"--model_name_or_path {checkpoint} --dataset_name x --output_dir {checkpoint}/rm --disable_tqdm True --learning_rate 1e-4 --seed 0 "
         f"--per_device_train_batch_size {batch} --use_lora True --lora_r 16 --lora_dropout 0 --max_steps 1000 {options}".split(),
     )
-    transformers.set_seed(0)
-    adapter = core_mapper_for(str(checkpoint))
-    processor = adapter.processor(str(checkpoint))
-    trainer = adapter.reward_trainer(
-        model=adapter.reward_model(load_for_training(model_args, lora_args, training_args)),
-        args=training_args,
-        processor=processor,
-        data_collator=adapter.reward_collator(processor, share_prefix=training_args.share_prefix),
-        train_dataset=Dataset.from_list(data),
-    )
+    trainer, _ = train_rm.build(*parsed, data=DataSplits(Dataset.from_list(data), None, {}))
     dataset, collate = trainer.train_dataset, trainer.data_collator
     starts = range(0, len(dataset), batch)
     return Side(trainer, [lambda s=s: collate([dataset[i] for i in range(s, s + batch)]) for s in starts])

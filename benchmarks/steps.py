@@ -1,6 +1,5 @@
 """Training steps of several trainers, taken in turns: what other load there is on the machine falls on all of them alike."""
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 import gc
 import json
 import os

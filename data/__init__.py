@@ -12,16 +12,26 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from datasets import Dataset, Features, Value, concatenate_datasets
 
-from base.errors import InputError
-from data import conversational, llava_instruct, mmrlhf, plain_dpo, rlaifv, rlhfv, vlfeedback_paired, vlquery_json
-from data.pairs import PairMode
+from args import DataArguments
+from common.errors import InputError
+from data import (
+    conversational,
+    llava_instruct,
+    mmrlhf,
+    plain_dpo,
+    rlaifv,
+    rlhfv,
+    shapes,
+    vlfeedback_paired,
+    vlquery_json,
+)
 from data.rows import OPTIONAL, REQUIRED, Kind, features_of
-from data.source import DataArgs, image_root_of
+from data.source import image_root_of
 from data.splits import held_out, interleaved, kept
 from data.verify import Verdicts, verify
 
@@ -29,18 +39,12 @@ __all__ = ["DATASET_MAP", "DataSplits", "load_train_eval"]
 
 logger = logging.getLogger(__name__)
 
-Loader = Callable[[DataArgs], Dataset]
-
-
-def _shapes(data_args: DataArgs) -> Dataset:
-    from data import shapes  # draws pictures: imported when asked for
-
-    return shapes.load(data_args)
+Loader = Callable[[DataArguments], Dataset]
 
 
 # Any other --dataset_name is a hub id or a path in TRL's conversational format.
 DATASET_MAP: dict[str, Loader] = {
-    "shapes": _shapes,
+    "shapes": shapes.load,
     "plain_dpo": plain_dpo.load,
     "vlquery_json": vlquery_json.load,
     "vlfeedback_paired": vlfeedback_paired.load,
@@ -49,18 +53,6 @@ DATASET_MAP: dict[str, Loader] = {
     "mmrlhf": mmrlhf.load,
     "llava_instruct": llava_instruct.load,
 }
-
-
-class MixArgs(DataArgs, Protocol):
-    """What `load_train_eval` reads of `args.DataArguments`."""
-
-    dataset_weights: str | None
-    data_ratio: float
-    eval_ratio: float
-    eval_data_path: str | None
-    on_bad_row: str
-    pairs: PairMode
-    score_margin: float | None
 
 
 class DataSplits(NamedTuple):
@@ -83,7 +75,7 @@ class _Part(NamedTuple):
 
 
 def load_train_eval(
-    data_args: MixArgs, kind: Kind, seed: int, output_dir: str | os.PathLike[str] | None = None
+    data_args: DataArguments, kind: Kind, seed: int, output_dir: str | os.PathLike[str] | None = None
 ) -> DataSplits:
     """All rows of `--dataset_name`, checked, split by content and interleaved.
 
@@ -149,7 +141,7 @@ def load_train_eval(
     return DataSplits(train, held_rows, info)
 
 
-def load_rows(data_args: DataArgs, kind: Kind | None = None) -> tuple[Dataset, Kind]:
+def load_rows(data_args: DataArguments, kind: Kind | None = None) -> tuple[Dataset, Kind]:
     """Converted rows of one data set, bad ones included (columns `problem`, `skipped`), and their kind.
 
     Raises:
@@ -182,7 +174,7 @@ def _last_answer_off(row: dict) -> dict:
     return {"prompt": messages[:-1], "reference": messages[-1]["content"]}
 
 
-def _load_part(args: DataArgs, kind: Kind, data_args: MixArgs) -> _Part:
+def _load_part(args: DataArguments, kind: Kind, data_args: DataArguments) -> _Part:
     rows, _ = load_rows(args, kind)
     pairs = (data_args.pairs, data_args.score_margin) if kind == "preference" else (None, None)
     verdicts = verify(
@@ -286,7 +278,7 @@ def _wrap_paths(row: dict) -> dict:
     return out
 
 
-def per_name(data_args: MixArgs, path_field: str) -> Iterator[DataArgs]:
+def per_name(data_args: DataArguments, path_field: str) -> Iterator[DataArguments]:
     """The arguments of each data set: names, paths and image roots are comma lists of one length."""
     names = [name.strip() for name in data_args.dataset_name.split(",")]
     paths = _aligned(getattr(data_args, path_field), len(names), f"--{path_field}")
@@ -313,7 +305,7 @@ def _aligned(value: str | None, length: int, flag: str, repeat: bool = False) ->
     return values
 
 
-def _weights(data_args: MixArgs) -> list[float] | None:
+def _weights(data_args: DataArguments) -> list[float] | None:
     if data_args.dataset_weights is None:
         return None
     names = data_args.dataset_name.split(",")

@@ -9,7 +9,6 @@ tokens and all, the trained tokens of a conversation in colour, and token counts
 used, 1 if some cannot, 2 for wrong flags or files.
 """
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 import base64
 import html
 import io
@@ -28,13 +27,15 @@ from datasets import Dataset
 from PIL import Image
 
 from args import DataArguments, parse, run
-from base.errors import InputError
-from base.processor import IGNORE_INDEX, VLProcessor, load_image
+from base.images import load_image
+from base.processor import IGNORE_INDEX, VLProcessor
+from common.errors import InputError
 from data import load_rows, per_name, refused_rows
 from data.lengths import LengthLimits
 from data.rows import IMAGE_MARK, Kind, Row
 from data.source import image_root_of
 from data.verify import verify
+from models import core_mapper_for
 
 _SAMPLE = 1000  # rows that lengths and image sizes are measured on
 _PICTURE = 360  # longest side on the page, in pixels
@@ -61,8 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     data_args, check_args = parse(DataArguments, CheckArguments, argv=argv)
     processor = None
     if check_args.model_name_or_path:
-        from models import core_mapper_for  # slow to import
-
         adapter = core_mapper_for(check_args.model_name_or_path)
         processor = adapter.processor(check_args.model_name_or_path)
 

@@ -12,7 +12,8 @@ import os
 
 from datasets import Dataset
 
-from base.errors import InputError
+from args import DataArguments
+from common.errors import InputError
 from data.files import read_file, read_hub
 from data.rows import (
     BadRow,
@@ -28,7 +29,7 @@ from data.rows import (
     require,
     text_of,
 )
-from data.source import DataArgs, columns_of, to_rows
+from data.source import columns_of, to_rows
 
 
 def convert(record: dict, kind: Kind) -> Row:
@@ -49,7 +50,7 @@ def kinds_of(columns: set[str]) -> list[Kind]:
     return found
 
 
-def load(data_args: DataArgs) -> Dataset:
+def load(data_args: DataArguments) -> Dataset:
     """Rows of the most telling kind that the columns hold."""
     path = data_args.data_path or data_args.dataset_name
     looks_local = data_args.data_path or os.path.exists(path) or path.startswith((".", "/", "~"))
@@ -63,7 +64,7 @@ def load(data_args: DataArgs) -> Dataset:
 
 
 def convert_dataset(
-    dataset: Dataset, data_args: DataArgs, label: str, is_text: bool = False, want: Kind | None = None
+    dataset: Dataset, data_args: DataArguments, label: str, is_text: bool = False, want: Kind | None = None
 ) -> Dataset:
     """Rows of `want` if the columns serve it, else of the most telling kind.
 

@@ -17,7 +17,7 @@ from typing import TextIO
 import datasets
 from datasets import Dataset, Features, Value
 
-from base.errors import InputError
+from common.errors import InputError
 
 # One record. More is a file without line ends or without brackets, and would be held in memory.
 MAX_RECORD_BYTES = 16 << 20

@@ -6,16 +6,10 @@ tokens) is the processor's business. A limit that is None does not limit.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, Protocol, Self
+from typing import Literal, Self
 
-from base.errors import InputError
-
-
-class _LengthArguments(Protocol):
-    max_length: int | None
-    max_prompt_length: int | None
-    max_target_length: int | None
-    overlong: Literal["drop", "error"]
+from args import DataArguments
+from common.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -43,7 +37,7 @@ class LengthLimits:
             )
 
     @classmethod
-    def from_args(cls, data_args: _LengthArguments) -> Self:
+    def from_args(cls, data_args: DataArguments) -> Self:
         return cls(data_args.max_length, data_args.max_prompt_length, data_args.max_target_length, data_args.overlong)
 
 

@@ -5,9 +5,10 @@ The same columns as `vlquery_json`; `<image>` stands inside the human's text. Ro
 
 from datasets import Dataset
 
-from data.source import DataArgs, load_source
+from args import DataArguments
+from data.source import load_source
 from data.vlquery_json import convert
 
 
-def load(data_args: DataArgs) -> Dataset:
+def load(data_args: DataArguments) -> Dataset:
     return load_source(data_args, convert, "conversation")

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 
 from datasets import Dataset
 
+from args import DataArguments
 from data.conversational import dense_ranks
 from data.rows import BadRow, Kind, Row, image_column, number_of, numbers_of, preference, refuse_video, require
-from data.source import DataArgs, load_source
+from data.source import load_source
 
 
 def convert(record: dict, kind: Kind) -> Row:
@@ -38,7 +39,7 @@ def convert(record: dict, kind: Kind) -> Row:
     return preference(record, prompt, responses, ranks) | {"images": images}
 
 
-def load(data_args: DataArgs) -> Dataset:
+def load(data_args: DataArguments) -> Dataset:
     return load_source(data_args, convert, "preference")
 
 

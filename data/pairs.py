@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise, product
 from typing import Literal
 
-from base.errors import InputError
+from common.errors import InputError
 
 PairMode = Literal["best_worst", "all", "adjacent", "score_margin"]
 

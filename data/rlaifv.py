@@ -2,8 +2,9 @@
 
 from datasets import Dataset
 
+from args import DataArguments
 from data.rows import Kind, Row, image_column, preference, require
-from data.source import DataArgs, load_source
+from data.source import load_source
 
 HUB_ID = "openbmb/RLAIF-V-Dataset"
 
@@ -14,5 +15,5 @@ def convert(record: dict, kind: Kind) -> Row:
     return row | {"images": image_column(record)}
 
 
-def load(data_args: DataArgs) -> Dataset:
+def load(data_args: DataArguments) -> Dataset:
     return load_source(data_args, convert, "preference", HUB_ID)

@@ -5,8 +5,9 @@ import json
 
 from datasets import Dataset
 
+from args import DataArguments
 from data.rows import BadRow, Kind, Row, image_column, preference, require
-from data.source import DataArgs, load_source
+from data.source import load_source
 
 HUB_ID = "HaoyeZhang/RLHF-V-Dataset"
 
@@ -29,5 +30,5 @@ def convert(record: dict, kind: Kind) -> Row:
     return row | {"images": image_column(record)}
 
 
-def load(data_args: DataArgs) -> Dataset:
+def load(data_args: DataArguments) -> Dataset:
     return load_source(data_args, convert, "preference", HUB_ID)

@@ -33,8 +33,8 @@ from typing import NamedTuple
 from datasets import Dataset
 from PIL import Image, ImageDraw
 
-from base.errors import InputError
-from data.source import DataArgs
+from args import DataArguments
+from common.errors import InputError
 
 COLOURS = {
     "red": (215, 45, 40),
@@ -300,7 +300,7 @@ def _pair(scene: Scene, rng: random.Random) -> dict[str, object]:
     return {"prompt": CAPTION_PROMPT, "chosen": chosen, "rejected": rejected, "error": error}
 
 
-def load(data_args: DataArgs) -> Dataset:
+def load(data_args: DataArguments) -> Dataset:
     """NUM_SCENES training scenes with the columns of all three kinds; half the conversations caption, half answer questions.
 
     Raises:
@@ -340,7 +340,6 @@ CHAT_TEMPLATE = (
 
 def save_initial_model(directory: Path, seed: int) -> None:
     """Save a LLaVA with random weights (CLIP tower, projector, Llama; 1.1 M parameters) and its processor, ready for train_sft.py."""
-    import base.compat  # noqa: F401  isort: skip  (must come before transformers)
     import torch
     from transformers import (
         CLIPImageProcessor,

@@ -3,29 +3,19 @@
 import json
 import os
 from collections.abc import Callable
-from typing import Protocol
 
 from datasets import Dataset, Features, Image, List, Value
 
-from base.errors import InputError
+from args import DataArguments
+from common.errors import InputError
 from data.files import code_state, read_file, read_hub
 from data.rows import Kind, Row, convert_batch, features_of
 
 _IMAGE_COLUMNS = ("images", "image", "image_rejected", "img_path")
 
 
-class DataArgs(Protocol):
-    """What the loaders read of `args.DataArguments`; for a loader, the names and paths are those of its data set."""
-
-    dataset_name: str
-    data_path: str | None
-    image_root: str | None
-    dataset_num_proc: int | None
-    allow_outside_image_root: bool
-
-
 def load_source(
-    data_args: DataArgs, convert: Callable[[dict, Kind], Row], kind: Kind, hub_id: str | None = None
+    data_args: DataArguments, convert: Callable[[dict, Kind], Row], kind: Kind, hub_id: str | None = None
 ) -> Dataset:
     """Rows of `kind` from `--data_path`, or from the hub if there is none and the format has a home there.
 
@@ -44,7 +34,7 @@ def load_source(
 
 def to_rows(
     dataset: Dataset,
-    data_args: DataArgs,
+    data_args: DataArguments,
     convert: Callable[[dict, Kind], Row],
     kind: Kind,
     label: str,
@@ -83,7 +73,7 @@ def to_rows(
         raise InputError(f"{label}, row {row}: a text is not UTF-8 ({error.reason}): is the file whole?") from error
 
 
-def image_root_of(data_args: DataArgs) -> str:
+def image_root_of(data_args: DataArguments) -> str:
     """`--image_root`; without it the folder of the data file."""
     if data_args.image_root:
         if not os.path.isdir(data_args.image_root):
@@ -132,6 +122,6 @@ def _decodes(dataset: Dataset, row: int) -> bool:
         return False
 
 
-def _processes(data_args: DataArgs, rows: int) -> int | None:
+def _processes(data_args: DataArguments, rows: int) -> int | None:
     # A process takes longer to start than a thousand rows take to convert.
     return data_args.dataset_num_proc if rows > 1000 else None

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 
 from datasets import Dataset
 
+from args import DataArguments
 from data.conversational import dense_ranks
 from data.rows import BadRow, Kind, Row, SkippedRow, image_column, question, require, shorten
-from data.source import DataArgs, load_source
+from data.source import load_source
 
 HUB_ID = "MMInstruction/VLFeedback"
 
@@ -33,7 +34,7 @@ def convert(record: dict, kind: Kind) -> Row:
     return row | {"images": images}
 
 
-def load(data_args: DataArgs) -> Dataset:
+def load(data_args: DataArguments) -> Dataset:
     return load_source(data_args, convert, "preference", HUB_ID)
 
 

@@ -6,8 +6,9 @@ system prompt.
 
 from datasets import Dataset
 
+from args import DataArguments
 from data.rows import Kind, Row, image_column, messages_of, refuse_video, require
-from data.source import DataArgs, load_source
+from data.source import load_source
 
 
 def convert(record: dict, kind: Kind) -> Row:
@@ -16,5 +17,5 @@ def convert(record: dict, kind: Kind) -> Row:
     return {"images": image_column(record), "messages": messages_of(record["conversations"], "conversations")}
 
 
-def load(data_args: DataArgs) -> Dataset:
+def load(data_args: DataArguments) -> Dataset:
     return load_source(data_args, convert, "conversation")

@@ -6,3 +6,5 @@
 
 Scorers never load a model. docs/evaluation.md has every command, and where our numbers differ from other harnesses.
 """
+
+import common.compat  # noqa: F401  (must come before transformers)

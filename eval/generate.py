@@ -9,7 +9,6 @@
 3. --likelihood (task seed) writes the mean token loss of every choice instead of an answer.
 """
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 import argparse
 import datetime
 import hashlib
@@ -24,13 +23,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.utils import ModelOutput
 
-from base.errors import InputError
+from base.collator import VLDPODataCollatorWithPadding
+from base.loading import base_model_path, load_model
 from base.packing import scatter_to_responses
 from base.processor import VLProcessor
+from common.errors import InputError
 from eval.data import TASKS, DataError, Row, check_images, chunks, prompt, read_task
 from eval.ledger import Ledger
 from eval.results import run, sha256, versions
-from models import base_model_path, core_mapper_for, load_model
+from models import core_mapper_for
 
 Batch = list[Row]
 
@@ -371,8 +372,6 @@ def _shown(row: Row) -> dict:
 
 def choice_losses(args: argparse.Namespace, rows: list[Row], answerer: Answerer, rank: int, world: int) -> dict:
     """Write {id, losses}: mean loss over each choice's tokens, end token included, all choices of a question in one row."""
-    from base.collator import VLDPODataCollatorWithPadding
-
     check_images(rows)
     answerer.processor.train()
     collator = VLDPODataCollatorWithPadding(answerer.processor)

@@ -47,8 +47,6 @@ def forwarded(argv: list[str] | None = None) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     rest = forwarded(argv)
-    import base.compat  # noqa: F401  must come before transformers, which lmms-eval imports
-
     register()
     from lmms_eval.__main__ import cli_evaluate
 

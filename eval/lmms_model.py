@@ -1,6 +1,5 @@
 """lmms-eval's model interface on our models; registered and started by eval.lmms."""
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
+from base.collator import VLDPODataCollatorWithPadding
 from eval.data import DataError, chunks
 from eval.generate import Answerer, EncodedBatches
 
@@ -89,8 +89,6 @@ class LmmsModel(lmms):
     @torch.inference_mode()
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """(mean token loss, whether greedy search would say the same): what lmms-eval's own wrappers return."""
-        from base.collator import VLDPODataCollatorWithPadding
-
         collator = VLDPODataCollatorWithPadding(self.answerer.processor)
         out = []
         for context, target, doc_to_visual, doc_id, task, split in tqdm(

@@ -19,6 +19,8 @@ from pathlib import Path
 
 from eval.data import DataError, Row, read_json, read_jsonl, read_task
 from eval.results import Scores, meta_path, run, save, sha256
+from eval.reward_model import write_scores
+from eval.reward_rows import main as score_any_data_set
 
 Pair = tuple[float, float]
 
@@ -197,8 +199,6 @@ def _detail(row: Row, pair: Pair, right: bool, category: str) -> dict:
 def main(argv: list[str] | None = None) -> None:
     given = sys.argv[1:] if argv is None else argv
     if any(flag.split("=")[0] == "--dataset_name" for flag in given):
-        from eval.reward_rows import main as score_any_data_set
-
         return score_any_data_set(given)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True, choices=list(SCORERS))
@@ -224,8 +224,6 @@ def main(argv: list[str] | None = None) -> None:
     if bool(source) == bool(args.model) or (args.scores and args.replies):
         raise DataError("pass exactly one of --model, --scores and --replies")
     if not source:
-        from eval.reward_model import write_scores  # torch and the model's classes, only when a model runs
-
         source = str(Path(args.output or args.model) / f"scores_{args.task}.jsonl")
         write_scores(args, source)
     meta = read_json(meta_path(source)) if meta_path(source).exists() else {}

@@ -1,18 +1,19 @@
 """Scores of both responses of every pair, by a reward model or by DPO's implicit reward. Called by eval.reward."""
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 import argparse
 from collections.abc import Callable
 
 import torch
 from tqdm import tqdm
 
-from base.errors import InputError
-from base.reward import adapter_active, score_rows
+from base.adapters import adapter_active
+from base.loading import base_model_path
+from base.reward import score_rows
+from common.errors import InputError
 from eval.data import DataError, Row, check_images, chunks, read_task
 from eval.generate import Answerer, barrier, describe, processor_for, ranks, with_image_marks
 from eval.ledger import Ledger
-from models import base_model_path, core_mapper_for
+from models import core_mapper_for
 
 Score = Callable[[list[Row]], list[list[float]]]  # preference rows -> one number per response
 

@@ -5,7 +5,6 @@
 One JSON line per row: where (file and row), source, responses, rewards, ranks. Prints the accuracy over all ordered pairs; a tie is wrong.
 """
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 import argparse
 import json
 from pathlib import Path
@@ -14,8 +13,8 @@ import torch
 from tqdm import tqdm
 
 from args import DataArguments
-from base.errors import InputError
 from base.reward import score_rows
+from common.errors import InputError
 from data import load_train_eval
 from data.pairs import ordered_pairs
 from eval.data import DataError

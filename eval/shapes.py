@@ -13,15 +13,19 @@ writes scores.json and answers.jsonl to the folder. All answers are greedy.
     counting_accuracy  counting questions answered correctly
 """
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 import argparse
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from base.errors import InputError
+import torch
+from peft import PeftModel
+
+from base.loading import load_model
+from common.errors import InputError
 from data.shapes import COLOURS, PLACES, SHAPES, Thing, read_caption
+from eval.generate import processor_for
 from eval.results import run, write_json
 
 MAX_NEW_TOKENS = 64  # six objects; an answer to a question needs three
@@ -116,12 +120,6 @@ def answer(
     model: str, adapter: str | None, prompts: Sequence[tuple[str, str]], max_new_tokens: Sequence[int], batch_size: int
 ) -> list[str]:
     """Greedy answers to (image, text) prompts; `max_new_tokens` has one number per prompt, and batches hold equal ones."""
-    import torch
-    from peft import PeftModel
-
-    from eval.generate import processor_for
-    from models import load_model
-
     processor, policy = processor_for(model, adapter), load_model(model)
     if adapter:
         policy = PeftModel.from_pretrained(policy, adapter)

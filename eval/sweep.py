@@ -13,7 +13,6 @@ benchmarks.yaml says once where everything lies; `generate` and `score` hold fla
 Each checkpoint is loaded once. Everything resumes: what is answered is not answered again.
 """
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 import argparse
 import copy
 from pathlib import Path
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from base.errors import InputError
+from common.errors import InputError
 from eval import chair, choice, judged, mathvista, report, reward, yesno
 from eval.data import DataError, read_task
 from eval.generate import Answerer, add_generation_arguments, answer_rows, barrier, ranks

@@ -11,8 +11,9 @@ from base.collator import (
 from base.model import VLModelMixin
 from base.ppo_trainer import VLPPOTrainer
 from base.processor import VLProcessor
-from base.reward import VLModelWithValueHead, VLRewardModel
+from base.reward import VLRewardModel
 from base.trainer import VLDPOTrainer, VLRMTrainer, VLSFTTrainer
+from base.value import VLModelWithValueHead
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
 """What the ported models share: image features put into the text's embeddings, and the language-model head. Arguments and outputs are LLaVA's."""
 
-import base.compat  # noqa: F401 isort: skip  (must come before transformers)
 import torch
 from torch import nn
 from transformers import PreTrainedModel

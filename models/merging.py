@@ -1,6 +1,5 @@
 """LoRA adapter + base -> one plain checkpoint."""
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 import json
 import os
 import shutil
@@ -10,9 +9,10 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 
-from base.errors import InputError
-from base.reward import REWARD_HEAD, checkpoint_fingerprint, load_head, save_head
-from models import base_model_path, core_mapper_for, load_model
+from base.heads import REWARD_HEAD, checkpoint_fingerprint, load_head, save_head
+from base.loading import base_model_path, load_model
+from common.errors import InputError
+from models import core_mapper_for
 
 
 def bits_of(adapter: str) -> int | None:

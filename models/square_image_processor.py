@@ -1,6 +1,5 @@
 """The preprocessing that Qwen-VL and InternLM-XComposer2 share: squash to a square, CLIP's mean and deviation."""
 
-import base.compat  # noqa: F401 isort: skip  (must come before transformers)
 import numpy as np
 from PIL import Image
 from transformers import CLIPImageProcessorPil

@@ -4,7 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks a hub fails at once
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
+import common.compat  # noqa: F401  isort: skip  (must come before transformers)
 import json
 import shlex
 from collections.abc import Callable

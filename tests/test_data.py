@@ -19,7 +19,7 @@ from PIL import Image, ImageFile
 
 import data
 from args import DataArguments
-from base.errors import InputError
+from common.errors import InputError
 from data.files import json_list
 from data.pairs import ordered_pairs
 from data.splits import held_out, interleaved, kept

@@ -11,7 +11,7 @@ import pytest
 
 import data
 from args import DataArguments, SFTConfig, parse
-from base.errors import InputError
+from common.errors import InputError
 from data import check
 from models import core_mapper_for
 

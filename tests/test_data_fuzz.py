@@ -13,8 +13,8 @@ from PIL import Image
 
 import data
 from args import DataArguments
-from base.errors import InputError
-from base.processor import load_image
+from base.images import load_image
+from common.errors import InputError
 from data.images import FORMATS
 
 SECONDS = 20  # for one file; all of them take a fraction of one

@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from base.errors import InputError
+from common.errors import InputError
 from data.lengths import LengthCounts, LengthLimits, fit, fit_row
 from models import MODEL_NICKNAME_MAP, core_mapper_for
 from tests import zoo

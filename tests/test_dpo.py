@@ -13,8 +13,11 @@ from datasets import Dataset
 from PIL import Image
 
 import args
+import train_dpo
+from base.loading import load_model
 from base.packing import scatter_to_responses
-from models import core_mapper_for, load_for_training, load_model, reference_for
+from data import DataSplits
+from models import core_mapper_for
 from tests import zoo
 
 LORA = "--use_lora True --lora_dropout 0 --lora_r 4 --lora_alpha 8"
@@ -22,7 +25,7 @@ LORA = "--use_lora True --lora_dropout 0 --lora_r 4 --lora_alpha 8"
 
 def dpo_trainer(checkpoint: str, data: Dataset, out: Path, flags: str = "", eval_data: Dataset | None = None):
     """What train_dpo.py builds, for rows in memory."""
-    model_args, _, lora_args, training_args = args.parse(
+    parsed = args.parse(
         args.ModelArguments,
         args.DataArguments,
         args.LoraArguments,
@@ -30,19 +33,7 @@ def dpo_trainer(checkpoint: str, data: Dataset, out: Path, flags: str = "", eval
         argv=f"--model_name_or_path {checkpoint} --dataset_name x --output_dir {out} --max_steps 3 --per_device_train_batch_size 2 "
         f"--learning_rate 1e-3 --lr_scheduler_type constant --save_strategy no --disable_tqdm True {flags}".split(),
     )
-    transformers.set_seed(training_args.seed)
-    adapter = core_mapper_for(checkpoint)
-    processor = adapter.processor(checkpoint)
-    model = load_for_training(model_args, lora_args, training_args)
-    return adapter.dpo_trainer(
-        model=model,
-        ref_model=reference_for(model, model_args, lora_args, training_args),
-        args=training_args,
-        processor=processor,
-        data_collator=adapter.dpo_collator(processor, share_prefix=training_args.share_prefix),
-        train_dataset=data,
-        eval_dataset=eval_data,
-    )
+    return train_dpo.build(*parsed, data=DataSplits(data, eval_data, {}))[0]
 
 
 def losses(trainer) -> list[float]:
@@ -257,8 +248,8 @@ def test_chunked_logps_equal_the_plain_ones(llava, preference_rows, tmp_path, mo
         return outputs.logps.detach(), outputs.entropy.detach(), model.lm_head.weight.grad.clone()
 
     plain = gradient()
-    monkeypatch.setattr("base.model.MAX_LOGITS", 1)
-    monkeypatch.setattr("base.model.VOCAB_CHUNK", 64)
+    monkeypatch.setattr("base.logps.MAX_LOGITS", 1)
+    monkeypatch.setattr("base.logps.VOCAB_CHUNK", 64)
     for one, other in zip(plain, gradient(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 

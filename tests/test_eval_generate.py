@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from args import LoraArguments
+from base.loading import load_model
 from eval import generate
 from eval.data import DataError, read_task
 from eval.generate import Answerer, EncodedBatches, answer_rows, plan
 from eval.results import meta_path
-from models import add_lora, load_model
+from models.assemble import add_lora
 from tests import zoo
 
 CPU = torch.device("cpu")

@@ -9,10 +9,11 @@ import pytest
 import yaml
 
 from args import LoraArguments
+from base.loading import load_model
 from eval import choice, report, sweep, yesno
 from eval.data import DataError
 from eval.results import append_to_database, meta_path, sha256
-from models import add_lora, load_model
+from models.assemble import add_lora
 from tests import zoo
 
 GOLDENS = Path(__file__).parent / "goldens" / "eval"

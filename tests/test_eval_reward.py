@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from args import LoraArguments
+from base.loading import load_model
 from base.reward import VLRewardModel
 from eval import reward
 from eval.data import DataError, read_jsonl, read_task
-from models import add_lora, core_mapper_for, load_model
+from models import core_mapper_for
+from models.assemble import add_lora
 from tests import zoo
 
 

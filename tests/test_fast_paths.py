@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from base.loading import load_model
 from base.packing import common_beginning, pack_rows, packed_mask, packed_positions
-from models import core_mapper_for, load_model
+from models import core_mapper_for
 from tests import zoo
 from tests.test_dpo import LORA, dpo_trainer
 

@@ -1,6 +1,5 @@
 """scripts/{sft,rm,dpo,ppo}_{family}.sh: one per pair, each read as it stands and run on the family's tiny checkpoint."""
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 import importlib
 import json
 import re

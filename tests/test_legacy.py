@@ -4,7 +4,6 @@ What every family must do is in test_models.py; here stands what only these two 
 to, extrapolation beyond the training length, partial LoRA.
 """
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 import functools
 import importlib
 import itertools
@@ -30,8 +29,9 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 import train_sft
 from base import packing
-from base.errors import InputError
-from models import core_mapper_for, load_model
+from base.loading import load_model
+from common.errors import InputError
+from models import core_mapper_for
 from models.checkpoint_io import Rule, TensorReader
 from models.internlm_xcomposer2.processing import build_tokenizer
 from models.qwen_vl.processing import read_ranks

@@ -1,4 +1,4 @@
-"""base/lora.py: peft's numbers, gradients and files from fewer passes."""
+"""base/fast_lora.py: peft's numbers, gradients and files from fewer passes."""
 
 import copy
 
@@ -9,7 +9,7 @@ from peft.tuners.lora import Linear
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from base.lora import LoraLinear, _LoraProduct, use_fast_lora
+from base.fast_lora import LoraLinear, _LoraProduct, use_fast_lora
 
 
 class Net(nn.Module):

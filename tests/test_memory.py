@@ -12,11 +12,11 @@ import train_dpo
 import train_ppo
 import train_rm
 import train_sft
+from base.loading import load_model
 from base.ppo_trainer import VLPPOTrainer
 from benchmarks import memory
 from benchmarks.memory import Setup
 from benchmarks.steps import peak_of
-from models import load_model
 from tests import zoo
 
 SCRIPTS = {"sft": train_sft, "dpo": train_dpo, "rm": train_rm, "ppo": train_ppo}

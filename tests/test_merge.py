@@ -15,9 +15,11 @@ import train_dpo
 import train_rm
 import train_sft
 from args import LoraArguments
-from base.errors import InputError
+from base.loading import load_model
 from base.reward import VLRewardModel, score_rows
-from models import MODEL_NICKNAME_MAP, add_lora, core_mapper_for, load_model
+from common.errors import InputError
+from models import MODEL_NICKNAME_MAP, core_mapper_for
+from models.assemble import add_lora
 from models.merging import bits_of
 from tests import zoo
 

@@ -24,24 +24,17 @@ from PIL import ExifTags, Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor, GenerationMixin
 
-import base.compat
 import base.processor
 from args import DataArguments, DPOConfig, LoraArguments, ModelArguments, parse
 from base.collator import VLDPODataCollatorWithPadding, VLSFTDataCollatorWithPadding
-from base.errors import InputError
+from base.loading import architecture_of, load_model
 from base.model import VLModelMixin
+from base.packing import last_token_positions
 from base.processor import IGNORE_INDEX
-from base.reward import last_token_positions
 from base.trainer import disable_dropout
-from models import (
-    FLASH_ATTN_MODELS,
-    MODEL_NICKNAME_MAP,
-    add_lora,
-    architecture_of,
-    core_mapper_for,
-    load_for_training,
-    load_model,
-)
+from common.errors import InputError
+from models import FLASH_ATTN_MODELS, MODEL_NICKNAME_MAP, core_mapper_for
+from models.assemble import LoadPlan, add_lora, load_policy
 from models.internlm_xcomposer2.processing import SYSTEM
 from tests import zoo
 
@@ -664,10 +657,11 @@ def test_what_packed_rows_cannot_have_is_switched_off_with_a_warning(
     parsed = parse(
         ModelArguments, DataArguments, LoraArguments, DPOConfig, argv=[*argv, "--use_cpu", "True", flag, "True"]
     )
-    model = load_for_training(parsed[0], parsed[2], parsed[3])
+    plan = LoadPlan.of(parsed[0], parsed[2], parsed[3])
+    model = load_policy(plan, parsed[2], parsed[3])
     assert warning in caplog.text
     assert model.config._attn_implementation == "sdpa"
-    assert parsed[3].share_prefix == (name == "llava")
+    assert plan.share_prefix == (name == "llava")
 
 
 def test_the_guide_taken_literally(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -719,7 +713,7 @@ def test_the_guide_taken_literally(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 LOAD_WITHOUT_PROJECT = """
 import os, sys, torch
-if torch.version.cuda is None:  # see base/compat.py
+if torch.version.cuda is None:  # see common/compat.py
     library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"): library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -16,11 +16,15 @@ from datasets import Dataset
 import args
 import train_ppo
 import train_sft
-from base.errors import InputError
-from base.ppo_rewards import load_rewards
-from base.reward import VALUE_ADAPTER, VLModelWithValueHead, VLRewardModel, adapter_active, adapter_now, score_rows
+from base.adapters import adapter_active, adapter_now
+from base.loading import load_model
+from base.reward import VLRewardModel, score_rows
 from base.rollout import BatchSizes, PromptBatches, SeededSampling, cut_after_end, mini_batches
-from models import core_mapper_for, load_for_training, load_model, reference_for
+from base.value import VALUE_ADAPTER, VLModelWithValueHead
+from common.errors import InputError
+from data import DataSplits
+from models import core_mapper_for
+from models.assemble import LoadPlan, load_policy
 from tests import zoo
 
 ROOT = Path(__file__).parents[1]
@@ -121,7 +125,9 @@ def reward_adapters(tmp_path_factory: pytest.TempPathFactory):
                 argv=f"--model_name_or_path {path} --dataset_name x --output_dir {folder} {LORA}".split(),
             )  # fmt: skip
             torch.manual_seed(1)
-            model = VLRewardModel(load_for_training(model_args, lora_args, training_args))
+            model = VLRewardModel(
+                load_policy(LoadPlan.of(model_args, lora_args, training_args), lora_args, training_args)
+            )
             for name, weight in model.named_parameters():
                 if "lora_B" in name:
                     torch.nn.init.normal_(weight, std=0.1)
@@ -135,30 +141,16 @@ def reward_adapters(tmp_path_factory: pytest.TempPathFactory):
 
 def ppo_trainer(checkpoint: str, rows: list[dict], out: Path, flags: str):
     """What train_ppo.py builds, for rows in memory."""
-    model_args, _, lora_args, training_args = args.parse(
+    parsed = args.parse(
         args.ModelArguments,
         args.DataArguments,
         args.LoraArguments,
         args.PPOConfig,
         argv=f"--model_name_or_path {checkpoint} --dataset_name x --output_dir {out} --max_steps 1 --per_device_train_batch_size 4 "
-        "--rollouts_per_prompt 2 --response_length 6 --learning_rate 1e-2 --lr_scheduler_type constant --save_strategy no "
+        "--rollouts_per_prompt 2 --response_length 6 --learning_rate 1e-2 --lr_scheduler_type constant --save_strategy no --seed 0 "
         f"--disable_tqdm True --num_sample_generations 0 {flags}".split(),
     )
-    torch.manual_seed(0)
-    adapter = core_mapper_for(checkpoint)
-    processor = adapter.processor(checkpoint)
-    policy = load_for_training(model_args, lora_args, training_args)
-    ref_model = reference_for(policy, model_args, lora_args, training_args)
-    model = adapter.value_model(policy)
-    return adapter.ppo_trainer(
-        model=model,
-        ref_model=ref_model,
-        rewards=load_rewards(model, model_args, lora_args, training_args),
-        args=training_args,
-        processor=processor,
-        data_collator=adapter.ppo_collator(processor, share_prefix=training_args.share_prefix),
-        train_dataset=Dataset.from_list(rows),
-    )
+    return train_ppo.build(*parsed, data=DataSplits(Dataset.from_list(rows), None, {}))[0]
 
 
 def rolled_out(trainer, rows: list[dict], size: int = 2):

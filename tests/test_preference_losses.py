@@ -10,8 +10,9 @@ from datasets import Dataset
 import args
 import losses
 import train_dpo
-from base.errors import InputError
-from models import core_mapper_for, load_for_training, reference_for
+from common.errors import InputError
+from data import DataSplits
+from models import core_mapper_for
 from tests import zoo
 from tests.test_dpo import LORA
 
@@ -26,32 +27,15 @@ def rows(preference_rows, image_dir) -> list[dict]:
 
 
 def trainer_for(checkpoint: str, rows: list[dict], out, flags: str):
-    model_args, _, lora_args, training_args = args.parse(
+    parsed = args.parse(
         args.ModelArguments,
         args.DataArguments,
         args.LoraArguments,
         args.DPOConfig,
-        argv=f"--model_name_or_path {checkpoint} --dataset_name x --output_dir {out} --max_steps 2 --per_device_train_batch_size 4 "
+        argv=f"--model_name_or_path {checkpoint} --dataset_name x --output_dir {out} --max_steps 2 --per_device_train_batch_size 4 --seed 0 "
         f"--learning_rate 1e-3 --lr_scheduler_type constant --save_strategy no --disable_tqdm True {flags}".split(),
     )
-    torch.manual_seed(0)
-    adapter = core_mapper_for(checkpoint)
-    processor = adapter.processor(checkpoint)
-    model = load_for_training(model_args, lora_args, training_args)
-    return adapter.dpo_trainer(
-        model=model,
-        ref_model=reference_for(model, model_args, lora_args, training_args),
-        args=training_args,
-        processor=processor,
-        data_collator=adapter.dpo_collator(
-            processor,
-            share_prefix=training_args.share_prefix,
-            needs=losses.needs_of(training_args.loss_type),
-            corruption=training_args.corruption,
-            seed=training_args.seed,
-        ),
-        train_dataset=Dataset.from_list(rows),
-    )
+    return train_dpo.build(*parsed, data=DataSplits(Dataset.from_list(rows), None, {}))[0]
 
 
 def first_losses(trainer) -> list[float]:

@@ -7,9 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from base.errors import InputError
-from base.processor import IGNORE_INDEX, VLProcessor, load_image
-from models import core_mapper_for, load_model
+from base.images import load_image
+from base.loading import load_model
+from base.processor import IGNORE_INDEX, VLProcessor
+from common.errors import InputError
+from models import core_mapper_for
 from tests import zoo
 
 TURNS = [

@@ -13,7 +13,9 @@ import train_ppo
 import train_rm
 import train_sft
 from args import LoraArguments
-from models import MODEL_NICKNAME_MAP, add_lora, load_model
+from base.loading import load_model
+from models import MODEL_NICKNAME_MAP
+from models.assemble import add_lora
 from tests import zoo
 
 SCRIPTS = {"sft": train_sft, "dpo": train_dpo, "rm": train_rm, "ppo": train_ppo}

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 import train_sft
 from args import SFTConfig
-from base.checkpoints import ASIDE, EXIT_PREEMPTED, Preemption, newest_whole_checkpoint, what_is_wrong_with
-from base.errors import InputError
+from base.checkpoints import ASIDE, EXIT_PREEMPTED, Preemption
+from base.resume import checkpoint_to_resume, newest_whole_checkpoint, what_is_wrong_with
+from common.errors import InputError
 from tests.processes import Run, history
 
 STEPS = 6
@@ -211,7 +212,7 @@ def test_halves_are_passed_over(argv, tmp_path, capsys):
         assert newest_whole_checkpoint(str(out)) == str(older)
         assert message in capsys.readouterr().err
         with pytest.raises(InputError, match="cannot be used"):
-            SFTConfig(output_dir=str(out), resume_from_checkpoint=str(newest))
+            checkpoint_to_resume(SFTConfig(output_dir=str(out), resume_from_checkpoint=str(newest)))
         shutil.rmtree(newest)
         shutil.copytree(keep, newest)
     shutil.rmtree(older)

@@ -14,11 +14,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import args
 import eval.reward
 import train_rm
-from base.errors import InputError
-from base.packing import pack_rows
-from base.reward import REWARD_HEAD, VLRewardModel, checkpoint_fingerprint, last_token_positions, score_rows
-from base.trainer import draw_calibration
-from models import core_mapper_for, load_for_training
+from base.calibration import draw_calibration
+from base.heads import REWARD_HEAD, checkpoint_fingerprint
+from base.packing import last_token_positions, pack_rows
+from base.reward import VLRewardModel, score_rows
+from common.errors import InputError
+from data import DataSplits
+from models import core_mapper_for
 from tests import zoo
 
 FAMILIES = ["llava", "qwen2_5_vl", "gemma3", "instructblip", "mllama"]
@@ -42,25 +44,16 @@ def k_rows(image_dir: Path, count: int = 3) -> list[dict]:
 
 def rm_trainer(checkpoint: str, rows: list[dict], out: Path, flags: str = "", eval_rows: list[dict] | None = None):
     """What train_rm.py builds, for rows in memory."""
-    model_args, _, lora_args, training_args = args.parse(
+    parsed = args.parse(
         args.ModelArguments,
         args.DataArguments,
         args.LoraArguments,
         args.RMConfig,
-        argv=f"--model_name_or_path {checkpoint} --dataset_name x --output_dir {out} --max_steps 3 --per_device_train_batch_size 2 "
+        argv=f"--model_name_or_path {checkpoint} --dataset_name x --output_dir {out} --max_steps 3 --per_device_train_batch_size 2 --seed 0 "
         f"--learning_rate 1e-3 --lr_scheduler_type constant --save_strategy no --disable_tqdm True {flags}".split(),
     )
-    torch.manual_seed(0)
-    adapter = core_mapper_for(checkpoint)
-    processor = adapter.processor(checkpoint)
-    return adapter.reward_trainer(
-        model=adapter.reward_model(load_for_training(model_args, lora_args, training_args)),
-        args=training_args,
-        processor=processor,
-        data_collator=adapter.reward_collator(processor, share_prefix=training_args.share_prefix),
-        train_dataset=Dataset.from_list(rows),
-        eval_dataset=Dataset.from_list(eval_rows) if eval_rows else None,
-    )
+    evaluation = Dataset.from_list(eval_rows) if eval_rows else None
+    return train_rm.build(*parsed, data=DataSplits(Dataset.from_list(rows), evaluation, {}))[0]
 
 
 def test_the_last_real_token_is_found_in_every_layout():

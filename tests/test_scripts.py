@@ -12,8 +12,9 @@ import torch
 
 import train_dpo
 import train_sft
-from base.errors import InputError
-from models import core_mapper_for, load_model
+from base.loading import load_model
+from common.errors import InputError
+from models import core_mapper_for
 from tests import zoo
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +54,9 @@ def test_saved_checkpoints_load_without_this_project(command, tmp_path, llava, i
             logits[name] = load_model(str(tmp_path / name), dtype=torch.float32).eval()(**batch).logits.tolist()
     (tmp_path / "expected.json").write_text(json.dumps(logits))
     script = tmp_path / "load.py"
-    compat = (ROOT / "base" / "compat.py").read_text().split("def ")[0]  # the environment's own defect, not the project
+    compat = (
+        (ROOT / "common" / "compat.py").read_text().split("def ")[0]
+    )  # the environment's own defect, not the project
     script.write_text(
         compat
         + f"""

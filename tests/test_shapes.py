@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from args import DataArguments
-from base.errors import InputError
+from common.errors import InputError
 from data import load_train_eval, shapes
 from data.shapes import CELL, COLOURS, PLACES, Thing
 from eval import shapes_report

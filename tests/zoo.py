@@ -14,8 +14,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import base.compat  # noqa: F401 isort: skip  (must come before transformers)
-
 import numpy as np
 import torch
 import transformers as tf

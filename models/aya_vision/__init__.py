@@ -1,6 +1,5 @@
 """Aya Vision: SigLIP tiles, Cohere 2 decoder. https://arxiv.org/abs/2505.08751"""
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 from transformers import AyaVisionForConditionalGeneration
 
 from base.model import VLModelMixin

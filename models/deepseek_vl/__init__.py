@@ -1,6 +1,5 @@
 """DeepSeek-VL: SigLIP tower, Llama-shaped decoder. https://arxiv.org/abs/2403.05525"""
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 from transformers import DeepseekVLForConditionalGeneration
 
 from base.model import VLModelMixin

@@ -2,7 +2,6 @@
 https://arxiv.org/abs/2503.19786
 """
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 from typing import Any
 
 import torch

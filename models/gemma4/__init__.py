@@ -1,7 +1,6 @@
 """Gemma 4: images of any shape and 70 to 1,120 tokens; layers with a sliding window see an image both ways.
 https://ai.google.dev/gemma"""
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 from typing import Any
 
 import torch

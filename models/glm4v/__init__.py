@@ -1,6 +1,5 @@
 """GLM-4.1V: a reasoning model with Qwen2-VL's positions. https://arxiv.org/abs/2507.01006"""
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 from transformers import Glm4vForConditionalGeneration
 
 from base.model import VLModelMixin

@@ -2,7 +2,6 @@
 https://arxiv.org/abs/2405.02246
 """
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 from transformers import Idefics2ForConditionalGeneration
 
 from base.model import VLModelMixin

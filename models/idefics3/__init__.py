@@ -1,6 +1,5 @@
 """Idefics3: SigLIP tower, pixel shuffle, Llama 3 decoder. https://arxiv.org/abs/2408.12637"""
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 from transformers import Idefics3ForConditionalGeneration
 
 from base.model import VLModelMixin

@@ -2,7 +2,6 @@
 https://arxiv.org/abs/2305.06500
 """
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 import re
 from typing import Any
 
@@ -10,9 +9,9 @@ import torch
 from PIL import Image
 from transformers import InstructBlipForConditionalGeneration
 
-from base.errors import InputError
 from base.model import VLModelMixin
 from base.processor import VLProcessor
+from common.errors import InputError
 from models.core_mapper import ModelCoreMapper
 
 TOWER_INPUTS = ("pixel_values", "qformer_input_ids", "qformer_attention_mask")

@@ -4,7 +4,6 @@ https://arxiv.org/abs/2401.16420. Released checkpoints are converted once:
 `python -m models.internlm_xcomposer2.convert internlm/internlm-xcomposer2-vl-7b OUT`.
 """
 
-import base.compat  # noqa: F401 isort: skip  (must come before transformers)
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
 from base.model import VLModelMixin

@@ -4,7 +4,6 @@ The defaults are the public 7 B model. `InternLMXComposer2OriginalConfig` stands
 only says how to convert it.
 """
 
-import base.compat  # noqa: F401 isort: skip  (must come before transformers)
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 

@@ -11,7 +11,6 @@ import json
 import shutil
 from pathlib import Path
 
-import base.compat  # noqa: F401 isort: skip  (must come before transformers)
 import torch
 from transformers import GenerationConfig
 

@@ -7,7 +7,6 @@ take and text tokens do not. Differences from the released code:
 2. The path reads and writes the rows of image tokens only; the release computes all rows and masks.
 """
 
-import base.compat  # noqa: F401 isort: skip  (must come before transformers)
 import torch
 import torch.nn.functional as F
 from torch import nn

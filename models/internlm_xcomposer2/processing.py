@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import base.compat  # noqa: F401 isort: skip  (must come before transformers)
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 from transformers.convert_slow_tokenizer import SentencePieceExtractor, generate_merges

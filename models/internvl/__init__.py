@@ -1,6 +1,5 @@
 """InternVL3 and 3.5 in the transformers layout (checkpoints named -hf). https://arxiv.org/abs/2504.10479"""
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 from transformers import InternVLForConditionalGeneration
 
 from base.model import VLModelMixin

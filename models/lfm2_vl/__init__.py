@@ -1,14 +1,13 @@
 """LFM2-VL: short convolutions between few attention layers. https://arxiv.org/abs/2511.23404"""
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 from typing import Any
 
 from PIL import Image
 from transformers import Lfm2VlForConditionalGeneration
 
-from base.errors import InputError
 from base.model import VLModelMixin
 from base.processor import VLProcessor
+from common.errors import InputError
 from models.core_mapper import ModelCoreMapper
 
 

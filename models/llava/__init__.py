@@ -1,6 +1,5 @@
 """LLaVA-1.5: CLIP (or Pixtral) tower, two-layer projector, Llama decoder. https://arxiv.org/abs/2310.03744"""
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 from transformers import LlavaForConditionalGeneration
 
 from base.model import VLModelMixin

@@ -1,7 +1,6 @@
 """LLaVA-NeXT (1.6): a base view and up to four high-resolution tiles per image.
 https://llava-vl.github.io/blog/2024-01-30-llava-next/"""
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 from transformers import LlavaNextForConditionalGeneration
 
 from base.model import VLModelMixin

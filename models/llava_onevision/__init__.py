@@ -2,7 +2,6 @@
 https://arxiv.org/abs/2408.03326
 """
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from base.model import VLModelMixin

@@ -1,6 +1,5 @@
 """Mistral Small 3.1 and 3.2: Pixtral tower with patches merged two by two. https://mistral.ai/news/mistral-small-3-1"""
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 from typing import Any
 
 from PIL import Image

@@ -2,7 +2,6 @@
 https://arxiv.org/abs/2407.21783, section 7
 """
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 from typing import Any
 
 import torch

@@ -1,6 +1,5 @@
 """Ovis2: the tower describes a patch as a mixture of visual words. https://arxiv.org/abs/2405.20797"""
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 from transformers import Ovis2ForConditionalGeneration
 
 from base.model import VLModelMixin

@@ -1,7 +1,6 @@
 """PaliGemma and PaliGemma 2: images and prompt are a prefix that sees itself both ways.
 https://arxiv.org/abs/2407.07726"""
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 import os
 from typing import Any
 

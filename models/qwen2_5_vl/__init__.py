@@ -1,6 +1,5 @@
 """Qwen2.5-VL: Qwen2-VL with window attention in the tower. https://arxiv.org/abs/2502.13923"""
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from base.model import VLModelMixin

@@ -1,6 +1,5 @@
 """Qwen2-VL: native resolution, positions in three axes (M-RoPE). https://arxiv.org/abs/2409.12191"""
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 from typing import Any
 
 import torch

@@ -1,6 +1,5 @@
 """Qwen3.5: three layers of linear attention to one of full attention. https://qwen.ai/blog?id=qwen3.5"""
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 from transformers import Qwen3_5ForConditionalGeneration
 
 from base.model import VLModelMixin

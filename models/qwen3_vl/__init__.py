@@ -1,6 +1,5 @@
 """Qwen3-VL: tower features also enter the first decoder layers (deepstack). https://arxiv.org/abs/2511.21631"""
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 from transformers import Qwen3VLForConditionalGeneration
 
 from base.model import VLModelMixin

@@ -1,6 +1,5 @@
 """Qwen3-VL's mixtures of experts. https://arxiv.org/abs/2511.21631"""
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 from transformers import Qwen3VLMoeForConditionalGeneration
 
 from base.model import VLModelMixin

@@ -3,7 +3,6 @@
 Released checkpoints are converted once: `python -m models.qwen_vl.convert Qwen/Qwen-VL-Chat OUT`.
 """
 
-import base.compat  # noqa: F401 isort: skip  (must come before transformers)
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +10,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
+from base.images import ImageSource
 from base.model import VLModelMixin
-from base.processor import IMAGE_MARK, ImageSource, Messages, VLProcessor
+from base.processor import Messages, VLProcessor
+from data.rows import IMAGE_MARK
 from models.core_mapper import ModelCoreMapper
 from models.qwen_vl.configuration import QwenConfig, QwenVLConfig
 from models.qwen_vl.modeling import QwenVLForConditionalGeneration

@@ -4,7 +4,6 @@ The defaults are the public 9.6 B model. `QwenConfig` stands for the original re
 convert it.
 """
 
-import base.compat  # noqa: F401 isort: skip  (must come before transformers)
 from transformers import CLIPVisionConfig, PreTrainedConfig, Qwen2Config
 
 

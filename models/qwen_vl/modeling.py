@@ -7,7 +7,6 @@ Differences from those modules:
 3. One cross-attention layer pools the patches into 256 tokens (Qwen-VL, arXiv:2308.12966, section 2.1).
 """
 
-import base.compat  # noqa: F401 isort: skip  (must come before transformers)
 import torch
 import torch.nn.functional as F
 from torch import nn

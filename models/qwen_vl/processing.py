@@ -3,7 +3,6 @@
 import base64
 from pathlib import Path
 
-import base.compat  # noqa: F401 isort: skip  (must come before transformers)
 from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode

@@ -1,6 +1,5 @@
 """SmolVLM and SmolVLM2: Idefics3's design at 256 M to 2.2 B parameters. https://arxiv.org/abs/2504.05299"""
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 from transformers import SmolVLMForConditionalGeneration
 
 from base.model import VLModelMixin

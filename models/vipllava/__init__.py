@@ -1,6 +1,5 @@
 """ViP-LLaVA: LLaVA that reads several layers of its tower. https://arxiv.org/abs/2312.00784"""
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 from transformers import VipLlavaForConditionalGeneration
 
 from base.model import VLModelMixin

@@ -1,6 +1,5 @@
 """The terms of PPO's score: reward adapters on the policy's base, reward models of their own, and functions in a user's file."""
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 import functools
 import importlib.util
 import inspect
@@ -11,11 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainingArguments
 
-from base.errors import InputError
-from base.reward import VLModelWithValueHead, VLRewardModel, check_same_base, head_metadata
+from args import PPOConfig
+from base.heads import check_same_base, head_metadata
+from base.loading import core_mapper_for
+from base.reward import VLRewardModel
 from base.rollout import Rollouts
+from base.value import VLModelWithValueHead
+from common.errors import InputError
 
 RewardFunction = Callable[..., Sequence[float]]
 
@@ -58,31 +60,28 @@ def load_reward_fn(spec: str) -> RewardFunction:
     return function
 
 
-def load_rewards(model: VLModelWithValueHead, model_args: Any, lora_args: Any, args: TrainingArguments) -> list[Reward]:
+def load_rewards(model: VLModelWithValueHead, base: str, freeze_vision_tower: bool, args: PPOConfig) -> list[Reward]:
     """All rewards of the command line, and the value function that may start from the first of them.
+
+    Args:
+        model: the policy, which reward adapters and a value adapter are added to.
+        base: the checkpoint under the policy's adapter.
 
     Raises:
         InputError: a head is missing, an adapter was trained on another base, a function cannot be found.
     """
-    from models import base_model_path, core_mapper_for  # models imports this module
-
-    if lora_args.lora_bias != "none":
-        raise InputError(
-            "--lora_bias must be none in PPO: trained biases belong to the base, which the reference and the rewards share."
-        )
-    base_path = base_model_path(model_args.model_name_or_path)
-    if model_args.freeze_vision_tower:
+    if freeze_vision_tower:
         model.freeze_vision_side()
     if args.value_adapter == "separate":
         folders = [*args.reward_adapter, *args.reward_model_name_or_path]
         if args.init_value_from_reward and args.reward_adapter:
-            check_same_base(folders[0], head_metadata(folders[0]), base_path)
+            check_same_base(folders[0], head_metadata(folders[0]), base)
         model.add_value_function(folders[0] if args.init_value_from_reward else None)
-        if model_args.freeze_vision_tower:
+        if freeze_vision_tower:
             model.freeze_vision_side()
     rewards = []
     for folder in args.reward_adapter:
-        rewards.append(Reward(Path(folder).name, hat=model.add_reward_adapter(folder, base_path)))
+        rewards.append(Reward(Path(folder).name, hat=model.add_reward_adapter(folder, base)))
     for path in args.reward_model_name_or_path:
         own = core_mapper_for(path)
         dtype = torch.bfloat16 if args.bf16 else torch.float32

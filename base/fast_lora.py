@@ -5,7 +5,6 @@ adds one as wide as the input. Here both low-rank products are accumulated by th
 What is stored and saved is peft's: only the class of the layers in memory differs.
 """
 
-import base.compat  # noqa: F401  isort: skip  (must come before transformers)
 from typing import Any
 
 import torch

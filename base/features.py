@@ -1,0 +1,51 @@
+"""Image features between the vision tower and the language model: what is kept of them, and how batches of them are joined."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+
+def slim_features(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Drop the encoder's inner states from image features: they would live as long as the update."""
+    outputs = inputs.get("mm_encoder_outputs")
+    if outputs is None:
+        return inputs
+    keep = ("pooler_output", "deepstack_features", "visual_indicator_features")  # what language models read
+    slim = {m: type(o)(**{k: o[k] for k in keep if k in o}) for m, o in outputs.items()}
+    return inputs | {"mm_encoder_outputs": slim}
+
+
+def sum_of_tensors(value: Any) -> Any:
+    """The sum over all floating-point tensors of nested dicts and lists; 0.0 if there is none."""
+    if isinstance(value, torch.Tensor):
+        return value.sum() if value.is_floating_point() else 0.0
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(sum_of_tensors(v) for v in values)
+
+
+def tile_images(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Image inputs of several batches, one after the other (or of one batch several times).
+
+    Of features only what the language model reads is kept.
+    """
+
+    def joined(name: str, values: list[Any]) -> Any:
+        first = values[0]
+        if isinstance(first, Tensor):
+            wide = [max(v.shape[d] for v in values) for d in range(1, first.ndim)]
+            # Tokens of InstructBLIP's Q-Former: padded to the longest, as its processor does
+            gaps = [[g for d in range(v.ndim - 1, 0, -1) for g in (0, wide[d - 1] - v.shape[d])] for v in values]
+            return torch.cat([F.pad(v, gap) if any(gap) else v for v, gap in zip(values, gaps, strict=True)])
+        if isinstance(first, ModelOutput):
+            return type(first)(**{k: joined(k, [v[k] for v in values]) for k in first})
+        if isinstance(first, dict):
+            return {k: joined(k, [v[k] for v in values]) for k in first}
+        if name == "pooler_output":  # one tensor per image
+            return [t for v in values for t in v]
+        return [joined(name, [v[i] for v in values]) for i in range(len(first))]  # one entry per layer
+
+    return joined("", list(parts)) if len(parts) > 1 else dict(parts[0])

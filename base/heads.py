@@ -1,0 +1,218 @@
+"""Scalar heads on any family's backbone, in memory and on disk.
+
+A head is one row of weights over the hidden states that lm_head reads. It is saved beside the weights or the adapter, in a file of its own, so
+that the folder stays an ordinary checkpoint for AutoModelForImageTextToText or PeftModel.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.utils import cached_file
+
+from base.adapters import _recompute_with_same_adapter
+from base.loading import base_model_path, load_model, load_weights
+from common.errors import InputError
+
+REWARD_HEAD = "reward_head.safetensors"
+VALUE_HEAD = "value_head.safetensors"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On disk
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def scalar_head(backbone: nn.Module) -> nn.Linear:
+    """A fresh head: D -> 1, no bias, std 1 / sqrt(D + 1) (Stiennon et al., 2009.01325)."""
+    hidden_size = backbone.config.get_text_config().hidden_size
+    head = nn.Linear(hidden_size, 1, bias=False)
+    nn.init.normal_(head.weight, std=(hidden_size + 1) ** -0.5)
+    return head
+
+
+def _file(folder: str, name: str) -> Path | None:
+    """A file of a checkpoint folder or hub repository, or None."""
+    if os.path.isdir(folder):
+        path = Path(folder) / name
+        return path if path.is_file() else None
+    found = cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
+    return Path(found) if found else None
+
+
+def load_head(folder: str, name: str, backbone: nn.Module) -> nn.Linear:
+    """Read a head that was trained on a backbone of this size.
+
+    Raises:
+        InputError: the file is missing, or the head is of another size.
+    """
+    path = _file(folder, name)
+    if path is None:
+        script = "train_rm.py" if name == REWARD_HEAD else "train_ppo.py"
+        raise InputError(f"{folder} has no {name}: give the output folder of {script}, or train a reward model first.")
+    head = scalar_head(backbone)
+    with safe_open(path, "pt") as file:
+        weight = file.get_tensor("weight")
+    if weight.shape != head.weight.shape:
+        raise InputError(
+            f"{path} is a head for hidden size {weight.shape[1]}, the model has {head.weight.shape[1]}: they were not trained together."
+        )
+    head.weight = nn.Parameter(weight.float())
+    return head
+
+
+def head_metadata(folder: str, name: str = REWARD_HEAD) -> dict[str, str]:
+    """What was saved beside a head: `base`, the fingerprint of the checkpoint that its adapter was trained on."""
+    path = _file(folder, name)
+    if path is None:
+        return {}
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+def checkpoint_fingerprint(model_name_or_path: str) -> str | None:
+    """Identity of a checkpoint's weights: names, shapes and some bytes of every tensor. None if there is no safetensors file.
+
+    Two checkpoints of one family differ, and so does one that was trained on in place; loading in another dtype or quantised does not matter.
+    """
+    index = _file(model_name_or_path, "model.safetensors.index.json")
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index else ["model.safetensors"]
+    digest = hashlib.sha256()
+    for name in names:
+        path = _file(model_name_or_path, name)
+        if path is None:
+            return None
+        with open(path, "rb") as file:
+            size = struct.unpack("<Q", file.read(8))[0]
+            header = json.loads(file.read(size))
+            for tensor, info in sorted(header.items()):
+                if tensor == "__metadata__":
+                    continue
+                begin, end = info["data_offsets"]
+                file.seek(8 + size + (begin + end) // 2 // 16 * 16)
+                digest.update(
+                    json.dumps([tensor, info["dtype"], info["shape"]]).encode() + file.read(min(64, end - begin))
+                )
+    return digest.hexdigest()[:32]
+
+
+def _part(state_dict: dict[str, Tensor] | None, prefix: str) -> dict[str, Tensor] | None:
+    if state_dict is None:
+        return None
+    return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+
+
+def save_head(backbone: nn.Module, weight: Tensor, folder: str, name: str) -> None:
+    """Write a head, and the fingerprint of the base of its adapter."""
+    metadata = {}
+    if isinstance(backbone, PeftModel):
+        base = backbone.peft_config[backbone.active_adapter].base_model_name_or_path
+        metadata["base"] = (checkpoint_fingerprint(base) if base else None) or ""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file({"weight": weight.detach().float().cpu().contiguous()}, Path(folder) / name, metadata)
+
+
+def check_same_base(folder: str, metadata: dict[str, str], base: str) -> None:
+    """Raise InputError if the adapter in `folder` was trained on another checkpoint than `base`."""
+    trained_on = metadata.get("base")
+    if trained_on and (found := checkpoint_fingerprint(base)) and found != trained_on:
+        raise InputError(
+            f"The adapter in {folder} was trained on other weights than those of {base}: give the base that it was trained on, "
+            "or train it anew."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class HeadModel(nn.Module):
+    """A backbone (maybe wrapped by peft) with a scalar head, as transformers.Trainer needs it."""
+
+    head_name: str
+
+    def __init__(self, backbone: nn.Module, head: nn.Linear | None = None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head if head is not None else scalar_head(backbone)
+        self.head.to(next(backbone.parameters()).device)
+
+    @property
+    def core(self) -> nn.Module:
+        """The adapter's model inside peft."""
+        return self.backbone.get_base_model() if isinstance(self.backbone, PeftModel) else self.backbone
+
+    @property
+    def config(self) -> Any:
+        return self.backbone.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        return self.core.is_activation_checkpointing
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """As transformers', safe with several adapters in one forward."""
+        settings = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
+        if isinstance(self.backbone, PeftModel):
+            settings["context_fn"] = functools.partial(_recompute_with_same_adapter, self.backbone)
+        self.core.activation_checkpointing_enable(activation_checkpointing_kwargs=settings, **kwargs)
+
+    def apply_head(self, head: nn.Linear, hidden: Tensor) -> Tensor:
+        """(N, D) -> (N,) float32."""
+        return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
+
+    def save_pretrained(self, save_directory: str, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:
+        """Save backbone or adapter as transformers and peft do, and the head beside.
+
+        Args:
+            state_dict: of this whole module, gathered by the caller (ZeRO-3).
+        """
+        self._save_backbone(save_directory, _part(state_dict, "backbone."), **kwargs)
+        weight = self.head.weight if state_dict is None else state_dict["head.weight"]
+        save_head(self.backbone, weight, save_directory, self.head_name)
+
+    def _save_backbone(self, save_directory: str, state_dict: dict[str, Tensor] | None, **kwargs: Any) -> None:
+        self.backbone.save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+
+    def load_checkpoint(self, folder: str) -> None:
+        """Take over the weights that `save_pretrained` wrote, to resume."""
+        load_weights(self.backbone, folder)
+        self.head.load_state_dict(load_head(folder, self.head_name, self.backbone).state_dict())
+
+    @classmethod
+    def from_pretrained(cls, model_name_or_path: str, **kwargs: Any) -> Self:
+        """Load a full checkpoint with its head, or a LoRA adapter with its head on the base that adapter_config.json names.
+
+        Args:
+            kwargs: go to models.load_model.
+
+        Raises:
+            InputError: the head or weights are missing, or the adapter was trained on another base than the one it names.
+        """
+        metadata = head_metadata(model_name_or_path, cls.head_name)
+        check_same_base(model_name_or_path, metadata, base_model_path(model_name_or_path))
+        model = load_model(model_name_or_path, **{"dtype": torch.float32, **kwargs})
+        return cls(model, load_head(model_name_or_path, cls.head_name, model))
+
+
+def freeze_lm_head(core: nn.Module) -> None:
+    """Freeze an lm_head that no loss reaches: DDP waits for every gradient. A tied one belongs to the embeddings."""
+    lm_head = core.get_output_embeddings()
+    if lm_head is not None and lm_head.weight is not core.get_input_embeddings().weight:
+        lm_head.requires_grad_(False)

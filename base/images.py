@@ -1,0 +1,62 @@
+"""Pictures of rows: paths, bytes or PIL images -> upright 8-bit RGB."""
+
+import io
+import os
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from common.errors import InputError
+from data.images import FORMATS
+
+ImageSource = str | os.PathLike | bytes | dict[str, Any] | Image.Image
+
+
+def image_file(image: ImageSource) -> str | io.BytesIO | Image.Image:
+    """What `PIL.Image.open` accepts for an image of a row (path, bytes or {"bytes", "path"}); a PIL image stays one."""
+    if isinstance(image, dict):
+        image = image["bytes"] if image.get("bytes") is not None else image["path"]
+    if isinstance(image, bytes):
+        return io.BytesIO(image)
+    return image if isinstance(image, Image.Image) else os.fspath(image)
+
+
+def load_image(image: ImageSource) -> Image.Image:
+    """Decode one image to upright 8-bit RGB.
+
+    Raises:
+        InputError: the file is missing, truncated or no image; names it.
+    """
+    file = image_file(image)
+    try:
+        decoded = file if isinstance(file, Image.Image) else Image.open(file, formats=FORMATS)
+        decoded = ImageOps.exif_transpose(decoded)
+        if decoded.mode.startswith("I;16") or decoded.mode in ("I", "F"):
+            # Pillow clips 16-bit greys at 255; scale them instead.
+            grey = np.asarray(decoded, dtype=np.float64)
+            top = 65535 if grey.max() > 255 else 255
+            decoded = Image.fromarray((grey.clip(0, top) / top * 255).astype(np.uint8))
+        return decoded.convert("RGB")
+    except (OSError, SyntaxError, ValueError, NotImplementedError, Image.DecompressionBombError) as error:
+        raise _unreadable(file, error) from error
+
+
+def upright_size(image: ImageSource) -> tuple[int, int]:
+    """Width and height of what `load_image` returns, read from the file's header.
+
+    Raises:
+        InputError: as `load_image`.
+    """
+    file = image_file(image)
+    try:
+        opened = file if isinstance(file, Image.Image) else Image.open(file, formats=FORMATS)
+        turned = opened.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return opened.size[::-1] if turned else opened.size
+    except (OSError, SyntaxError, ValueError, NotImplementedError, Image.DecompressionBombError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Any, error: Exception) -> InputError:
+    name = file if isinstance(file, str) else "image bytes in the row"
+    return InputError(f"Cannot read {name} as an image ({error}): replace the file or drop the row.")

@@ -1,0 +1,168 @@
+"""The one way to load a checkpoint, as its family's adapter class."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel, prepare_model_for_kbit_training, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from torch import nn
+from transformers import AutoConfig, BitsAndBytesConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import cached_file, is_flash_attn_2_available
+
+from common.compat import keep_quantised_linears_trainable
+from common.errors import InputError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from models.core_mapper import ModelCoreMapper
+
+
+def core_mapper_for(model_name_or_path: str) -> "ModelCoreMapper":
+    """The adapter of a checkpoint, see `models.core_mapper_for`."""
+    return _families().core_mapper_for(model_name_or_path)
+
+
+def _families() -> "ModuleType":
+    """The package `models`: the one place below it that looks families up. They are plug-ins, found when a checkpoint is loaded."""
+    import models
+
+    return models
+
+
+def base_model_path(model_name_or_path: str) -> str:
+    """The checkpoint itself or, for a LoRA adapter folder, the base that its adapter_config.json names."""
+    adapter = Path(model_name_or_path) / "adapter_config.json"
+    if not adapter.is_file():
+        return model_name_or_path
+    base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+    if not base:
+        raise InputError(
+            f"{adapter} names no base_model_name_or_path: add the checkpoint that the adapter was trained on."
+        )
+    return base
+
+
+def architecture_of(model_name_or_path: str) -> str:
+    """The class name in the checkpoint's config.json.
+
+    Raises:
+        InputError: the folder or hub id has no config.json, or the config names no architecture.
+    """
+    path = base_model_path(model_name_or_path)
+    try:
+        config_file = cached_file(path, "config.json")
+    except OSError as error:
+        raise InputError(
+            f"{path} is neither a checkpoint folder with a config.json nor a model that the hub can give: {error}"
+        ) from error
+    try:
+        architectures = json.loads(Path(config_file).read_text()).get("architectures") or []
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{config_file} is not valid JSON (line {error.lineno}, column {error.colno}): download it again."
+        ) from error
+    if len(architectures) != 1:
+        raise InputError(f"{config_file} must name one class under `architectures`, not {architectures}.")
+    return architectures[0]
+
+
+def load_model(
+    model_name_or_path: str,
+    *,
+    dtype: torch.dtype | str = "auto",
+    use_flash_attention_2: bool = False,
+    bits: int | None = None,
+    is_trainable: bool = False,
+    **kwargs: Any,
+) -> torch.nn.Module:
+    """Load a checkpoint, or a LoRA adapter on its base, as its adapter's class. Every weight must be found.
+
+    Args:
+        bits: 4 (NF4 with double quantisation) or 8 quantise the language model, not vision tower, projector or lm_head.
+        is_trainable: an adapter's weights require gradients.
+        kwargs: go to from_pretrained.
+
+    Raises:
+        InputError: weights are missing, unexpected or of another shape, or flash attention cannot be had.
+    """
+    path = base_model_path(model_name_or_path)
+    model_class = core_mapper_for(path).model
+    if use_flash_attention_2:
+        kwargs["attn_implementation"] = _flash_attention(path)
+    if bits is not None:
+        kwargs["quantization_config"] = _quantisation(model_class, path, bits, dtype)
+    # ZeRO-3 draws all weights before it reads them. Adapters and heads, which are drawn next, must not depend on that.
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        model, info = model_class.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **kwargs
+        )
+    wrong = {
+        name: sorted(map(str, info.get(name) or ())) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
+    if any(wrong.values()):
+        listed = "; ".join(
+            f"{name.replace('_', ' ')} {', '.join(keys[:5])}" + ", ..." * (len(keys) > 5)
+            for name, keys in wrong.items()
+            if keys
+        )
+        raise InputError(
+            f"The weights of {path} do not fit {model_class.__name__}: {listed}. Save the checkpoint anew."
+        )
+    if is_deepspeed_zero3_enabled():
+        # transformers keeps all renamings of a class here, not only those that this checkpoint's names needed, and saves wrong names with them.
+        model._weight_conversions = [c for c in getattr(model, "_weight_conversions", None) or [] if c.was_used()]
+    if bits is not None:
+        keep_quantised_linears_trainable(model)
+    if path != model_name_or_path:
+        if bits is not None and is_trainable:
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        model = PeftModel.from_pretrained(model, model_name_or_path, is_trainable=is_trainable)
+    return model
+
+
+def load_weights(backbone: nn.Module, folder: str, adapter_name: str = "default") -> None:
+    """Overwrite the weights of a model, or of one adapter, with those saved in `folder`."""
+    if isinstance(backbone, PeftModel):
+        set_peft_model_state_dict(backbone, load_peft_weights(folder, device="cpu"), adapter_name=adapter_name)
+        return
+    # Names on disk differ from names in memory: load as from_pretrained does.
+    fresh = load_model(folder, dtype=next(backbone.parameters()).dtype)
+    backbone.load_state_dict(fresh.state_dict())
+
+
+def _flash_attention(path: str) -> str:
+
+    architecture = architecture_of(path)
+    if architecture not in _families().FLASH_ATTN_MODELS:
+        raise InputError(f"{architecture} does not support FlashAttention-2: leave --use_flash_attention_2 out.")
+    if not is_flash_attn_2_available():
+        raise InputError(
+            "FlashAttention-2 is not available here (package flash-attn, a CUDA GPU): leave --use_flash_attention_2 out."
+        )
+    return "flash_attention_2"
+
+
+def _quantisation(model_class: type, path: str, bits: int, dtype: torch.dtype | str) -> BitsAndBytesConfig:
+    """Quantise the language model only. The patterns of bitsandbytes match from the start of a full module name."""
+    with torch.device("meta"):
+        empty = model_class(AutoConfig.from_pretrained(path))
+    inside = {id(module) for module in empty.get_decoder().modules()}
+    keep = [
+        name
+        for name, module in empty.named_modules()
+        if isinstance(module, torch.nn.Linear) and id(module) not in inside
+    ]
+    compute = dtype if isinstance(dtype, torch.dtype) else torch.get_default_dtype()
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=keep,
+    )

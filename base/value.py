@@ -1,0 +1,234 @@
+"""The policy with its value function and, on the same base, the reference and reward models of PPO."""
+
+import copy
+import os
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from base.adapters import adapter_active
+from base.heads import (
+    REWARD_HEAD,
+    VALUE_HEAD,
+    HeadModel,
+    _file,
+    _part,
+    check_same_base,
+    freeze_lm_head,
+    head_metadata,
+    load_head,
+)
+from base.loading import load_model, load_weights
+from common.errors import InputError
+
+# Adapter name, and folder of its weights beside the policy's. Not "value": peft matches by name, and BERT has a layer of that name.
+VALUE_ADAPTER = "value_function"
+
+
+@dataclass
+class PolicyOutput(ModelOutput):
+    """What the policy and the value function say about N response tokens.
+
+    Attributes:
+        logps: (N,) float32 log-probs of the tokens at the sampling temperature.
+        entropy: (N,) float32, of the next-token distributions, if asked for.
+        state_values: (N,) float32, value of the state before each token. (`values` would hide dict.values, which DDP and DeepSpeed call.)
+    """
+
+    logps: Tensor | None = None
+    entropy: Tensor | None = None
+    state_values: Tensor | None = None
+
+
+POLICY, REFERENCE = "policy", "reference"
+
+
+class VLModelWithValueHead(HeadModel):
+    """The policy with its value function and, on the same base, reference and reward models as adapters.
+
+    With LoRA the policy is the adapter "default", the value function the adapter "value_function" (or the policy's trunk) with a head, the reference
+    the base with no adapter (or the adapter "ref"), and a reward model an adapter with a head: one base in memory wears all hats. With full
+    fine-tuning the value function has the policy's trunk or a backbone of its own.
+    """
+
+    head_name = VALUE_HEAD
+
+    def __init__(
+        self, backbone: nn.Module, head: nn.Linear | None = None, value_backbone: nn.Module | None = None
+    ) -> None:
+        super().__init__(backbone, head)
+        self.value_backbone = value_backbone
+        self.reward_heads = nn.ModuleDict()
+        # TRL would switch gradient checkpointing off and on around generation; layers only use it in training mode.
+        self.is_gradient_checkpointing = False
+
+    # -- building ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def separate_value(self) -> bool:
+        """Whether the value function has weights of its own besides the head."""
+        return self.value_backbone is not None or VALUE_ADAPTER in getattr(self.backbone, "peft_config", {})
+
+    def add_value_function(self, init_from: str | None = None) -> None:
+        """Give the value function weights of its own: a second adapter, or with full fine-tuning a second backbone.
+
+        Args:
+            init_from: output folder of train_rm.py that it starts from, head included; None starts as the policy does, with a fresh head.
+        """
+        if isinstance(self.backbone, PeftModel):
+            if init_from is None:
+                config = copy.copy(self.backbone.peft_config["default"])
+                config.modules_to_save = None
+                config.inference_mode = False
+                self.backbone.add_adapter(VALUE_ADAPTER, config)
+            else:
+                self.backbone.load_adapter(init_from, adapter_name=VALUE_ADAPTER, is_trainable=True)
+            self.backbone.set_adapter("default")
+            for name, parameter in self.backbone.named_parameters():
+                if f".{VALUE_ADAPTER}." in name:
+                    parameter.requires_grad_(True)
+        else:
+            path = init_from or self.core.config.name_or_path
+            self.value_backbone = load_model(path, dtype=next(self.backbone.parameters()).dtype)
+            freeze_lm_head(self.value_backbone)
+        if init_from is not None:
+            self.head = load_head(init_from, REWARD_HEAD, self.backbone).to(self.device)
+
+    def add_reward_adapter(self, folder: str, base: str) -> str:
+        """Hang a reward model's adapter and head on the policy's base; return the name of the hat.
+
+        Raises:
+            InputError: the folder holds no adapter or no head, or was trained on another base than `base`.
+        """
+        if not isinstance(self.backbone, PeftModel):
+            raise InputError(
+                "--reward_adapter needs --use_lora True: the policy's own weights move, so give --reward_model_name_or_path."
+            )
+        if _file(folder, "adapter_config.json") is None:
+            raise InputError(
+                f"{folder} has no adapter_config.json: a reward model of its own goes to --reward_model_name_or_path."
+            )
+        head = load_head(folder, REWARD_HEAD, self.backbone)
+        check_same_base(folder, head_metadata(folder), base)
+        name = f"reward_{len(self.reward_heads)}"
+        self.backbone.load_adapter(folder, adapter_name=name, is_trainable=False)
+        self.backbone.set_adapter("default")
+        for parameter_name, parameter in self.backbone.named_parameters():
+            if f".{VALUE_ADAPTER}." in parameter_name:  # set_adapter froze it
+                parameter.requires_grad_(True)
+        self.reward_heads[name] = head.requires_grad_(False).to(self.device)
+        return name
+
+    def freeze_vision_side(self) -> None:
+        """Freeze tower and projector, so that image features stay what they are for the whole run."""
+        for backbone in (self.backbone, self.value_backbone):
+            if backbone is not None:
+                for _, parameter in _vision_side(backbone):
+                    parameter.requires_grad_(False)
+
+    def own_vision(self, hat: str) -> bool:
+        """Whether a reward adapter changes the vision side: then it needs features of its own."""
+        return any(f".{hat}." in name for name, _ in _vision_side(self.backbone))
+
+    def value_has_own_vision(self) -> bool:
+        """Whether the value function's vision side differs from the policy's (ZeRO-3: this rank's part): then it needs features of its own."""
+        if self.value_backbone is None:
+            return isinstance(self.backbone, PeftModel) and self.own_vision(VALUE_ADAPTER)
+
+        def here(p: nn.Parameter) -> Tensor:
+            return getattr(p, "ds_tensor", p).detach().cpu()
+
+        mine = dict(_vision_side(self.backbone))
+        return any(not torch.equal(here(mine[name]), here(p)) for name, p in _vision_side(self.value_backbone))
+
+    # -- passes ------------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        completion_index: Tensor,
+        completion_ids: Tensor | None = None,
+        hat: str = POLICY,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        value_inputs: dict[str, Any] | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """One pass under one hat. Every pass goes through here, because DDP and DeepSpeed only see what does.
+
+        Args:
+            completion_index, completion_ids: (N,) flat positions that predict the tokens, and the tokens. For a reward hat: (R,) last tokens.
+            hat: POLICY gives PolicyOutput; REFERENCE log-probs (N,); the name of a reward adapter rewards (R,).
+            value_inputs: instead of `inputs` for the value function, if its vision side differs.
+        """
+        tokens = {"completion_index": completion_index, "completion_ids": completion_ids, "temperature": temperature}
+        if hat == REFERENCE:
+            ref = "ref" if "ref" in self.backbone.peft_config else None
+            with adapter_active(self.backbone, ref):
+                return self.backbone(**inputs, **tokens).logps
+        if hat != POLICY:
+            with adapter_active(self.backbone, hat):
+                hidden = self.backbone(**inputs, completion_index=completion_index).hidden
+            return self.apply_head(self.reward_heads[hat], hidden)
+        policy = self.backbone(**inputs, **tokens, with_entropy=with_entropy)
+        value_inputs = value_inputs if value_inputs is not None else inputs
+        if self.value_backbone is not None:
+            hidden = self.value_backbone(**value_inputs, completion_index=completion_index).hidden
+        elif self.separate_value:
+            with adapter_active(self.backbone, VALUE_ADAPTER):
+                hidden = self.backbone(**value_inputs, completion_index=completion_index).hidden
+        else:
+            hidden = policy.hidden
+        return PolicyOutput(logps=policy.logps, entropy=policy.entropy, state_values=self.apply_head(self.head, hidden))
+
+    # -- disk --------------------------------------------------------------------------------------------------------------
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        super().activation_checkpointing_enable(*args, **kwargs)
+        if self.value_backbone is not None:
+            self.value_backbone.activation_checkpointing_enable(*args, **kwargs)
+
+    def _save_backbone(self, save_directory: str, state_dict: dict[str, Tensor] | None, **kwargs: Any) -> None:
+        if isinstance(self.backbone, PeftModel):
+            mine = ["default", VALUE_ADAPTER] if self.separate_value else ["default"]
+            kwargs["selected_adapters"] = mine  # not those of reference and reward
+        super()._save_backbone(save_directory, state_dict, **kwargs)
+
+    def save_pretrained(self, save_directory: str, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:
+        """The policy as an ordinary checkpoint; the value function's own weights in the folder `value_function` beside."""
+        super().save_pretrained(save_directory, state_dict, **kwargs)
+        if self.value_backbone is not None:
+            self.value_backbone.save_pretrained(
+                os.path.join(save_directory, VALUE_ADAPTER), state_dict=_part(state_dict, "value_backbone."), **kwargs
+            )
+
+    def load_checkpoint(self, folder: str) -> None:
+        super().load_checkpoint(folder)
+        value_folder = os.path.join(folder, VALUE_ADAPTER)
+        if self.value_backbone is not None:
+            load_weights(self.value_backbone, value_folder)
+        elif self.separate_value:
+            load_weights(self.backbone, value_folder, VALUE_ADAPTER)
+
+    @classmethod
+    def from_pretrained(cls, model_name_or_path: str, **kwargs: Any) -> Self:
+        """Load the output folder of train_ppo.py: the policy, and the value function with its head."""
+        model = super().from_pretrained(model_name_or_path, **kwargs)
+        value_folder = os.path.join(model_name_or_path, VALUE_ADAPTER)
+        if os.path.isdir(value_folder):
+            if isinstance(model.backbone, PeftModel):
+                model.backbone.load_adapter(value_folder, adapter_name=VALUE_ADAPTER)
+                model.backbone.set_adapter("default")
+            else:
+                model.value_backbone = load_model(value_folder, dtype=next(model.backbone.parameters()).dtype)
+        return model
+
+
+def _vision_side(backbone: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters outside the language model, with their names."""
+    core = backbone.get_base_model() if isinstance(backbone, PeftModel) else backbone
+    text = {id(p) for m in (core.get_decoder(), core.get_output_embeddings()) for p in m.parameters()}
+    return [(name, p) for name, p in core.named_parameters() if id(p) not in text]

@@ -1,0 +1,51 @@
+"""Files that are whole or not there."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from common.errors import InputError
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A name beside `path` to write to; renamed to it at the end, so that a reader or a kill never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file as a whole, UTF-8."""
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def check_writable(folder: str) -> None:
+    """Raise InputError if no file can be created in a folder, or in the nearest one above that exists."""
+    there = Path(folder).absolute()
+    while not there.exists():
+        there = there.parent
+    probe = there / f".writable-{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"--output_dir {folder} cannot be written ({error.strerror}): give another folder.") from error
+
+
+def flush(folder: Path) -> None:
+    """Wait until everything in a folder is on disk, so that a rename never comes before the data that it announces."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

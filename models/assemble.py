@@ -1,0 +1,191 @@
+"""What a script trains, put together from its flags: policy, reference, LoRA, quantisation."""
+
+import contextlib
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
+
+from args import LoraArguments, ModelArguments, VLConfig
+from base.adapters import REFERENCE_ADAPTER
+from base.fast_lora import use_fast_lora
+from base.loading import base_model_path, load_model
+from base.resume import checkpoint_to_resume
+from common.errors import InputError
+from models import core_mapper_for
+from models.merging import bits_of, merge_to
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """What loading decides from the flags. It is logged, stands in run.json, and tells collator and trainer what was loaded.
+
+    Attributes:
+        checkpoint: what is loaded: a plain checkpoint or a LoRA adapter folder; with --merge_first the merged checkpoint.
+        base: the plain checkpoint under it.
+        dtype: of the loaded weights, a name of torch.
+        attention: transformers' name of the attention implementation.
+        share_prefix: whether the responses of a row share its prompt.
+        bits: 4 or 8 for a quantised base.
+        freeze_vision_tower: whether the vision encoder is kept as it is.
+    """
+
+    checkpoint: str
+    base: str
+    dtype: str
+    attention: str
+    share_prefix: bool
+    bits: int | None
+    freeze_vision_tower: bool
+
+    @classmethod
+    def of(cls, model_args: ModelArguments, lora_args: LoraArguments, training_args: VLConfig) -> Self:
+        """Decide, and merge the adapter first where --merge_first says so.
+
+        Raises:
+            InputError: no adapter to merge, or no family serves the checkpoint.
+        """
+        checkpoint = model_args.model_name_or_path
+        if model_args.merge_first:
+            checkpoint = _merged_base(checkpoint, training_args)
+        dtype = model_args.torch_dtype
+        if dtype == "auto":  # a frozen base may be bf16, trained weights keep float32 masters under autocast
+            dtype = "bfloat16" if training_args.bf16 and lora_args.use_lora else "float32"
+        share_prefix = training_args.share_prefix
+        if share_prefix and not core_mapper_for(checkpoint).model.packs:
+            logger.warning("Layers of this model would mix a row's responses: --share_prefix is switched off.")
+            share_prefix = False
+        flash = model_args.use_flash_attention_2
+        if flash and share_prefix:
+            logger.warning("Packed rows need a 4-D mask: using sdpa. --share_prefix False uses FlashAttention-2.")
+            flash = False
+        plan = cls(
+            checkpoint=checkpoint,
+            base=base_model_path(checkpoint),
+            dtype=dtype,
+            attention="flash_attention_2" if flash else "sdpa",
+            share_prefix=share_prefix,
+            bits=model_args.bits if model_args.q_lora else None,
+            freeze_vision_tower=model_args.freeze_vision_tower,
+        )
+        logger.info("Loading %s", plan)
+        return plan
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether training continues a LoRA adapter."""
+        return self.checkpoint != self.base
+
+
+def load_policy(plan: LoadPlan, lora_args: LoraArguments, training_args: VLConfig) -> torch.nn.Module:
+    """Load what is trained, freeze its vision tower, add LoRA."""
+    model = _load(plan)
+    if lora_args.use_lora and not isinstance(model, PeftModel):
+        model = add_lora(model, lora_args, gradient_checkpointing=training_args.gradient_checkpointing)
+    use_fast_lora(model)
+    return model
+
+
+def _load(plan: LoadPlan) -> torch.nn.Module:
+    model = load_model(
+        plan.checkpoint,
+        dtype=getattr(torch, plan.dtype),
+        use_flash_attention_2=plan.attention == "flash_attention_2",
+        bits=plan.bits,
+        is_trainable=True,
+    )
+    if plan.freeze_vision_tower:
+        (model.get_base_model() if isinstance(model, PeftModel) else model).freeze_vision_tower()
+    return model
+
+
+def load_reference(policy: torch.nn.Module, plan: LoadPlan, training_args: VLConfig) -> torch.nn.Module | None:
+    """The frozen reference of a policy from `load_policy`, before its first step.
+
+    All weights train: a second copy of the checkpoint. A fresh LoRA adapter: None, the base itself is the reference. A loaded adapter that
+    training continues: None, and a frozen copy of it inside the policy, under the name "ref". With `--precompute_ref_log_probs` no copy: the
+    policy answers before its first step. Only ZeRO-3, which cannot run a model before its optimizer exists, needs one for that.
+    """
+    if getattr(training_args, "precompute_ref_log_probs", False):
+        if is_deepspeed_zero3_enabled():
+            return _load(plan)
+        if not isinstance(policy, PeftModel):
+            return None
+    if not isinstance(policy, PeftModel):
+        return _load(plan)
+    if plan.is_adapter:
+        policy.load_adapter(plan.checkpoint, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
+        policy.set_adapter("default")
+    return None
+
+
+def _merged_base(adapter: str, training_args: VLConfig) -> str:
+    """For --merge_first: the folder `merged_base` of the run, a plain checkpoint. What is trained next names it as its base."""
+    merged = Path(training_args.output_dir) / "merged_base"
+    base = base_model_path(adapter)
+    if base == adapter:
+        raise InputError(f"--merge_first needs a LoRA adapter, and {adapter} has no adapter_config.json: leave it out.")
+    with training_args.main_process_first(local=training_args.save_on_each_node, desc="merging the adapter"):
+        first = training_args.local_process_index if training_args.save_on_each_node else training_args.process_index
+        if first == 0 and not (merged.is_dir() and checkpoint_to_resume(training_args)):
+            shutil.rmtree(merged, ignore_errors=True)
+            with one_process_loads():
+                merge_to(base, adapter, merged, bits_of(adapter))
+    return str(merged)
+
+
+@contextlib.contextmanager
+def one_process_loads() -> Iterator[None]:
+    """Load whole models, on one process alone: under ZeRO-3 from_pretrained would share them out and wait for the others."""
+
+    config = deepspeed.deepspeed_config() and deepspeed._hf_deepspeed_config_weak_ref()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
+
+
+def add_lora(model: torch.nn.Module, lora_args: LoraArguments, gradient_checkpointing: bool = False) -> PeftModel:
+    """Wrap a model with a fresh LoRA adapter. Named targets are looked up in the language model only; a regular expression is taken as it is.
+
+    Raises:
+        InputError: a target names no linear layer of the language model.
+    """
+    targets = lora_args.lora_target_modules
+    try:
+        regex = (
+            targets[0]
+            if len(targets) == 1 and re.search(r"[*^$()\[\]|\\]", targets[0])
+            else model.lora_target_regex(None if targets == ["auto"] else targets)
+        )
+    except ValueError as error:
+        raise InputError(f"--lora_target_modules: {error}") from error
+    if getattr(model, "is_quantized", False):
+        model = prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=lora_args.lora_r,
+            lora_alpha=lora_args.lora_alpha,
+            lora_dropout=lora_args.lora_dropout,
+            target_modules=regex,
+            bias=lora_args.lora_bias,
+            modules_to_save=lora_args.modules_to_save,
+            task_type="CAUSAL_LM",
+        ),
+    )

@@ -1,0 +1,100 @@
+"""The house: arrows between modules point down, and nothing is imported late to hide one that does not.
+
+common < losses < args < data < base (batch < model < train) < models < scripts, eval, benchmarks
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Modules that are run with -m or as scripts: they import what they need, and nobody imports them.
+ENTRY_POINTS = {"data.check", "merge_lora", "train_sft", "train_dpo", "train_rm", "train_ppo"}
+# Modules of base by layer; those below do not know those above.
+BASE = [
+    {"corruption", "collator", "images", "packing", "processor"},
+    {"adapters", "fast_lora", "features", "heads", "loading", "logps", "model", "packed_attention", "reward", "value"},
+    {"calibration", "callbacks", "checkpoints", "ppo_trainer", "reference_cache", "resume", "rewards", "rollout", "samples", "trainer"},
+]  # fmt: skip
+LAYERS = ["common", "losses", "args", "data", *range(len(BASE)), "models", "top"]
+# The one look-up of plug-ins: a checkpoint's family is found when it is loaded.
+LATE = {("base.loading", "models")}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the project but the tests: dotted name -> file."""
+    folders = ("common", "losses", "data", "base", "models", "eval", "benchmarks")
+    files = [*ROOT.glob("*.py"), *(f for folder in folders for f in (ROOT / folder).rglob("*.py"))]
+    return {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f for f in files}
+
+
+MODULES = modules()
+
+
+def imports(name: str) -> list[tuple[str, bool, int]]:
+    """The project's modules that a module imports: (name, whether late, line)."""
+    found = []
+    tree = ast.parse(MODULES[name].read_text())
+    typing_only = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if node in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            targets = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for target in targets:
+            while target and target not in MODULES:
+                target = target.rpartition(".")[0]
+            if target and target != name:
+                found.append((target, bool(node.col_offset), node.lineno))
+    return found
+
+
+def layer(name: str) -> int:
+    """Place of a module in LAYERS."""
+    package, _, rest = name.partition(".")
+    if name in ENTRY_POINTS or package in ("eval", "benchmarks"):
+        return LAYERS.index("top")
+    if package != "base":
+        return LAYERS.index(package)
+    if not rest:
+        return LAYERS.index(0)
+    return LAYERS.index(next(i for i, names in enumerate(BASE) if rest in names))
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_arrows_point_down(name: str):
+    for target, late, line in imports(name):
+        where = f"{name}, line {line}, imports {target}"
+        if (name, target) in LATE:
+            continue
+        assert layer(target) <= layer(name), f"{where}, which lies above it"
+        assert not late, f"{where} inside a function: move what is needed down"
+        assert target not in ENTRY_POINTS or name in ENTRY_POINTS or layer(name) == len(LAYERS) - 1, where
+
+
+def test_no_circles():
+    """No module imports itself through others."""
+    edges = {name: {t for t, _, _ in imports(name) if (name, t) not in LATE} for name in MODULES}
+    order: dict[str, int] = {}
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, f"circle: {' -> '.join([*path[path.index(name) :], name])}"
+        if name not in order:
+            for target in sorted(edges[name]):
+                visit(target, (*path, name))
+            order[name] = len(order)
+
+    for name in sorted(MODULES):
+        visit(name, ())
+    assert len(order) == len(MODULES)
