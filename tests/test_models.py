@@ -666,7 +666,7 @@ def test_what_packed_rows_cannot_have_is_switched_off_with_a_warning(
 
 def test_the_guide_taken_literally(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """docs/CustomizedModel.md: a folder of any name, all twelve classes given, a collator that makes the image inputs by itself."""
-    from base import collator, ppo_trainer, reward, trainer
+    from base import collator, ppo_trainer, reward, trainer, value
     from models import ModelCoreMapper
 
     llava = core_mapper_for(zoo.checkpoint("llava"))
@@ -690,7 +690,7 @@ def test_the_guide_taken_literally(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
             dpo_collator=LlavaDPODataCollatorWithPadding,
             dpo_trainer=empty(trainer.VLDPOTrainer),
             reward_model=empty(reward.VLRewardModel),
-            value_model=empty(reward.VLModelWithValueHead),
+            value_model=empty(value.VLModelWithValueHead),
             reward_collator=empty(collator.VLRMDataCollatorWithPadding),
             reward_trainer=empty(trainer.VLRMTrainer),
             sft_collator=empty(collator.VLSFTDataCollatorWithPadding),
