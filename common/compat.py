@@ -1,8 +1,8 @@
 """Environment fixes, each with its reason. Import this before transformers.
 
-1. PyPI's torchvision wheel is linked against CUDA. Beside a CPU-only torch its C library does not load, the operator `torchvision::nms` is
-   never defined, `import torchvision` fails, and with it every processor of transformers. Declaring the two operators is enough: nothing here
-   calls them.
+1. PyPI's torchvision wheel is linked against CUDA. With a CPU-only torch its C library does not load, the operator
+   `torchvision::nms` is never defined, `import torchvision` fails, and with it every processor of transformers.
+   Declaring the two operators is enough: nothing here calls them.
 """
 
 import os
@@ -20,8 +20,8 @@ if torch.version.cuda is None and torch.version.hip is None:
 def join_processes_on_cpu(with_deepspeed: bool, timeout: float) -> None:
     """Start the process group of a run on the CPU, before transformers does.
 
-    transformers leaves out `--ddp_timeout` there, and DeepSpeed's own start; ZeRO-3 then believes that there is one process and refuses the batch
-    sizes.
+    On the CPU transformers ignores `--ddp_timeout` and does not start DeepSpeed's process group; ZeRO-3 then believes
+    that there is a single process and refuses the batch sizes.
 
     Args:
         timeout: seconds to wait for the other processes.
@@ -30,7 +30,7 @@ def join_processes_on_cpu(with_deepspeed: bool, timeout: float) -> None:
         return
     if with_deepspeed:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        import deepspeed  # slow to import, needed by nobody else
+        import deepspeed  # slow to import, and needed only here
 
         deepspeed.init_distributed("gloo", timeout=timedelta(seconds=timeout), verbose=False)
     elif int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ:  # torchrun
@@ -40,8 +40,8 @@ def join_processes_on_cpu(with_deepspeed: bool, timeout: float) -> None:
 def keep_quantised_linears_trainable(model: torch.nn.Module) -> None:
     """Keep bitsandbytes' 4-bit layers differentiable on CPUs with AVX512-BF16. Call right after loading.
 
-    The first forward in eval mode repacks each layer for inference, for good, and the repacked operator has no backward: training would go
-    on with a gradient of zero after any evaluation or rollout.
+    The first forward in eval mode repacks each layer for inference and never undoes it. The repacked operator has no
+    backward, so after any evaluation or rollout training would go on with a gradient of zero.
     """
     import bitsandbytes  # slow to import, only needed with --q_lora
 

@@ -1,4 +1,4 @@
-"""The one exception for wrong input: its message is a sentence that names the file, the row and the mend."""
+"""The one exception for wrong input: its message is a sentence that names the file, the row and the fix."""
 
 
 class InputError(ValueError):

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Writing files so that nobody ever reads half of one."""
 
 import os
 import uuid
@@ -11,7 +11,7 @@ from common.errors import InputError
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A name beside `path` to write to; renamed to it at the end, so that a reader or a kill never sees half a file."""
+    """Yield a temporary path beside `path`, renamed to `path` at the end: a killed run never leaves half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -29,7 +29,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def check_writable(folder: str) -> None:
-    """Raise InputError if no file can be created in a folder, or in the nearest one above that exists."""
+    """Raise InputError if no file can be created in a folder, or in its nearest existing parent."""
     there = Path(folder).absolute()
     while not there.exists():
         there = there.parent
@@ -42,7 +42,7 @@ def check_writable(folder: str) -> None:
 
 
 def flush(folder: Path) -> None:
-    """Wait until everything in a folder is on disk, so that a rename never comes before the data that it announces."""
+    """Wait until everything in a folder is on disk, so that a rename never reaches it before the data."""
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:

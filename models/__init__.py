@@ -1,4 +1,4 @@
-"""Which adapter folder serves a checkpoint.
+"""Find the adapter folder of a checkpoint.
 
 To add a family: a folder with a `core_mapper`, one line in MODEL_NICKNAME_MAP (docs/CustomizedModel.md).
 """
@@ -48,7 +48,7 @@ CONVERTED_MODELS = {
     "InternLMXComposer2ForCausalLM": "internlm_xcomposer2",
 }
 
-# Classes of which transformers says `_supports_flash_attn`
+# Classes that transformers marks with `_supports_flash_attn`
 FLASH_ATTN_MODELS = [
     "LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration",
@@ -82,7 +82,7 @@ def core_mapper_for(model_name_or_path: str) -> ModelCoreMapper:
     """The adapter of a checkpoint: a full checkpoint or a LoRA adapter folder, a local path or a hub id.
 
     Raises:
-        InputError: no adapter serves the checkpoint's architecture.
+        InputError: no adapter supports the checkpoint's architecture.
     """
     architecture = architecture_of(model_name_or_path)
     if architecture in CONVERTED_MODELS:
@@ -92,12 +92,12 @@ def core_mapper_for(model_name_or_path: str) -> ModelCoreMapper:
         )
     if architecture not in MODEL_NICKNAME_MAP:
         raise InputError(
-            f"{model_name_or_path} is a {architecture}, which no folder of models/ serves. Known are "
+            f"{model_name_or_path} is a {architecture}, which no folder of models/ supports. Known are "
             f"{', '.join(sorted(MODEL_NICKNAME_MAP))}. docs/CustomizedModel.md shows how to add one."
         )
     return importlib.import_module(f"models.{MODEL_NICKNAME_MAP[architecture]}").core_mapper
 
 
-# Not transformers' own: importing their folders registers them with its Auto classes.
+# These classes are not part of transformers: importing their folders registers them with its Auto classes.
 for _folder in CONVERTED_MODELS.values():
     importlib.import_module(f"models.{_folder}")

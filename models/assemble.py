@@ -1,4 +1,4 @@
-"""What a script trains, put together from its flags: policy, reference, LoRA, quantisation."""
+"""Build what a script trains from its flags: policy, reference, LoRA, quantisation."""
 
 import contextlib
 import logging
@@ -27,16 +27,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What loading decides from the flags. It is logged, stands in run.json, and tells collator and trainer what was loaded.
+    """What loading decides from the flags: logged, written to run.json, and read by collator and trainer.
 
     Attributes:
-        checkpoint: what is loaded: a plain checkpoint or a LoRA adapter folder; with --merge_first the merged checkpoint.
+        checkpoint: what is loaded: a plain checkpoint or a LoRA adapter folder; with --merge_first the merged one.
         base: the plain checkpoint under it.
-        dtype: of the loaded weights, a name of torch.
-        attention: transformers' name of the attention implementation.
+        dtype: of the loaded weights, by its name in torch.
+        attention: transformers' name for the attention implementation.
         share_prefix: whether the responses of a row share its prompt.
         bits: 4 or 8 for a quantised base.
-        freeze_vision_tower: whether the vision encoder is kept as it is.
+        freeze_vision_tower: whether the vision encoder does not train.
     """
 
     checkpoint: str
@@ -52,7 +52,7 @@ class LoadPlan:
         """Decide, and merge the adapter first where --merge_first says so.
 
         Raises:
-            InputError: no adapter to merge, or no family serves the checkpoint.
+            InputError: there is no adapter to merge, or no family supports the checkpoint.
         """
         checkpoint = model_args.model_name_or_path
         if model_args.merge_first:
@@ -111,9 +111,10 @@ def _load(plan: LoadPlan) -> torch.nn.Module:
 def load_reference(policy: torch.nn.Module, plan: LoadPlan, training_args: VLConfig) -> torch.nn.Module | None:
     """The frozen reference of a policy from `load_policy`, before its first step.
 
-    All weights train: a second copy of the checkpoint. A fresh LoRA adapter: None, the base itself is the reference. A loaded adapter that
-    training continues: None, and a frozen copy of it inside the policy, under the name "ref". With `--precompute_ref_log_probs` no copy: the
-    policy answers before its first step. Only ZeRO-3, which cannot run a model before its optimizer exists, needs one for that.
+    All weights train: a second copy of the checkpoint. A fresh LoRA adapter: None, the base itself is the reference. A
+    loaded adapter that training continues: None, and a frozen copy of it inside the policy, under the name "ref". With
+    `--precompute_ref_log_probs` no copy: the policy computes the log-probs before its first step. Only ZeRO-3, which
+    cannot run a model before its optimizer exists, needs a copy even then.
     """
     if getattr(training_args, "precompute_ref_log_probs", False):
         if is_deepspeed_zero3_enabled():
@@ -129,7 +130,7 @@ def load_reference(policy: torch.nn.Module, plan: LoadPlan, training_args: VLCon
 
 
 def _merged_base(adapter: str, training_args: VLConfig) -> str:
-    """For --merge_first: the folder `merged_base` of the run, a plain checkpoint. What is trained next names it as its base."""
+    """For --merge_first: merge into `merged_base` in the output folder, the base that the new adapter will name."""
     merged = Path(training_args.output_dir) / "merged_base"
     base = base_model_path(adapter)
     if base == adapter:
@@ -145,8 +146,7 @@ def _merged_base(adapter: str, training_args: VLConfig) -> str:
 
 @contextlib.contextmanager
 def one_process_loads() -> Iterator[None]:
-    """Load whole models, on one process alone: under ZeRO-3 from_pretrained would share them out and wait for the others."""
-
+    """Load whole models on one process: under ZeRO-3 from_pretrained would partition them and wait for the others."""
     config = deepspeed.deepspeed_config() and deepspeed._hf_deepspeed_config_weak_ref()
     deepspeed.unset_hf_deepspeed_config()
     try:
@@ -157,10 +157,12 @@ def one_process_loads() -> Iterator[None]:
 
 
 def add_lora(model: torch.nn.Module, lora_args: LoraArguments, gradient_checkpointing: bool = False) -> PeftModel:
-    """Wrap a model with a fresh LoRA adapter. Named targets are looked up in the language model only; a regular expression is taken as it is.
+    """Wrap a model with a fresh LoRA adapter.
+
+    Named targets are looked up in the language model only; a regular expression is used as given.
 
     Raises:
-        InputError: a target names no linear layer of the language model.
+        InputError: a target does not name a linear layer of the language model.
     """
     targets = lora_args.lora_target_modules
     try:

@@ -1,8 +1,9 @@
-"""Rewrite a checkpoint tensor by tensor: what the converters of families with an original remote-code layout share.
+"""Rewrite a checkpoint tensor by tensor: shared by the converters of families that were released as remote code.
 
-Tensors are read one at a time and written in shards, so that memory stays near one output shard whatever the size of the
-model. Weights in `*.bin` files (torch's zip archive) are read without unpickling: the archive's index is *interpreted*
-opcode by opcode with a whitelist of what a state dict needs, and nothing named in it is ever imported or called.
+Tensors are read one at a time and written in shards, so that memory use stays near one output shard, however large the
+model is. Weights in `*.bin` files (torch's zip archive) are read without unpickling: the archive's index is
+*interpreted* opcode by opcode with a whitelist of what a state dict needs, and nothing named in it is ever imported or
+called.
 """
 
 import functools
@@ -31,13 +32,13 @@ STORAGE_DTYPES = {
 
 
 def same(*tensors: torch.Tensor) -> Tensors:
-    """Tensors that only change their names."""
+    """Tensors that are only renamed."""
     return tensors
 
 
 @dataclass
 class Rule:
-    """`old` tensors of the original layout are `new` tensors of the native one.
+    """The tensors `old` of the original layout become the tensors `new` of the native one.
 
     Attributes:
         convert, revert: from the tensors of one side to those of the other; exact, so that a round trip gives the same
@@ -84,7 +85,7 @@ class TensorReader:
 
 def _safetensors(file: Path) -> dict[str, Callable[[], torch.Tensor]]:
     def read(name: str) -> torch.Tensor:
-        # Opened for every tensor: the file stays mapped, and its pages in memory, as long as a handle or a tensor lives.
+        # Opened for every tensor: the file stays mapped, with its pages in memory, while a handle or tensor lives.
         with safe_open(file, framework="pt") as handle:
             return handle.get_tensor(name)
 
@@ -95,7 +96,9 @@ def _safetensors(file: Path) -> dict[str, Callable[[], torch.Tensor]]:
 def _torch_zip(file: Path) -> dict[str, Callable[[], torch.Tensor]]:
     """Tensors of a `torch.save`d state dict, read from the archive's raw storages."""
     if not zipfile.is_zipfile(file):
-        raise ValueError(f"{file} is no zip archive (saved by torch < 1.6): save it again with a current torch.")
+        raise ValueError(
+            f"{file} is not a zip archive (it was saved by torch < 1.6): save it again with a current torch."
+        )
     archive = zipfile.ZipFile(file)
     root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
     if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
@@ -146,7 +149,7 @@ def _interpret_state_dict(program: bytes, file: Path) -> dict[str, tuple]:
                 return tuple(arguments[:4])
             case _Global("torch._utils _rebuild_parameter"):
                 return arguments[0]
-        raise ValueError(f"{file} wants to call {function}: a file of weights has no need to, it is not read.")
+        raise ValueError(f"{file} wants to call {function}, which a file of weights never needs: it is not read.")
 
     def storage(identifier: tuple) -> _Storage:
         _, kind, key, *_ = identifier  # ("storage", type, key, device, number of elements)
@@ -204,7 +207,7 @@ def _interpret_state_dict(program: bytes, file: Path) -> dict[str, tuple]:
                 raise ValueError(f"{file} holds the opcode {name}, which no file of weights needs: it is not read.")
     state = stack.pop()
     if not isinstance(state, dict) or not all(isinstance(view, tuple) and len(view) == 4 for view in state.values()):
-        raise ValueError(f"{file} is no flat dictionary of tensors: it is not read.")
+        raise ValueError(f"{file} is not a flat dictionary of tensors: it is not read.")
     return state
 
 
@@ -213,7 +216,7 @@ def _interpret_state_dict(program: bytes, file: Path) -> dict[str, tuple]:
 
 
 class ShardWriter:
-    """Writes tensors into `model*.safetensors`, a new file whenever `max_bytes` are held, and the index of the files."""
+    """Writes tensors to `model*.safetensors`, a new file whenever `max_bytes` are buffered, and the index."""
 
     def __init__(self, folder: Path, max_bytes: int):
         self.folder = folder
@@ -271,7 +274,7 @@ def rewrite(
         reverse: from the native names to the original ones.
 
     Raises:
-        ValueError: a tensor is missing, unknown or has another shape than the configuration says.
+        ValueError: a tensor is missing, unknown or has a shape that differs from the configuration's.
     """
     rules = [Rule(r.new, r.old, r.revert, r.convert) for r in rules] if reverse else list(rules)
     reader = TensorReader(source)

@@ -17,7 +17,7 @@ def main(
 ) -> None:
     """Parse the command line and convert; wrong input becomes one sentence and exit status 2.
 
-    A folder that could not be finished is removed, so that none is ever half a checkpoint.
+    If the conversion fails, the output folder is removed, so that half a checkpoint never stays behind.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -26,7 +26,7 @@ def main(
     parser.add_argument("target", metavar="OUT", type=Path, help="folder to write; it must not exist")
     parser.add_argument("--reverse", action="store_true", help="from the native layout to the original one")
     parser.add_argument(
-        "--max_shard_gb", type=float, default=4.0, help="size of an output file, and so of the memory used"
+        "--max_shard_gb", type=float, default=4.0, help="size of an output file, and so about the memory used"
     )
     args = parser.parse_args(arguments)
     try:
@@ -53,6 +53,6 @@ def _download(name: str, tokenizer_files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     if name.startswith((".", "/")) or name.count("/") != 1:
-        raise FileNotFoundError(f"{name} is no folder and no name on the hub.")
+        raise FileNotFoundError(f"{name} is neither a folder nor a name on the hub.")
     patterns = ["*.json", "*.safetensors", "pytorch_model*.bin", *tokenizer_files]
     return Path(snapshot_download(name, allow_patterns=patterns))

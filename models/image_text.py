@@ -1,4 +1,7 @@
-"""What the ported models share: image features put into the text's embeddings, and the language-model head. Arguments and outputs are LLaVA's."""
+"""What the ported models share: image features among the text embeddings, and the language-model head.
+
+Arguments and outputs are those of transformers' LLaVA.
+"""
 
 import torch
 from torch import nn
@@ -14,7 +17,7 @@ class ImageTextModel:
     """Mixed into a model with `get_image_features` and `get_placeholder_mask`."""
 
     def embed_text(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings (B, L, D) of a row; what stands at image tokens is overwritten."""
+        """Embeddings (B, L, D); `embed` replaces those of image tokens."""
         return self.get_input_embeddings()(input_ids)
 
     def embed(
@@ -24,13 +27,14 @@ class ImageTextModel:
         pixel_values: torch.Tensor | None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Embeddings (B, L, D) with the images' features at their places, and those features (image tokens, D).
+        """Embeddings (B, L, D) with features in place of the image tokens, and the features (image tokens, D).
 
         Raises:
-            ValueError: both or neither of input_ids and inputs_embeds are given, or both pixels and features; see `get_placeholder_mask`.
+            ValueError: both or neither of input_ids and inputs_embeds are given, or both pixels and features; see
+                `get_placeholder_mask`.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give the model either input_ids or inputs_embeds, not both and not neither.")
+            raise ValueError("Give the model exactly one of input_ids and inputs_embeds.")
         features = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None and features is not None:
             raise ValueError("Give the model either pixel_values or mm_encoder_outputs, not both.")
@@ -43,7 +47,7 @@ class ImageTextModel:
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             return inputs_embeds.masked_scatter(mask, image_features), image_features
         if self.training:
-            # Data-parallel ranks must run the same modules: a text-only batch sees one blank image with weight 0.
+            # Data-parallel ranks must run the same modules: a text-only batch adds a blank image's features times 0.
             size = self.config.vision_config.image_size
             blank = self.get_image_features(pixel_values=inputs_embeds.new_zeros(1, 3, size, size), return_dict=True)
             inputs_embeds = inputs_embeds + 0 * blank.pooler_output[0].sum().to(inputs_embeds.dtype)
@@ -51,7 +55,7 @@ class ImageTextModel:
 
 
 class ImageTextForConditionalGeneration:
-    """Mixed in front of a family's PreTrainedModel and GenerationMixin: an `ImageTextModel` under `model`, and `lm_head`."""
+    """Mixed in before PreTrainedModel and GenerationMixin: an `ImageTextModel` named `model`, and `lm_head`."""
 
     model_class: type[PreTrainedModel]
 
@@ -65,13 +69,13 @@ class ImageTextForConditionalGeneration:
         return self.lm_head
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        """The model's."""
+        """See the method of `model`."""
         return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
 
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The model's."""
+        """See the method of `model`."""
         return self.model.get_placeholder_mask(input_ids, inputs_embeds, image_features)
 
     @can_return_tuple

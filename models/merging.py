@@ -16,7 +16,7 @@ from models import core_mapper_for
 
 
 def bits_of(adapter: str) -> int | None:
-    """The quantisation that an adapter was trained on, as the run.json of its run says: 4, 8 or None.
+    """The quantisation that an adapter was trained on, according to the run.json of its run: 4, 8 or None.
 
     run.json lies in the run's folder: beside the final adapter, or above a checkpoint's.
     """
@@ -31,12 +31,13 @@ def merge(base: str, adapter: str, bits: int | None = None, dtype: torch.dtype |
     """The base model with the adapter's update added to its weights.
 
     Args:
-        bits: 4 or 8 for an adapter that was trained on a quantised base. The base is quantised and dequantised again, so that the result is the
-            model that was trained, quantisation error included. None adds the update to the weights as they are on disk.
-        dtype: of the result; "auto" is the base's own, float32 with `bits`.
+        bits: 4 or 8 for an adapter that was trained on a quantised base. The base is quantised and dequantised again,
+            so that the result is the model that was trained, quantisation error included. None adds the update to the
+            weights as they are on disk.
+        dtype: of the result; "auto" is the base's dtype, float32 with `bits`.
 
     Raises:
-        InputError: `adapter` is no LoRA adapter, was trained on other weights than those of `base`, or on other layers.
+        InputError: `adapter` is not a LoRA adapter, was trained on other weights than `base` has, or on other layers.
     """
     if base_model_path(adapter) == adapter:
         raise InputError(f"{adapter} has no adapter_config.json: give the output folder of a run with --use_lora True.")
@@ -53,7 +54,7 @@ def merge(base: str, adapter: str, bits: int | None = None, dtype: torch.dtype |
             get_peft_model_state_dict(model, save_embedding_layers=False),
         )
         if found.keys() != wanted.keys():  # peft only warns
-            raise ValueError(f"{min(found.keys() ^ wanted.keys())} is in one of them only.")
+            raise ValueError(f"{min(found.keys() ^ wanted.keys())} is in only one of them.")
     except (ValueError, RuntimeError) as error:  # target modules are missing, or of another size
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"The adapter in {adapter} does not fit {base}: {reason}") from error
@@ -65,14 +66,14 @@ def merge_to(
 ) -> None:
     """Write what `merge` returns as a plain checkpoint with processor, and with a reward model's head.
 
-    The folder appears when it is whole: it is written under another name first.
+    The folder appears only when it is complete: it is written under another name first.
 
     Raises:
         InputError: as `merge`; or `out` holds files already.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists already: give a folder that is empty or not there.")
+        raise InputError(f"{out} exists already: give a folder that is empty or does not exist.")
     model = merge(base, adapter, bits, dtype)
     aside = out.with_name(f".{out.name}.incomplete")
     shutil.rmtree(aside, ignore_errors=True)
@@ -86,7 +87,7 @@ def merge_to(
 
 
 def _check_base(base: str, adapter: str) -> None:
-    """Refuse another base than the adapter was trained on, as far as the latter is still there."""
+    """Refuse any base but the one that the adapter was trained on, if that one still exists."""
     trained_on = base_model_path(adapter)
     if os.path.isdir(trained_on) and checkpoint_fingerprint(trained_on) != checkpoint_fingerprint(base):
         raise InputError(

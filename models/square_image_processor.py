@@ -6,10 +6,10 @@ from transformers import CLIPImageProcessorPil
 
 
 class SquareImageProcessor(CLIPImageProcessorPil):
-    """PIL's bicubic filter to `size`, whatever the aspect ratio; an alpha channel is dropped, as released.
+    """PIL's bicubic filter to `size`, whatever the aspect ratio; an alpha channel is dropped, as in the released code.
 
-    A class of its own, because transformers resizes CLIP's pictures with torchvision where it can, whose pixels are
-    others, and puts transparent pictures on white.
+    transformers' processor for CLIP does not fit: it resizes with torchvision where it can, which gives other pixels,
+    and puts transparent pictures on white.
     """
 
     do_center_crop = False

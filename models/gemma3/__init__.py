@@ -19,7 +19,7 @@ class Gemma3ForRL(VLModelMixin, Gemma3ForConditionalGeneration):
     def packed_attention_mask(
         self, input_ids: torch.Tensor, segment_ids: torch.Tensor, img_inputs: dict[str, Any]
     ) -> dict[str, torch.Tensor]:
-        """The masks of both kinds of layers, with every image seeing all of itself."""
+        """The masks of both kinds of layers; the tokens of an image see each other."""
         same_image = packing.same_span(input_ids == self.config.image_token_id)
         masks = super().packed_attention_mask(input_ids, segment_ids, img_inputs)
         return {kind: mask | same_image for kind, mask in masks.items()}

@@ -18,7 +18,7 @@ class Gemma4ForRL(VLModelMixin, Gemma4ForConditionalGeneration):
     def packed_attention_mask(
         self, input_ids: torch.Tensor, segment_ids: torch.Tensor, img_inputs: dict[str, Any]
     ) -> dict[str, torch.Tensor]:
-        """The masks of both kinds of layers; within a window an image sees all of itself, in the larger models."""
+        """The masks of both kinds of layers; in the larger models the tokens of an image see each other in a window."""
         masks = super().packed_attention_mask(input_ids, segment_ids, img_inputs)
         text = self.config.get_text_config()
         if text.use_bidirectional_attention == "vision":
@@ -29,7 +29,7 @@ class Gemma4ForRL(VLModelMixin, Gemma4ForConditionalGeneration):
 
 
 class Gemma4Processor(VLProcessor):
-    """`<|turn>user\\n<|image|>question<turn|>\\n<|turn>model\\n`, and an empty block of thoughts."""
+    """`<|turn>user\\n<|image|>question<turn|>\\n<|turn>model\\n`, and an empty thinking block."""
 
 
 core_mapper = ModelCoreMapper(model=Gemma4ForRL, processor=Gemma4Processor)

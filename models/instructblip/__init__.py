@@ -1,4 +1,4 @@
-"""InstructBLIP with a decoder-only language model (Vicuna): a Q-Former reads the image in the light of the instruction.
+"""InstructBLIP with a decoder-only language model (Vicuna): a Q-Former reads the image and the instruction.
 https://arxiv.org/abs/2305.06500
 """
 
@@ -37,7 +37,7 @@ class InstructBlipForRL(VLModelMixin, InstructBlipForConditionalGeneration):
     def generate(
         self, *args: Any, mm_encoder_outputs: dict[str, Any] | None = None, **kwargs: Any
     ) -> torch.Tensor | Any:
-        """As the base's; with features the language model generates, because the native method wants pixels."""
+        """As in the base class; with features the language model generates, because the native method needs pixels."""
         if mm_encoder_outputs is None:
             return super().generate(*args, **kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in TOWER_INPUTS}
@@ -67,7 +67,7 @@ class InstructBlipProcessor(VLProcessor):
     )
 
     def call_native(self, texts: list[str], images: list[list[Image.Image]]) -> dict[str, Any]:
-        """The native processor puts the image tokens itself. The Q-Former reads the instruction only: the text before
+        """The native processor inserts the image tokens itself. The Q-Former reads the instruction only: the text before
         the first special token, which ends it (an answer's mark or EOS)."""
         if counts := {len(row) for row in images} - {1}:
             raise InputError(f"InstructBLIP takes one image per prompt, a row has {min(counts)}: leave such rows out.")

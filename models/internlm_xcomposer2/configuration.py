@@ -34,7 +34,7 @@ class InternLMXComposer2Config(PreTrainedConfig):
     """InternLM-XComposer2-VL.
 
     Attributes:
-        image_token_id: the placeholder's id. It lies behind the vocabulary and has no embedding.
+        image_token_id: the placeholder's id. It lies beyond the vocabulary and has no embedding.
     """
 
     model_type = "internlm_xcomposer2"

@@ -3,8 +3,8 @@
     python -m models.internlm_xcomposer2.convert internlm/internlm-xcomposer2-vl-7b out/     # a hub name or a folder
     python -m models.internlm_xcomposer2.convert out/ original/ --reverse
 
-No code of the checkpoint is run and no pickle is loaded. Tensors are split, permuted and renamed, never computed: the way
-back gives the same bits.
+No code of the checkpoint is run and no pickle is loaded. Tensors are split, permuted and renamed, never computed: a
+round trip gives the same bits.
 """
 
 import json
@@ -227,7 +227,7 @@ def convert(source: Path, target: Path, max_shard_bytes: int = 4 << 30) -> None:
         eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(TURN_END)],
         pad_token_id=tokenizer.pad_token_id,
     ).save_pretrained(target)
-    # The sentencepiece file is what the way back needs; nothing else reads it.
+    # Only the reverse conversion reads the sentencepiece file.
     shutil.copyfile(source / "tokenizer.model", target / "tokenizer.model")
     config.save_pretrained(target)
 
@@ -235,8 +235,8 @@ def convert(source: Path, target: Path, max_shard_bytes: int = 4 << 30) -> None:
 def revert(source: Path, target: Path, max_shard_bytes: int = 4 << 30) -> None:
     """Native layout in `source` to the original layout in `target`: weights, config.json and the tokenizer.
 
-    The hub's code is not ours to write. Training saves no `tokenizer.model`: copy it into `source` from the converted
-    checkpoint first.
+    The Python files of the hub are not written. Training saves no `tokenizer.model`: copy it into `source` from the
+    converted checkpoint first.
 
     Raises:
         FileNotFoundError: `source` holds no tokenizer.model.

@@ -1,9 +1,9 @@
 """InternLM-XComposer2-VL from transformers' own modules: Llama's decoder, CLIP's tower, and partial LoRA.
 
-Partial LoRA (arXiv:2401.16420, section 3.2) is a low-rank path beside every linear layer of the decoder that image tokens
-take and text tokens do not. Differences from the released code:
-1. The fused `wqkv` is split into q, k and v, as transformers and peft know them; its partial LoRA stays fused (one A for
-   the three), so that the parameters and their gradients are those of the release.
+Partial LoRA (arXiv:2401.16420, section 3.2) is a low-rank path beside every linear layer of the decoder that image
+tokens take and text tokens do not. Differences from the released code:
+1. The fused `wqkv` is split into q, k and v, as transformers and peft know them; its partial LoRA stays fused (one A
+   for the three), so that the parameters and their gradients are those of the release.
 2. The path reads and writes the rows of image tokens only; the release computes all rows and masks.
 """
 
@@ -33,8 +33,8 @@ from models.internlm_xcomposer2.configuration import InternLMXComposer2Config, I
 class PartialLora(nn.Module):
     """y + alpha / rank * B A dropout(x), at image tokens only.
 
-    The two matrices are bare parameters under names without `lora_`: quantisation replaces linear layers and peft matches
-    names, and neither is meant to touch them.
+    The two matrices are bare parameters under names without `lora_`: quantisation replaces linear layers and peft
+    matches names, and neither is meant to touch them.
     """
 
     def __init__(self, config: InternLMXComposer2TextConfig, in_features: int, out_features: int):
@@ -48,8 +48,8 @@ class PartialLora(nn.Module):
         """
         Args:
             x: (B, L, in_features), what the linear layer read.
-            y: (B, L, out_features), what it gave.
-            image_index: (N,) flat positions b * L + t of image tokens, possibly none; None skips the path.
+            y: (B, L, out_features), what it returned.
+            image_index: (N,) flat positions b * L + t of image tokens, possibly an empty tensor; None skips the path.
         """
         if image_index is None:
             return y
@@ -191,7 +191,7 @@ class InternLMXComposer2Model(ImageTextModel, InternLMXComposer2PreTrainedModel)
         """Where image tokens stand, (B, L, 1) bool.
 
         Raises:
-            ValueError: the number of placeholders is not the number of image features, or there are no ids to find them in.
+            ValueError: the number of placeholders is not the number of image features, or input_ids are missing.
         """
         if input_ids is None:
             raise ValueError("Image placeholders have no embedding: give input_ids, not inputs_embeds, with images.")
@@ -204,7 +204,7 @@ class InternLMXComposer2Model(ImageTextModel, InternLMXComposer2PreTrainedModel)
         return mask[..., None]
 
     def embed_text(self, input_ids: torch.Tensor) -> torch.Tensor:
-        # The placeholder's id lies behind the embedding: look another row up.
+        # The placeholder's id lies beyond the embedding matrix: look up another row.
         return super().embed_text(input_ids.masked_fill(input_ids == self.config.image_token_id, 0))
 
     @can_return_tuple

@@ -65,12 +65,14 @@ def build_tokenizer(model_file: Path, model_max_length: int = 4096) -> PreTraine
     user-defined are found before the merges, control pieces are special. `<ImageHere>` follows the last piece.
 
     Raises:
-        ValueError: the file is no BPE model of this kind.
+        ValueError: the file is not a BPE model of this kind.
     """
     proto = SentencePieceExtractor(str(model_file)).proto
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type != 2 or not trainer.byte_fallback or normalizer.add_dummy_prefix:
-        raise ValueError(f"{model_file} is no byte-fallback BPE model without dummy prefix: not InternLM2's tokenizer.")
+        raise ValueError(
+            f"{model_file} is not a byte-fallback BPE model without dummy prefix: not InternLM2's tokenizer."
+        )
     if normalizer.remove_extra_whitespaces or normalizer.precompiled_charsmap:
         raise ValueError(f"{model_file} rewrites its text: not InternLM2's tokenizer.")
     kinds = trainer.DESCRIPTOR.file.message_types_by_name["ModelProto"].nested_types_by_name["SentencePiece"]

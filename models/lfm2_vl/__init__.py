@@ -22,7 +22,7 @@ class Lfm2VlProcessor(VLProcessor):
     """BOS, then ChatML."""
 
     def call_native(self, texts: list[str], images: list[list[Image.Image]]) -> dict[str, Any]:
-        """Very narrow pictures come out of the native processor with a mask for fewer patches than they have."""
+        """Refuse very narrow pictures: the native processor gives them a mask for fewer patches than they have."""
         encoded = super().call_native(texts, images)
         if (
             "spatial_shapes" in encoded

@@ -13,7 +13,7 @@ class LlavaNextForRL(VLModelMixin, LlavaNextForConditionalGeneration):
 
 
 class LlavaNextProcessor(VLProcessor):
-    """The checkpoint's template: `[INST] <image>\\nquestion [/INST]` for Mistral decoders, other words for other
+    """The checkpoint's template: `[INST] <image>\\nquestion [/INST]` for Mistral decoders, other formats for other
     decoders."""
 
 

@@ -15,10 +15,10 @@ class Mistral3ForRL(VLModelMixin, Mistral3ForConditionalGeneration):
 
 
 class Mistral3Processor(VLProcessor):
-    """`[INST]question[IMG][/INST]answer</s>`, images where they stand."""
+    """`[INST]question[IMG][/INST]answer</s>`; an image stays at its place in the message."""
 
     def call_native(self, texts: list[str], images: list[list[Image.Image]]) -> dict[str, Any]:
-        """Pictures of a single merged patch are enlarged to two by two: transformers squeezes one feature out of its axis."""
+        """Enlarge pictures of one merged patch to two by two: transformers squeezes away the axis of a lone feature."""
         patch = self.processor.patch_size * self.processor.spatial_merge_size
         images = [[i if max(i.size) > patch else i.resize((2 * patch, 2 * patch)) for i in row] for row in images]
         return super().call_native(texts, images)

@@ -18,11 +18,11 @@ TOWER_INPUTS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 class MllamaForRL(VLModelMixin, MllamaForConditionalGeneration):
     """Llama 3.2 Vision with the project's model methods."""
 
-    rollout_cache = {}  # a static one has no room for the image's keys
+    rollout_cache = {}  # a static cache has no room for the image's keys
 
     def __init__(self, config: MllamaConfig) -> None:
         super().__init__(config)
-        # Two corrections to the model's own forward, which in a batch of rows with different numbers of images mixes them up.
+        # Two corrections to transformers' forward, which mixes images up when rows hold different numbers of them.
         self.model.register_forward_pre_hook(
             lambda _, args, kwargs: (args, self.encode_images(kwargs)), with_kwargs=True
         )
@@ -33,8 +33,8 @@ class MllamaForRL(VLModelMixin, MllamaForConditionalGeneration):
     def encode_images(self, img_inputs: dict[str, Any]) -> dict[str, Any]:
         """Pixels -> `cross_attention_states`, zero for rows without images.
 
-        A row whose mask hides every tile attends to all tiles. Zero states are what "no image" means: alone, such a row skips the
-        cross-attention layers.
+        A row whose mask hides every tile attends to all tiles. Zero states have the effect of no image: in a batch
+        without images such a row skips the cross-attention layers.
         """
         if img_inputs.get("pixel_values") is None:
             return dict(img_inputs)
@@ -46,7 +46,7 @@ class MllamaForRL(VLModelMixin, MllamaForConditionalGeneration):
         return {**rest, "cross_attention_states": states.flatten(1, 3)}
 
     def hide_absent_images(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Tokens before the first image attend to all tiles: to those of their own row's images only, not of the batch's padding."""
+        """Limit tokens before the first image, which attend to all tiles, to the tiles of their row's images."""
         mask, sees_image = kwargs.get("cross_attention_mask"), kwargs.get("full_text_row_masked_out_mask")
         if mask is None:
             return kwargs
@@ -74,14 +74,14 @@ class MllamaProcessor(VLProcessor):
     per_token_keys = {"cross_attention_mask": None}  # (images, tiles) of each token
 
     def call_native(self, texts: list[str], images: list[list[Image.Image]]) -> dict[str, Any]:
-        """Rows with images first: the native processor needs one at the start and forgets text-only rows at the end."""
+        """Rows with images first: the native processor needs one at the start and drops text-only rows at the end."""
         order = sorted(range(len(texts)), key=lambda row: not images[row])
         encoded = super().call_native([texts[row] for row in order], [images[row] for row in order])
         for name, of_no_image in (("aspect_ratio_ids", 0), ("aspect_ratio_mask", 1)):
             if name in encoded:
-                forgotten = len(texts) - len(encoded[name])
+                dropped = len(texts) - len(encoded[name])
                 encoded[name] = torch.nn.functional.pad(
-                    encoded[name], (0, 0) * (encoded[name].ndim - 1) + (0, forgotten), value=of_no_image
+                    encoded[name], (0, 0) * (encoded[name].ndim - 1) + (0, dropped), value=of_no_image
                 )
         back = torch.tensor(order).argsort()
         return {name: value[back] for name, value in encoded.items()}

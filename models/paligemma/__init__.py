@@ -1,4 +1,4 @@
-"""PaliGemma and PaliGemma 2: images and prompt are a prefix that sees itself both ways.
+"""PaliGemma and PaliGemma 2: images and prompt are a prefix with attention in both directions.
 https://arxiv.org/abs/2407.07726"""
 
 import os
@@ -20,13 +20,13 @@ class PaliGemmaForRL(VLModelMixin, PaliGemmaForConditionalGeneration):
     def packed_attention_mask(
         self, input_ids: torch.Tensor, segment_ids: torch.Tensor, img_inputs: dict[str, Any]
     ) -> torch.Tensor:
-        """The packed mask, with the prompt seeing all of itself. What answers share, also in segment 0, is no prompt."""
+        """The packed mask; prompt tokens see each other. Tokens that the answers share, also in segment 0, do not."""
         prompt = (segment_ids == 0) & (img_inputs["token_type_ids"] == 0)
         return packing.packed_mask(segment_ids) | (prompt[:, :, None] & prompt[:, None, :])[:, None]
 
 
 class PaliGemmaProcessor(VLProcessor):
-    """`<image><bos>question\\nanswer<eos>`: one question and one answer, there is no format for more turns."""
+    """`<image><bos>question\\nanswer<eos>`: one question and one answer; no format for more turns is published."""
 
     default_chat_template = (
         "{% for m in messages %}"
@@ -40,7 +40,7 @@ class PaliGemmaProcessor(VLProcessor):
     per_token_keys = {"token_type_ids": 1}  # 0 in the prefix
 
     def call_native(self, texts: list[str], images: list[list[Image.Image]]) -> dict[str, Any]:
-        """The processor's work without the processor: that one refuses batches without images and writes the BOS of a
+        """Do the work of the native processor, which refuses batches without images and writes the BOS of a
         text-only row into the middle of its words."""
         texts = [t.replace(self.image_token, self.image_token * self.processor.image_seq_length) for t in texts]
         encoded = self.tokenizer(
@@ -51,8 +51,8 @@ class PaliGemmaProcessor(VLProcessor):
         return {**encoded, **(self.image_processor(pictures, return_tensors="pt") if pictures else {})}
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Save without our template: the native processor adds BOS and newline by itself, behind a template it would
-        do so twice."""
+        """Save without our template: the native processor adds BOS and newline by itself, and with a template they
+        would be there twice."""
         template, self.processor.chat_template = self.processor.chat_template, None
         super().save_pretrained(save_directory, **kwargs)
         self.processor.chat_template = template

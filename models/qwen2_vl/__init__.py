@@ -17,8 +17,8 @@ class MRopeMixin:
     def packed_position_ids(
         self, input_ids: torch.Tensor, segment_ids: torch.Tensor, img_inputs: dict[str, Any]
     ) -> torch.Tensor:
-        """Positions (3, B, L): the model's own for the prompt; every response counts on from the prompt's largest
-        one."""
+        """Positions (3, B, L): those of the model for the prompt; every response continues from the prompt's
+        largest one."""
         prompt = segment_ids == 0  # (B, L)
         positions, _ = self.model.get_rope_index(
             input_ids,
@@ -26,7 +26,7 @@ class MRopeMixin:
             image_grid_thw=img_inputs.get("image_grid_thw"),
             attention_mask=prompt.long(),
         )
-        after_prompt = positions.amax(dim=(0, 2))[:, None] + 1  # (B, 1): an image can end before the tokens it takes
+        after_prompt = positions.amax(dim=(0, 2))[:, None] + 1  # (B, 1): an image spans fewer positions than tokens
         return torch.where(prompt, positions, after_prompt + packing.offset_in_segment(segment_ids))
 
 

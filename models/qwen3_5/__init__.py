@@ -19,7 +19,7 @@ class Qwen3_5ForRL(MRopeMixin, VLModelMixin, Qwen3_5ForConditionalGeneration):
 
 
 class Qwen3_5Processor(VLProcessor):
-    """ChatML; an answer follows an empty block of thoughts."""
+    """ChatML; an answer follows an empty thinking block."""
 
 
 core_mapper = ModelCoreMapper(model=Qwen3_5ForRL, processor=Qwen3_5Processor)

@@ -13,7 +13,7 @@ class Qwen3VLForRL(MRopeMixin, VLModelMixin, Qwen3VLForConditionalGeneration):
 
 
 class Qwen3VLProcessor(VLProcessor):
-    """ChatML without a system message of its own."""
+    """ChatML without a default system message."""
 
 
 core_mapper = ModelCoreMapper(model=Qwen3VLForRL, processor=Qwen3VLProcessor)

@@ -36,12 +36,12 @@ class QwenVLForRL(VLModelMixin, QwenVLForConditionalGeneration):
     default_lora_target = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
 
     def freeze_vision_tower(self) -> None:
-        """Stop gradients into the ViT; as in the released fine-tuning script the pooling layer trains on."""
+        """Stop gradients into the ViT; as in the released fine-tuning script, the pooling layer still trains."""
         super().freeze_vision_tower()
         self.get_vision_tower().attn_pool.requires_grad_(True)
 
     def last_hidden_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        # Policy (train mode) and reference (eval mode) must be one function beyond the training length, too.
+        # Policy (train mode) and reference (eval mode) must be the same function beyond the training length, too.
         return super().last_hidden_state(*args, extrapolate=False, **kwargs)
 
 
@@ -65,7 +65,7 @@ class QwenVLProcessor(VLProcessor):
         return bool(self._picture.search(prompt)) or IMAGE_MARK in prompt
 
     def _as_parts(self, messages: Messages, images: int | None) -> Messages:
-        # The base knows the family's placeholder as one text; here it has a number.
+        # The base class expects one fixed placeholder text; this family's contains a number.
         marked = [
             message | {"content": self._picture.sub(IMAGE_MARK, message["content"])}
             if isinstance(message["content"], str) and message["role"] != "assistant"

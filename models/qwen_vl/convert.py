@@ -3,8 +3,8 @@
     python -m models.qwen_vl.convert Qwen/Qwen-VL-Chat out/          # a hub name or a folder
     python -m models.qwen_vl.convert out/ original/ --reverse
 
-No code of the checkpoint is run and no pickle is loaded. Tensors are split, permuted and renamed, never computed: the way
-back gives the same bits.
+No code of the checkpoint is run and no pickle is loaded. Tensors are split, permuted and renamed, never computed: a
+round trip gives the same bits.
 """
 
 import json
@@ -235,7 +235,9 @@ def convert(source: Path, target: Path, max_shard_bytes: int = 4 << 30) -> None:
     config = to_native_config(json.loads((source / "config.json").read_text()))
     tokenizer = build_tokenizer(source / "qwen.tiktoken")
     if tokenizer.convert_tokens_to_ids("<imgpad>") != config.image_token_id:
-        raise ValueError(f"{source}: qwen.tiktoken and config.json disagree about the id of <imgpad>: not one release.")
+        raise ValueError(
+            f"{source}: qwen.tiktoken and config.json disagree about the id of <imgpad>: take both from the same release."
+        )
     rewrite(source, target, rules(config), ignored, native_shapes(config), max_shard_bytes=max_shard_bytes)
     side = config.vision_config.image_size
     pixels = SquareImageProcessor(size={"height": side, "width": side})
@@ -253,7 +255,7 @@ def convert(source: Path, target: Path, max_shard_bytes: int = 4 << 30) -> None:
 def revert(source: Path, target: Path, max_shard_bytes: int = 4 << 30) -> None:
     """Native layout in `source` to the original layout in `target`: weights, config.json and the tokenizer.
 
-    The hub's code is not ours to write.
+    The Python files of the hub are not written.
     """
     config = QwenVLConfig.from_pretrained(source)
     original = to_original_config(config)

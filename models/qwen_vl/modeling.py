@@ -1,8 +1,8 @@
 """Qwen-VL from transformers' own modules: Qwen2's decoder, CLIP's encoder, and what the two do not have.
 
 Differences from those modules:
-1. The decoder reaches beyond its training length in eval mode: dynamic NTK (a larger rotary base, bloc97 2023) and logn
-   (larger queries, Su Jianlin 2021). Up to `train_length` tokens both are the identity.
+1. The decoder extrapolates beyond its training length in eval mode: dynamic NTK (a larger rotary base, bloc97 2023) and
+   logn (larger queries, Su Jianlin 2021). Up to `train_length` tokens both are the identity.
 2. The ViT has no class token and resizes its 16 x 16 learned positions to the patch grid.
 3. One cross-attention layer pools the patches into 256 tokens (Qwen-VL, arXiv:2308.12966, section 2.1).
 """
@@ -198,10 +198,10 @@ class QwenVLAttention(Qwen2Attention):
 
 
 class QwenVLTextModel(Qwen2Model):
-    """Qwen2's decoder that goes on beyond `train_length`.
+    """Qwen2's decoder that extrapolates beyond `train_length`.
 
-    Both extensions read positions, not row indices, and every row has its own rotary base: padding and the company in the
-    batch change nothing. (The released code counts padding and takes one base per batch.)
+    Both extensions read positions, not row indices, and every row has its own rotary base: padding and the other rows
+    of the batch change nothing. (The released code counts padding and takes one base per batch.)
     """
 
     config: QwenVLTextConfig
@@ -234,7 +234,7 @@ class QwenVLTextModel(Qwen2Model):
             extrapolate: whether to use NTK and logn beyond `train_length`; by default in eval mode only, as released.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give the decoder either input_ids or inputs_embeds, not both and not neither.")
+            raise ValueError("Give the decoder exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
@@ -250,7 +250,8 @@ class QwenVLTextModel(Qwen2Model):
         alpha = query_scale = None
         if not self.training if extrapolate is None else extrapolate:
             if self.config.use_dynamic_ntk:
-                # Keys in the cache were rotated with the base of the prompt: decoding keeps it, however long it gets.
+                # Keys in the cache were rotated with the base of the prompt: decoding keeps it, however long the row
+                # gets.
                 alpha = getattr(past_key_values, "ntk_alpha", None) if past else None
                 if alpha is None:
                     alpha = ntk_alpha(position_ids.amax(-1) + 1, self.config.train_length)

@@ -18,8 +18,9 @@ SPECIAL_TOKENS = [
     *["<img>", "</img>", "<imgpad>"],
 ]
 
-# The released chat format. A picture is `Picture n: <img>...</img>` and a line break, numbered through the conversation;
-# the 256 positions between the tags, where the released code writes the image's path, are filled with <imgpad>.
+# The released chat format. A picture is `Picture n: <img>...</img>` and a line break, numbered through the
+# conversation; the 256 positions between the tags, where the released code writes the image's path, are filled with
+# <imgpad>.
 CHAT_TEMPLATE = """\
 {%- set picture = namespace(n=0) -%}
 {%- if messages[0]['role'] != 'system' -%}
@@ -61,16 +62,16 @@ class QwenVLProcessor(ProcessorMixin):
 
 
 def read_ranks(file: Path) -> dict[bytes, int]:
-    """`qwen.tiktoken`: one base64 token and its rank a line.
+    """`qwen.tiktoken`: one base64 token and its rank per line.
 
     Raises:
-        ValueError: a line that is no token and rank.
+        ValueError: a line does not hold a token and its rank.
     """
     ranks = {}
     for number, line in enumerate(file.read_text().splitlines(), start=1):
         token, _, rank = line.partition(" ")
         if not rank.isdigit():
-            raise ValueError(f"{file}, line {number} is no base64 token and rank: download the file again.")
+            raise ValueError(f"{file}, line {number} is not a base64 token and its rank: download the file again.")
         ranks[base64.b64decode(token)] = int(rank)
     return ranks
 
