@@ -1,9 +1,10 @@
-"""How long a step waits for its batch: files decoded, resized and tokenised in the main process, and in loader workers beside the computation.
+"""How long a step waits for its batch, prepared in the main process or in loader workers during the computation.
 
     OMP_NUM_THREADS=1 python -m benchmarks.data_wait --size cpu --out benchmarks/results
 
-Pictures are photographs' size (1280 x 960 JPEG, a new one for every row), as decoding costs most. Each setting is one run of train_dpo.py's
-trainer; `waiting` is the time inside the loader's `next`, the first batch (workers start) left out.
+A batch is decoded, resized and tokenised. Pictures have the size of photographs (1280 x 960 JPEG, a new one for every
+row), because decoding costs most. Each setting is one run of the trainer of train_dpo.py; `waiting` is the time inside
+the loader's `next`, without the first batch, for which workers start.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def photographs(folder: Path, data: list[dict[str, Any]]) -> None:
 
 
 def run(case: Any, checkpoint: Path, data: list[dict[str, Any]], workers: int, steps: int, precision: str) -> dict:
-    """Seconds of the steps of one run, and of their waiting."""
+    """Seconds that a step of one run takes, and how many of them it waits."""
     options = f"{precision} --dataloader_num_workers {workers} --save_strategy no --report_to none"
     trainer = our_trainer(case, checkpoint, data, options, checkpoint / "reference")
     trainer.args.max_steps = steps + 1

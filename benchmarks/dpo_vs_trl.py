@@ -1,12 +1,13 @@
-"""DPO steps of TRL's trainer and of ours, in turns, on the same rows, weights, adapter, optimizer and batch.
+"""DPO steps of TRL's trainer and of ours, alternating, on the same rows, weights, adapter, optimizer and batch.
 
     OMP_NUM_THREADS=2 python -m benchmarks.dpo_vs_trl --size cpu --out benchmarks/results
     python -m benchmarks.dpo_vs_trl --size 7b --steps 10 --out benchmarks/results      (a GPU with 80 GB; bf16)
     python -m benchmarks.dpo_vs_trl --size cpu --case llava-50 --case "llava-*"        (some cases)
 
-Seconds are compute + data: forward, backward, clipping and optimizer; and rows to batch in the main process. Processor time counts this process
-alone, so that other load on the machine, which wall time suffers from, hardly moves it. TRL has no cached reference for images, so both
-of our columns are compared with the same steps of TRL. Losses of all sides are compared step by step.
+Seconds are compute + data: forward, backward, clipping and optimizer; and turning rows into a batch in the main
+process. Processor time counts this process alone, so other load on the machine, which adds to wall time, hardly changes
+it. TRL has no cached reference for images, so both of our columns are compared with the same steps of TRL. Losses of
+all sides are compared step by step.
 """
 
 import argparse
@@ -45,7 +46,7 @@ class Case:
     answer: int  # tokens of every answer
     batch: int = 2  # rows
     responses: int = 2
-    common: float = 0.0  # share of the answers with which they begin alike
+    common: float = 0.0  # share of an answer's tokens that all answers of a row begin with
     checkpointing: bool = False
     lora: bool = True
 
@@ -63,7 +64,7 @@ CASES = [
     Case("llava-50-four", "llava", 50, batch=1, responses=4),
     Case("llava-150-edited", "llava", 150, common=0.5),
 ]
-MORE_CASES = [  # run when named
+MORE_CASES = [  # run only when named
     *(Case(f"{f}-{n}", f, n) for f in ("llava_next", "qwen2_5_vl", "internvl", "smolvlm") for n in (150, 400)),
     Case("llava-400-checkpointing", "llava", 400, checkpointing=True),
     Case("llava-150-four", "llava", 150, batch=1, responses=4),
@@ -71,7 +72,7 @@ MORE_CASES = [  # run when named
 
 
 def our_trainer(case: Case, checkpoint: Path, data: list[Row], options: str, cache: Path) -> Any:
-    """What train_dpo.py builds."""
+    """The trainer that train_dpo.py builds."""
     lora = "--use_lora True --lora_r 16 --lora_alpha 32 --lora_dropout 0" if case.lora else ""
     parsed = flags.parse(
         flags.ModelArguments,
@@ -148,7 +149,7 @@ def trl_side(
             for name, parameter in trainer.model.named_parameters():
                 if parameter.requires_grad:
                     parameter.copy_(initial[name])
-    else:  # ours keeps the tower frozen: so must this
+    else:  # ours keeps the tower frozen, so TRL's must too
         trainer.model.get_encoder(modality="image").requires_grad_(False)
     dataset, collate = trainer.train_dataset, trainer.data_collator
     starts = range(0, len(dataset), size)
@@ -306,7 +307,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             )
     found, about = [], machine()
     for case in cases:
-        # Three copies of a 7B model beside each other would hide how large a batch fits.
+        # With three copies of a 7B model in memory at once, far smaller batches would fit.
         found.append(run_case(case, options.size, options.steps, one_by_one=options.size == "7b"))
         heading = (
             f"{about['date']}, {about['device']}, {about['threads']} threads, torch {about['torch']}, {about['commit']}"

@@ -1,11 +1,12 @@
-"""The fewest multiply-adds that a DPO step needs, and how long they take at the machine's own matmul rate.
+"""The fewest multiply-adds that a DPO step needs, and how long they take at the machine's matmul rate.
 
     python -m benchmarks.floor --size 7b            (counts only: no weights are made)
 
-Counted: the tower once per image; every row's prompt once and its responses once, through whole decoder layers, with causal attention over what
-each token sees; lm_head at response positions. Backward with a frozen base and LoRA: gradients to activations cost a forward pass (nothing below
-the first layer's adapters), those of the adapters their own products; attention needs four products where forward needs two. With all weights
-training, every decoder product costs once more for its weight. A reference that runs online costs one more forward, checkpointing one too.
+Counted: the tower once per image; every row's prompt once and its responses once, through whole decoder layers, with
+causal attention over what each token sees; lm_head at response positions. Backward with a frozen base and LoRA: the
+gradients of activations cost a forward pass (nothing below the first layer's adapters), the adapters twice their
+forward products; attention needs four products where forward needs two. With all weights training, every decoder product
+costs once more for its weight. A reference that runs online costs one more forward pass, and so does checkpointing.
 Not counted: norms, softmax, rotary embeddings, optimizer, image processing, and anything that only moves memory.
 """
 
@@ -20,7 +21,7 @@ from benchmarks.models import decoder as shape
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens of one packed row: what all responses share, and what each has on its own; scored tokens in all."""
+    """Tokens of one packed row: those that all responses share, and those of each response alone."""
 
     shared: int
     own: tuple[int, ...]
@@ -84,7 +85,7 @@ def step_macs(
         + backward
         + (base + head if online else 0)
         + (base + adapters if checkpointing else 0)
-        + (tower if online and not lora else 0)  # the reference's own projector: its tower too, unless shared
+        + (tower if online and not lora else 0)  # the projector trains: the reference encodes the images itself
     )
 
 

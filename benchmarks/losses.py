@@ -1,11 +1,12 @@
-"""Every preference loss on the embedded pictures, three seeds: one table, one plot. A toy, but a real one.
+"""Every preference loss on the embedded pictures, three seeds: one table, one plot. A toy problem, trained for real.
 
     make demo && python -m benchmarks.losses --demo runs/demo --output_dir runs/losses
-    make demo LOSS=mdpo                     # one of them through the demo itself
+    make demo LOSS=mdpo                     # one of them in the demo itself
 
-Each run is `train_dpo.py` from the demo's SFT checkpoint on the same pairs for the same number of steps with the same learning rate, so the table
-compares what a loss does under one budget, not what it could do when tuned. Losses that read a column get it: severity is 1 for an invented or a
-wrong object and 0.5 otherwise, margin the same number, image_rejected the next row's picture.
+Each run is `train_dpo.py` from the demo's SFT checkpoint on the same pairs for the same number of steps with the same
+learning rate, so the table compares what a loss does under one budget, not what it could do when tuned. Losses that
+read a column get it: severity is 1 for an invented or a wrong object and 0.5 otherwise, margin the same number,
+image_rejected the next row's picture.
 """
 
 import argparse
@@ -50,7 +51,7 @@ COLUMNS = {
 
 
 def pairs_with_columns(demo: Path, output_dir: Path) -> Path:
-    """The demo's pairs, with every column that some loss reads."""
+    """The demo's pairs, with every column that any loss reads."""
     rows = json.loads((demo / "data" / "pairs.json").read_text())
     for i, row in enumerate(rows):
         badness = 1.0 if row["error"] == "object" else 0.5
@@ -64,9 +65,8 @@ def pairs_with_columns(demo: Path, output_dir: Path) -> Path:
 def kl_and_sensitivity(model: str, adapter: str, scenes: Sequence[dict]) -> tuple[float, float]:
     """Sampled captions of held-out scenes, scored under adapter and base.
 
-    Returns:
-        KL(policy || reference) per caption in nats, the mean log-ratio of captions sampled from the policy; and the mean absolute change of their
-        log-probs when each picture is replaced by the next.
+    Returns: KL(policy || reference) per caption in nats, the mean log-ratio of captions sampled from the policy; and
+        the mean absolute change of their log-probs when each picture is replaced by the next.
     """
     mapper = core_mapper_for(model)
     processor = mapper.processor(model)
@@ -126,7 +126,7 @@ def run_one(name: str, seed: int, demo: Path, pairs: Path, output_dir: Path, rec
 
 
 def table(results: dict[str, list[dict[str, float]]], sft: dict[str, float]) -> str:
-    """Markdown: mean over seeds, and half the range behind ± where there are several."""
+    """Markdown: mean over seeds, and half the range after ± where there are several."""
 
     def cell(values: Sequence[float]) -> str:
         digits = 0 if max(map(abs, values)) >= 100 else 3 if max(map(abs, values)) < 2 else 1
@@ -141,7 +141,7 @@ def table(results: dict[str, list[dict[str, float]]], sft: dict[str, float]) -> 
 
 
 def plot(results: dict[str, list[dict[str, float]]], sft: dict[str, float], path: Path) -> None:
-    """Hallucination against distance from the reference: better is lower and further left."""
+    """Hallucination against distance from the reference: lower is better, and so is further left."""
     figure, axes = plt.subplots(figsize=(9, 6))
     for name, runs in results.items():
         x, y = (statistics.mean(run[c] for run in runs) for c in ("kl", "chair_i"))

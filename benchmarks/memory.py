@@ -1,12 +1,12 @@
-"""GiB per GPU of a training run, before it is started. Computed: no weights are made and no GPU is needed.
+"""GiB per GPU of a training run, before it starts. Computed: no weights are created and no GPU is needed.
 
     python -m benchmarks.memory --model llava-hf/llava-1.5-7b-hf --gpus 8 --zero 3
     python -m benchmarks.memory --model runs/sft --script dpo --method lora --max_prompt_length 2900
 
-Weights, gradients and optimizer states are counted on the model's real modules, parameter by parameter, in the precision that load_policy
-and DeepSpeed give them. Activations are what one forward and backward of the real modules hold at their worst, run on tensors without
-content (torch's FakeTensorMode). What DeepSpeed, DDP and peft add is a formula each, in `memory`. tests/test_memory.py compares with tensors
-counted by torch's allocator in real steps.
+Weights, gradients and optimizer states are counted on the model's real modules, parameter by parameter, in the
+precision that load_policy and DeepSpeed give them. Activations are the peak of one forward and backward pass of the
+real modules, run on tensors without content (torch's FakeTensorMode). What DeepSpeed, DDP and peft add is one formula
+each, in `memory`. tests/test_memory.py compares with tensors counted by torch's allocator in real steps.
 
 Not counted: the vision tower's activations (it is frozen by default), and what OVERHEAD and FRAGMENTATION assume.
 """
@@ -41,7 +41,7 @@ GIB = 1 << 30
 OVERHEAD = 1.5 * GIB  # assumed: CUDA context, cuBLAS and NCCL workspaces
 FRAGMENTATION = 0.05  # assumed: what the caching allocator holds beyond the tensors
 SCRIPTS = ("sft", "dpo", "dpo_cached", "rm", "ppo")  # dpo_cached: --precompute_ref_log_probs True
-# Methods, and the ds_configs/zero*.json that are of use with each; 0: one GPU or DDP
+# Methods, and the ds_configs/zero*.json that are useful with each; 0: one GPU or DDP
 METHODS = {"full": ("0", "2", "2_offload", "3", "3_offload"), "lora": ("0", "3"), "qlora": ("0",)}
 # DeepSpeed's defaults, in elements
 ZERO2_BUCKET, ZERO3_LIVE, ZERO3_SUBGROUP = 5e8, 1e9, 1e9
@@ -65,7 +65,7 @@ def _qwen(tower: int, *text: int, tied: bool = False) -> dict[str, Any]:
 _CLIP = _shape("clip_vision_model", 1024, 4096, 24, 16, image_size=336, patch_size=14, projection_dim=768)
 _INTERN = _shape("internvl_vision", 1024, 4096, 24, 16, image_size=[448] * 2, patch_size=[14] * 2, attention_bias=True)
 _SIGLIP = _shape("smolvlm_vision", 1152, 4304, 27, 16, image_size=384, patch_size=14)
-# What counts of the published config.json files, and the tokens of a usual prompt: one picture and 64 of text
+# What matters in the published config.json files, and the tokens of a usual prompt: one picture and 64 of text
 # fmt: off
 PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
     "HuggingFaceTB/SmolVLM2-2.2B-Instruct": (17 * 81 + 64, dict(model_type="smolvlm", vision_config=_SIGLIP, scale_factor=3,
@@ -87,7 +87,7 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Setup:
-    """One run, in the names of args.py where it has them."""
+    """One run, with the names of args.py where they exist."""
 
     script: str = "dpo"
     method: str = "lora"
@@ -104,7 +104,7 @@ class Setup:
 
     @property
     def alike(self) -> "Setup":
-        """What decides about one micro batch on one GPU."""
+        """What determines the size of one micro batch on one GPU."""
         zero = {"0": "0", "2": "2"}.get(self.zero[0], "3" if self.method == "lora" else "2")
         return replace(self, zero=zero, gpus=1, script=self.script.removesuffix("_cached"))
 
@@ -116,7 +116,7 @@ class Setup:
 
 @functools.cache
 def class_and_config(model: str, layers: int | None = None) -> tuple[type, tf.PreTrainedConfig]:
-    """The adapter's class and the configuration of a name in PUBLISHED, a checkpoint folder or a hub id; `layers`: of a shorter decoder."""
+    """Adapter class and configuration of a name in PUBLISHED, a folder or a hub id; `layers` shortens the decoder."""
     if model in PUBLISHED:
         config = tf.AutoConfig.for_model(**copy.deepcopy(PUBLISHED[model][1]))
         native = tf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)].__name__
@@ -132,7 +132,10 @@ def class_and_config(model: str, layers: int | None = None) -> tuple[type, tf.Pr
 
 
 def trained_model(model: str, setup: Setup, layers: int | None = None) -> tuple[nn.Module, nn.Module]:
-    """What a script trains, and the adapter's model in it, on the meta device: in the script's precision, frozen and with heads and adapters."""
+    """What a script trains, and the adapter's model in it, on the meta device.
+
+    In the script's precision, with what it freezes, its heads and its adapters.
+    """
     cls, config = class_and_config(model, layers)
     low = torch.bfloat16 if setup.bf16 and (setup.method != "full" or setup.zero != "0") else torch.float32
     with torch.device("meta"):
@@ -145,7 +148,7 @@ def trained_model(model: str, setup: Setup, layers: int | None = None) -> tuple[
                 p.data = p.data if id(p) in linears else p.data.float()
         whole = core
         if setup.method != "full":
-            dropout = LoraArguments.lora_dropout if setup.script == "sft" else 0.0  # the other scripts switch it off
+            dropout = LoraArguments.lora_dropout if setup.script == "sft" else 0.0  # the other scripts turn it off
             whole = add_lora(core, LoraArguments(use_lora=True, lora_r=setup.lora_r, lora_dropout=dropout))
             if setup.method == "lora" and setup.zero != "3":
                 use_fast_lora(whole)
@@ -171,7 +174,10 @@ def quantised(core: nn.Module) -> list[nn.Parameter]:
 
 
 def nf4_bytes(weight: torch.Tensor) -> int:
-    """4 bits, a uint8 scale per 64 weights, a float32 one per 256 of those, three small tables: 2305.14314 §3 as bitsandbytes lays it out."""
+    """Bytes of NF4 weights (arXiv:2305.14314 §3) as bitsandbytes stores them.
+
+    4 bits per weight, a uint8 scale per 64 weights, a float32 scale per 256 of those, three small tables.
+    """
     blocks = -(-weight.numel() // 64)
     return weight.numel() // 2 + blocks + 4 * -(-blocks // 256) + 4 * (16 + 256 + 1)
 
@@ -188,12 +194,12 @@ def count(model: str, setup: Setup) -> tuple[int, int, int, int]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a step holds beside weights, gradients and optimizer
+# What a step holds besides weights, gradients and optimizer
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that were made while it is on and still exist: `now`, and `most` at any time."""
+    """Bytes of the tensors that were created while it is on and still exist: `now`, and `most` at any time."""
 
     def __init__(self, before: list[torch.Tensor]) -> None:
         super().__init__()
@@ -217,7 +223,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _fill_with_fakes(model: nn.Module) -> list[torch.Tensor]:
-    """Replace meta tensors by fake CPU tensors: autocast and attention kernels know these. Gradients exist already, as while accumulating."""
+    """Replace meta tensors by fake CPU tensors, which autocast and attention kernels support.
+
+    Gradients exist already, as during accumulation.
+    """
     made: dict[int, torch.Tensor] = {}  # tied weights stay tied
     for slots in (s for module in model.modules() for s in (module._parameters, module._buffers)):
         for name, tensor in slots.items():
@@ -233,9 +242,10 @@ def _fill_with_fakes(model: nn.Module) -> list[torch.Tensor]:
 
 @functools.cache
 def step_bytes(model: str, setup: Setup, train: bool = True) -> int:
-    """Most bytes that forward and backward of a micro batch hold beside weights and gradients; `train` False: of a rollout's prompts.
+    """Most bytes that forward and backward of a micro batch hold besides weights and gradients.
 
-    Layers that are alike are not all run: forward and backward of two short stacks give those of a whole one.
+    `train=False`: those of the forward pass over a rollout's prompts. Equal layers do not all run: two short stacks
+    give the numbers of the whole one.
     """
     text = class_and_config(model)[1].get_text_config()
     depth = text.num_hidden_layers
@@ -260,7 +270,7 @@ def _peaks(model: str, setup: Setup, train: bool, layers: int | None) -> tuple[i
         text_only = {"mm_token_type_ids": torch.zeros_like(rows["input_ids"]), "image_grid_thw": None}
     inputs = core.packed_inputs(rows["input_ids"], rows["segment_ids"], text_only, packed=K > 1)
     if K == 1:
-        del inputs["attention_mask"]  # rows of one length: nothing is hidden but the future
+        del inputs["attention_mask"]  # rows of one length: the mask hides only the future
     mask = rows["completion_mask"]
     scored = {"completion_index": rows["completion_index"][mask], "completion_ids": rows["completion_ids"][mask]}
     if setup.script == "rm":
@@ -268,7 +278,7 @@ def _peaks(model: str, setup: Setup, train: bool, layers: int | None) -> tuple[i
     elif setup.script == "ppo" and train:
         scored["with_entropy"] = True
     whole.train(train)
-    # transformers writes a mask out for tensors without content; a step leaves a causal one to the kernel
+    # transformers builds a mask for tensors without content; in a real step the kernel does causal masking
     untraced = mock.patch.multiple(
         "transformers.masking_utils", is_tracing=lambda *_: False, find_packed_sequence_indices=lambda *_: None
     )
@@ -299,20 +309,20 @@ def cache_bytes(model: str, setup: Setup) -> int:
 
 
 def memory(model: str, setup: Setup) -> dict[str, float]:
-    """Bytes of every part, on one GPU at its worst; `host`: of one node's memory."""
+    """Peak bytes of every part on one GPU; `host`: of one node's memory."""
     weights, gradients, t, reference = count(model, setup.alike)
     n, stage, offload = setup.gpus, int(setup.zero[0]), setup.zero.endswith("offload")
     found = {"weights": weights, "gradients": gradients, "optimizer": 8 * t}
-    # A reward model of its own is bf16, the reference what the policy is.
+    # A separate reward model is bf16; the reference has the policy's precision.
     reward = reference // 2 if setup.bf16 and stage == 0 else reference
     found["other models"] = {"dpo": reference, "ppo": reference + reward}.get(setup.script, 0)
     activations, rollout, host = step_bytes(model, setup.alike), 0.0, 0.0
-    if setup.method == "qlora":  # the product at hand in bf16
+    if setup.method == "qlora":  # the weight in use, in bf16
         decoder = class_and_config(model)[1].get_text_config()
         activations += 2 * decoder.hidden_size * decoder.intermediate_size
     if setup.script == "ppo":
         rollout = step_bytes(model, setup.alike, train=False) + cache_bytes(model, setup)
-    update = 0.0  # float32 gradients while DeepSpeed's optimizer steps: nothing else of a step lives then
+    update = 0.0  # float32 gradients while DeepSpeed's optimizer steps: nothing else of a step exists then
     if stage == 0:
         buffers = gradients if n > 1 else 0  # DDP's buckets
     else:
@@ -355,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for method in methods:
         for zero in zeros or METHODS[method]:
             if (method == "qlora" and zero[0] == "3") or (flags["gpus"] == 1 and zero in ("2", "3")):
-                continue  # quantised weights are not shared out, and with one GPU nothing is
+                continue  # quantised weights are not partitioned, and with one GPU nothing is
             found = {
                 name: memory(model, Setup(name, method, zero, **flags)) for name in ([script] if script else SCRIPTS)
             }

@@ -1,8 +1,9 @@
 """Checkpoints with random weights in the shapes of public models, and rows to train them on.
 
-`cpu` keeps each model's image tokens and layout at about 1/8 of its width and depth, tower and lm_head near their published share of the work;
-`7b` is the published configuration; `tiny` runs in a test. Both sides of a comparison need the same tokens, so all families share one byte-level
-tokenizer and one ChatML template, which writes nothing behind an answer's end token (trainers differ in whether they learn that).
+`cpu` keeps each model's image tokens and layout at about 1/8 of its width and depth, with tower and lm_head near their
+published share of the work; `7b` is the published configuration; `tiny` is for a test. Both sides of a comparison need
+the same tokens, so all families share one byte-level tokenizer and one ChatML template, which writes nothing after an
+answer's end token (trainers differ in whether they train on what follows it).
 """
 
 import random
@@ -23,7 +24,7 @@ Parts = tuple[tf.PreTrainedModel, tf.ProcessorMixin]
 
 
 def template(image: str) -> str:
-    """ChatML without a line break behind <|im_end|>."""
+    """ChatML without a line break after <|im_end|>."""
     return (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% for part in m['content'] %}"
         "{{ '" + image + "' if part['type'] == 'image' else part['text'] }}{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
@@ -75,7 +76,7 @@ def llava(size: str) -> Parts:
 
 
 def llava_wide(size: str) -> Parts:
-    """LLaVA-1.5 at half its width, with two layers: what a step costs when products with weights outweigh the rest, as they do at 7B."""
+    """LLaVA-1.5 at half its width, with two layers: matrix products outweigh the rest, as they do at 7B."""
     return _llava(size, anyres=False, cpu=((2048, 2, 16), (256, 6)))
 
 
@@ -197,7 +198,7 @@ def internvl(size: str) -> Parts:
 
 
 def smolvlm(size: str) -> Parts:
-    """SmolVLM2-2.2B's design: tiles of 512 pixels (two by two of them and the whole, here), 64 tokens each."""
+    """SmolVLM2-2.2B's design: tiles of 512 pixels (here four of them and the whole picture), 64 tokens each."""
     return _smolvlm(
         size,
         encoder(size, (128, 3), (1152, 4304, 27, 16)),
@@ -206,7 +207,7 @@ def smolvlm(size: str) -> Parts:
 
 
 def smolvlm_256m(size: str) -> Parts:
-    """SmolVLM-256M as published, at every size: no stand-in."""
+    """SmolVLM-256M as published, at every size: not a stand-in."""
     size = size if size == "tiny" else "7b"
     return _smolvlm(
         size, encoder(size, (0, 0), (768, 3072, 12, 12)), decoder(size, 49280, (0, 0, 0), (576, 1536, 30, 9, 3))
@@ -272,7 +273,7 @@ def build(family: str, size: str, folder: Path, dtype: torch.dtype = torch.float
 
 
 def answer(tokenizer: tf.PreTrainedTokenizerFast, tokens: int, seed: int, begin: str = "") -> str:
-    """Random words that take `tokens` tokens with their end token, after the words of `begin`."""
+    """Random words that follow those of `begin`: `tokens` tokens in all, with the end token."""
     words = [word for word in WORDS if len(tokenizer.tokenize(" " + word)) == 1]
     missing = tokens - 1 - len(tokenizer.tokenize(begin))
     return begin + "".join(" " + word for word in random.Random(seed).choices(words, k=missing))
@@ -290,7 +291,7 @@ def rows(
     """Preference rows whose answers all take `tokens` tokens, pictures as PNG files in `folder`.
 
     Args:
-        common: share of the answers' tokens with which the answers of a row begin alike.
+        common: share of an answer's tokens that all answers of a row begin with.
     """
     tokenizer = tf.AutoTokenizer.from_pretrained(folder)
     found = []

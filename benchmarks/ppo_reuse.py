@@ -1,9 +1,10 @@
-"""PPO updates with everything shared, without vision reuse, and with nothing shared; the share of each phase; the tower's images counted.
+"""PPO updates with everything shared, without vision reuse, and with nothing shared: time per phase, images encoded.
 
     OMP_NUM_THREADS=2 python -m benchmarks.ppo_reuse --size cpu --out benchmarks/results
 
-`shared` is train_ppo.py. `pixels` gives every pass the pixels instead of features, so that each runs the tower. `plain` does so too and lays out
-one row per answer. Configurations run one after the other, several rounds; medians are over all updates but a configuration's first.
+`shared` is train_ppo.py. `pixels` gives every pass the pixels instead of features, so that each runs the tower. `plain`
+does so too, with one row per answer. Configurations run one after the other, for several rounds; medians are over all
+updates except the first of each configuration.
 """
 
 import argparse
@@ -28,14 +29,14 @@ CONFIGURATIONS = ("plain", "pixels", "shared")
 
 
 def count_words(images: list[Any], prompts: list[Any], responses: list[str]) -> list[float]:
-    """The reward: any function serves."""
+    """The reward: any function would do."""
     return [float(len(response.split())) for response in responses]
 
 
 def updates_of(
     name: str, checkpoint: Path, data: list[dict[str, Any]], tokens: int, updates: int, cpu: bool
 ) -> dict[str, Any]:
-    """Seconds of each phase of every update but the first, images through the tower per update, and the losses."""
+    """Seconds of each phase of every update after the first, images through the tower per update, and the losses."""
     parsed = flags.parse(
         flags.ModelArguments,
         flags.DataArguments,

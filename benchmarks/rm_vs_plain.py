@@ -1,4 +1,4 @@
-"""Reward-model steps on packed rows and on plain ones (`--share_prefix False`), in turns; the tower's calls and images counted.
+"""Reward-model steps on packed and on plain rows (`--share_prefix False`), alternating; images encoded are counted.
 
 OMP_NUM_THREADS=2 python -m benchmarks.rm_vs_plain --size cpu --out benchmarks/results
 """
@@ -26,7 +26,7 @@ CASES = [
 
 
 def side_of(checkpoint: Path, data: list[dict[str, Any]], batch: int, options: str) -> Side:
-    """What train_rm.py builds; its first weights do not depend on the options."""
+    """The trainer that train_rm.py builds; its initial weights do not depend on the options."""
     parsed = flags.parse(
         flags.ModelArguments,
         flags.DataArguments,

@@ -1,4 +1,4 @@
-"""Training steps of several trainers, taken in turns: what other load there is on the machine falls on all of them alike."""
+"""Training steps of several trainers, alternating, so that other load on the machine slows all of them alike."""
 
 import gc
 import json
@@ -33,14 +33,14 @@ KINDS = {
 
 @dataclass
 class Timings:
-    """Of one side: seconds and losses of every measured step."""
+    """Seconds and losses of every measured step of one side."""
 
     data: list[float] = field(default_factory=list)  # rows -> batch: decoding, image processor, tokeniser
     compute: list[float] = field(default_factory=list)  # forward, backward, clipping, optimizer
-    cpu: list[float] = field(default_factory=list)  # processor seconds of all threads: other load does not count
+    cpu: list[float] = field(default_factory=list)  # processor seconds of all threads, without other processes
     losses: list[float] = field(default_factory=list)
     held_mib: float = 0.0  # weights, gradients and optimizer states between steps
-    peak_mib: float = 0.0  # the most that a step holds
+    peak_mib: float = 0.0  # the peak within a step
 
     @property
     def step(self) -> float:
@@ -59,12 +59,12 @@ class Timings:
 
 
 class Side:
-    """A Trainer, its own collator and optimizer, stepped by hand."""
+    """A Trainer with its collator and optimizer, stepped by hand."""
 
     def __init__(self, trainer: Trainer, batches: Sequence[Callable[[], Any]]) -> None:
         """
         Args:
-            batches: make the batches that are trained on in turn.
+            batches: functions that make the batches to train on, used in turn.
         """
         self.trainer, self.batches, self.count = trainer, batches, 0
         trainer.create_optimizer()
@@ -96,7 +96,7 @@ class Side:
         return value
 
     def measure_memory(self) -> None:
-        """One more step, for the most memory that its tensors take."""
+        """One more step, to measure the peak memory of its tensors."""
         gc.collect()
         held = _tensor_bytes(self.trainer)
         if torch.cuda.is_available():
@@ -122,7 +122,7 @@ class Side:
 
 
 def peak_of(run: Callable[[], Any]) -> int:
-    """Bytes of CPU tensors that `run` holds at its worst, beyond those before it, counted by torch's allocator."""
+    """Peak bytes of CPU tensors that `run` adds to those before it, counted by torch's allocator."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     level = most = 0
@@ -171,7 +171,7 @@ def matmul_rate(tokens: int, width: int, inner: int, dtype: torch.dtype, seconds
 
 
 class LoadWatch:
-    """Mean one-minute load of the machine while a block runs: how much else was going on."""
+    """Mean one-minute load of the machine while a block runs."""
 
     def __enter__(self) -> "LoadWatch":
         self.loads = [os.getloadavg()[0]]
