@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks a hub fails at once
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that contacts a hub fails at once
 
 import common.compat  # noqa: F401  isort: skip  (must come before transformers)
 import json
@@ -19,7 +19,7 @@ from tests import zoo
 
 disable_progress_bars()
 transformers_logging.disable_progress_bar()
-torch.set_num_threads(1)  # the models are tiny: a second thread only costs
+torch.set_num_threads(1)  # the models are tiny: a second thread would only cost time
 
 QUESTION = "What is in this image?"
 ANSWERS = ["A red square on the table.", "two blue circles", "A green star and a yellow triangle.", "no"]
@@ -61,7 +61,7 @@ def preference_data(preference_rows: list[dict]) -> Dataset:
 
 @pytest.fixture(scope="session")
 def pairs_json(preference_rows: list[dict], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same rows as a plain_dpo file beside nothing: images are relative to image_dir."""
+    """The same rows as a plain_dpo file; images are relative to image_dir."""
     path = tmp_path_factory.mktemp("pairs") / "pairs.json"
     path.write_text(
         json.dumps(
@@ -120,7 +120,7 @@ def command(
 
 @pytest.fixture
 def rewards(tmp_path: Path) -> str:
-    """A reward function on disk: the length of the answer."""
+    """A file with a reward function: the length of the answer."""
     path = tmp_path / "rewards.py"
     path.write_text("def length(images, prompts, responses):\n    return [float(len(r)) for r in responses]\n")
     return f"{path}:length"

@@ -1,4 +1,4 @@
-"""What test_distributed.py launches on every rank: several runs of the scripts, one after the other, because imports cost more than runs.
+"""What test_distributed.py launches on every rank: several runs of the scripts, because imports cost more than runs.
 
     torchrun --nproc_per_node 2 -m tests.distributed_jobs jobs.json
 
@@ -36,7 +36,7 @@ def main() -> None:
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         SCRIPTS[job["script"]].main(argv)
-        # What one run leaves behind for the next: the DeepSpeed plugin above all.
+        # State that one run would pass on to the next, above all the DeepSpeed plugin.
         AcceleratorState._reset_state()
         GradientState._reset_state()
         if os.environ.get("RANK", "0") == "0":

@@ -1,4 +1,4 @@
-"""Scripts in processes of their own that start at once: a server process imports them once and forks for every run."""
+"""Scripts in processes that start at once: a server process imports them once and forks for every run."""
 
 import json
 import multiprocessing
@@ -15,7 +15,7 @@ SCRIPTS = {name: f"train_{name}" for name in ("sft", "dpo", "rm", "ppo")}
 
 
 def pause_before_steps(seconds: float) -> None:
-    """Make every training step of this process wait, so that no machine is too fast for a signal between two steps."""
+    """Make every training step of this process wait, so that a signal can arrive between two steps on any machine."""
     from base.checkpoints import Preemption
 
     Preemption.on_step_begin = lambda *args, **kwargs: time.sleep(seconds)

@@ -1,4 +1,4 @@
-"""A user who follows docs/CustomizedModel.md to the letter succeeds: twelve classes, a collator that makes its own pixels, one map line."""
+"""docs/CustomizedModel.md, followed to the letter: twelve classes, a collator that makes the pixels, one map line."""
 
 import json
 import sys

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True, scope="module")
 def own_cache(tmp_path_factory: pytest.TempPathFactory):
-    """A cache of its own, so that nothing of an earlier run answers."""
+    """A fresh cache, so that nothing of an earlier run is reused."""
     patch = pytest.MonkeyPatch()
     patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     yield
@@ -155,7 +155,7 @@ def test_vlfeedback_parquet_with_ties_and_ratings_that_are_no_numbers(folder: Pa
     features["image"] = datasets.Image()
     datasets.Dataset.from_list(rows, features=features).to_parquet(folder / "v.parquet")
     found = load(arguments(folder, "vlfeedback_paired", "v.parquet", image_root=None), out=folder / "out")
-    assert len(found.train) == 2  # the others hold no preference: left out by the format's definition, but counted
+    assert len(found.train) == 2  # the others hold no preference: the format leaves them out, and they are counted
     assert (found.info["sets"][0]["skipped"], found.info["sets"][0]["bad"]) == (2, 0)
     first, second = found.train
     assert first["ranks"] == [0.0, 1.0, 0.0, 2.0] and first["scores"] == [4.0, 2.0, 4.0, 1.0]
@@ -403,7 +403,7 @@ def test_one_bad_row_is_one_sentence_with_file_row_and_mend(folder: Path) -> Non
 )
 def test_json_list_that_does_not_parse_names_line_and_column(folder: Path, text: str, message: str) -> None:
     (folder / "d.json").write_text(text)
-    for on_bad_row in ("error", "drop"):  # what follows cannot be read: nothing to drop
+    for on_bad_row in ("error", "drop"):  # what follows cannot be read, so there is nothing to drop
         with pytest.raises(InputError, match=message):
             load(arguments(folder, "plain_dpo", "d.json", on_bad_row=on_bad_row))
 
@@ -475,7 +475,7 @@ def test_paths_that_leave_the_image_root(folder: Path) -> None:
     (folder / "images" / "link.png").symlink_to(secret / "s.png")
     (folder / "images" / "linked").symlink_to(secret)
     (folder / "images" / "inside.png").symlink_to("1.png")
-    shutil.copytree(secret, folder / "images-2")  # a neighbour whose name starts alike
+    shutil.copytree(secret, folder / "images-2")  # another folder whose name begins with the same letters
     names = [
         "link.png",
         "linked/s.png",
@@ -505,11 +505,11 @@ def test_images_are_checked_without_being_decoded(folder: Path, monkeypatch: pyt
     (images / "zero.png").touch()
     (images / "text.png").write_text("no picture")
     Image.new("1", (20_000, 20_000)).save(images / "bomb.png")
-    Image.new("1", (10_000, 9_500)).save(images / "large.png")  # above the limit, below Pillow's own error
+    Image.new("1", (10_000, 9_500)).save(images / "large.png")  # above our limit, below Pillow's
     damaged = bytearray((images / "whole.PNG").read_bytes())
     damaged[len(damaged) // 2] ^= 255
     (images / "damaged.png").write_bytes(damaged)
-    os.mkfifo(images / "pipe.png")  # opening it would wait for ever
+    os.mkfifo(images / "pipe.png")  # opening it would wait forever
     decoded: list[str] = []
     original = ImageFile.ImageFile.load
 
@@ -531,7 +531,7 @@ def test_images_are_checked_without_being_decoded(folder: Path, monkeypatch: pyt
     assert set(refused) == bad
     assert "0 bytes" in refused["zero.png"] and "Pillow's limit" in refused["large.png"]
     assert "no regular file" in refused["pipe.png"] and "broken or cut off" in refused["cut.JPEG"]
-    # Only what ends oddly was decoded to be certain, nothing that is whole.
+    # Only pictures with an unusual end were decoded to be certain.
     assert {Path(name).name for name in decoded} == {f"cut.{f}" for f in ("JPEG", "GIF", "PNG")}
     assert len(found.train) == len(names) - len(bad)
 
@@ -541,7 +541,7 @@ def test_an_image_that_was_put_there_later_is_seen(folder: Path) -> None:
     with pytest.raises(InputError, match=r"late\.png, which does not exist"):
         load(args)
     shutil.copy(folder / "images" / "2.png", folder / "images" / "late.png")
-    assert len(load(args).train) == 2  # the file of rows has not changed, but the cached verdict is looked at again
+    assert len(load(args).train) == 2  # the file of rows has not changed, but the cached result is checked again
 
 
 def test_a_changed_file_is_read_again_and_an_unchanged_one_is_not(

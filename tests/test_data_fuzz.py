@@ -1,4 +1,4 @@
-"""Mutated rows, files and images: whatever comes in, nothing but usable rows comes out, and every refusal names its row."""
+"""Mutated rows, files and images: only usable rows come out, and every refusal names its row."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ from base.images import load_image
 from common.errors import InputError
 from data.images import FORMATS
 
-SECONDS = 20  # for one file; all of them take a fraction of one
+SECONDS = 20  # for one file; all files together take a fraction of one
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +98,7 @@ def mutate(row: dict, rng: random.Random) -> object:
 
 
 def assert_usable(row: dict) -> None:
-    """What every loss may take for granted, checked without the code under test."""
+    """What every loss may assume, checked without the code under test."""
     messages = row.get("messages") or row["prompt"]
     roles = [m["role"] for m in messages]
     roles = roles[1:] if roles[0] == "system" else roles
@@ -169,7 +169,7 @@ def test_300_mutated_rows(tmp_path: Path) -> None:
 
 
 def damage(content: bytes, rng: random.Random) -> bytes:
-    """Bytes cut, overwritten, doubled, removed or replaced by noise."""
+    """Cut, overwrite, double, remove bytes or replace them by noise."""
     at, size = rng.randrange(len(content)), rng.choice([1, 2, 40, 400])
     noise = bytes(rng.randrange(256) for _ in range(size))
     match rng.randrange(6):

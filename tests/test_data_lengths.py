@@ -1,4 +1,4 @@
-"""Length limits: the rule by itself, and on every family that a prompt and its image tokens come through whole."""
+"""Length limits: the rule alone; and on every family, prompts and their image tokens stay complete."""
 
 import random
 from pathlib import Path
@@ -72,7 +72,7 @@ def test_rule_holds_for_random_rows() -> None:
                 or len(after) == limits.max_target_length
                 or prompt + len(after) == limits.max_length
             )
-            assert full  # nothing is cut that need not be
+            assert full  # nothing is cut unnecessarily
 
 
 def rows_of(kind: str, folder: Path, rng: random.Random) -> datasets.Dataset:

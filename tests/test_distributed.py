@@ -35,14 +35,14 @@ Jobs = list[dict]
 
 
 def free_port() -> str:
-    """One that no other run on this machine listens on."""
+    """A port on which no other run on this machine listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
 
 
 def start(command: list[str], log: Path) -> subprocess.Popen:
-    """Start a launcher in a process group of its own; it prints to `log`."""
+    """Start a launcher in a new process group; it prints to `log`."""
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
@@ -55,7 +55,7 @@ def start(command: list[str], log: Path) -> subprocess.Popen:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """Kill a launcher and everything below it; torchrun gives its workers sessions of their own."""
+    """Kill a launcher and everything below it; torchrun starts its workers in new sessions."""
     for one in [*psutil.Process(process.pid).children(recursive=True), process]:
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
             one.kill()
@@ -63,7 +63,7 @@ def kill(process: subprocess.Popen) -> None:
 
 
 def finish(process: subprocess.Popen, log: Path, timeout: float = 900) -> None:
-    """Wait for a launcher; a hang ends with all its processes."""
+    """Wait for a launcher; if it hangs, kill all its processes."""
     try:
         assert process.wait(timeout) == 0, log.read_text()[-6000:]
     finally:
@@ -118,8 +118,9 @@ def assert_same_curve(one: Path, other: Path, tolerance: float = 1e-5) -> None:
         a, b = load_file(one / file), load_file(other / file)
         assert a.keys() == b.keys(), f"{file}: {sorted(a.keys() ^ b.keys())[:4]}"
         for name, tensor in a.items():
-            # Adam divides by the root of a tiny square: where a gradient is rounding alone, a weight moves by up to the learning rate in either
-            # direction, whatever computes it. Single weights may; all of a key's bias do, which softmax does not see.
+            # Where a gradient is only rounding error, Adam divides it by a number as small, and the weight moves by up
+            # to the learning rate in either direction. Single weights may differ so; a key's bias does as a whole,
+            # because softmax cancels it and its gradient is 0.
             difference = (tensor - b[name]).abs()
             assert difference.max() < 4e-3 and (difference.mean() < 1e-5 or name.endswith("k_proj.bias")), name
 
@@ -179,14 +180,14 @@ def mixed_files(preference_rows: list[dict], image_dir: Path, tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("setup", ["ddp", "zero3"])
 def test_ranks_without_images(job, mixed_files, tmp_path: Path, setup: str):
-    """Text-only rows on one rank, images on the other: nobody waits, and the curve is that of one process."""
+    """Text-only rows on one rank, images on the other: no rank waits forever, and the curve is that of one process."""
     reward_model = tmp_path / "one" / "rm-full"
     cells = [
         ("sft", "full", ""),
         ("dpo", "lora", ""),
         ("rm", "full", "--freeze_vision_tower False"),  # comes before the cell that reads it
         ("ppo", "lora", "--gradient_accumulation_steps 2 --ds3_gather_for_generation False"),
-        # The tower trains, the value function has one of its own, and so has the reward model.
+        # The tower trains; value function and reward model have separate towers.
         (
             "ppo",
             "full",
@@ -223,7 +224,7 @@ def talkative(llava: str, tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("gather", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_rollouts_of_different_lengths(job, talkative, tmp_path: Path, monkeypatch, gather: bool):
-    """ZeRO-3: a rank whose answers have ended waits for the others, or needs no one; what is sampled is what one process samples."""
+    """ZeRO-3, gathered by layer or per rollout: ranks end together or alone, and sample what one process samples."""
     longest = []
     write = VLPPOTrainer._write_samples
 
@@ -250,7 +251,7 @@ def test_rollouts_of_different_lengths(job, talkative, tmp_path: Path, monkeypat
 @pytest.mark.slow
 @pytest.mark.parametrize("setup", ["ddp", "zero2", "zero3"])
 def test_cached_reference_on_two_ranks(job, pairs_json, tmp_path: Path, setup: str):
-    """All weights, a fresh adapter and one that is continued: the curve is that of the online reference, and a second run computes nothing."""
+    """All weights, a fresh adapter, a continued one: the online reference's curve; a second run computes nothing."""
     rows = tmp_path / "five.json"  # one rank gets a row more
     rows.write_text(json.dumps(json.loads(pairs_json.read_text())[:5]))
     launcher, flags = LAUNCH[setup]
@@ -272,7 +273,7 @@ def test_cached_reference_on_two_ranks(job, pairs_json, tmp_path: Path, setup: s
     launch(launcher, two, tmp_path)
     keys = sorted(p.parent.name for p in cache.glob("*/about.json"))
     files = sorted(cache.rglob("*.safetensors"))
-    # Under ZeRO-3 the base of a fresh adapter is a copy of its own, the same as that of all weights.
+    # Under ZeRO-3 the reference of a fresh adapter is a second model, the same as with all weights.
     assert len(keys) == (2 if setup == "zero3" else 3) and len(files) == 2 * len(keys), files
     launch(launcher, again, tmp_path)
     assert sorted(cache.rglob("*.safetensors")) == files, "computed again"

@@ -24,7 +24,7 @@ LORA = "--use_lora True --lora_dropout 0 --lora_r 4 --lora_alpha 8"
 
 
 def dpo_trainer(checkpoint: str, data: Dataset, out: Path, flags: str = "", eval_data: Dataset | None = None):
-    """What train_dpo.py builds, for rows in memory."""
+    """The trainer that train_dpo.py builds, for rows in memory."""
     parsed = args.parse(
         args.ModelArguments,
         args.DataArguments,
@@ -45,8 +45,8 @@ def losses(trainer) -> list[float]:
 def trl_llava(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A LLaVA whose prompts TRL tokenises as we do.
 
-    TRL adds no BOS of its own and encodes answers apart from their prompt, which splits SentencePiece words another way: take a template with
-    BOS and EOS, and a byte-level tokenizer.
+    TRL does not add BOS and encodes answers separately from their prompt, which splits SentencePiece words differently:
+    use a template with BOS and EOS, and a byte-level tokenizer.
     """
     folder = tmp_path_factory.mktemp("trl_llava")
     tokenizer = zoo.byte_tokenizer(["<image>"], {"image_token": "<image>"})

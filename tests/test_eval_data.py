@@ -1,4 +1,4 @@
-"""Readers of the public formats, and what they say about a wrong file: one sentence with file, row and mend."""
+"""Readers of the public formats, and what they say about a wrong file: one sentence with file, row and fix."""
 
 import json
 import re

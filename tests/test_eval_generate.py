@@ -1,4 +1,4 @@
-"""eval.generate: features shared between questions change nothing, a killed run ends as if it had not been, settings are recorded."""
+"""eval.generate: shared features change nothing, a killed run ends like one without a kill, settings are recorded."""
 
 import argparse
 import json
@@ -83,7 +83,7 @@ def test_shared_features_give_the_answers_of_a_plain_batch(family: str, beams: i
     out = out[:, length:] if torch.equal(out[:, :length], inputs["input_ids"]) else out
     plain = [t.strip() for t in answerer.processor.tokenizer.batch_decode(out, skip_special_tokens=True)]
     assert shared == plain
-    assert len(set(shared)) > 1  # a model that answers alike everywhere would show nothing
+    assert len(set(shared)) > 1  # if all answers were equal, the comparison would show nothing
     assert answerer.tower_runs == (4 if family == "instructblip" else 2)
 
 
@@ -128,7 +128,7 @@ def test_resumed_equals_uninterrupted(
     kept = lines(part)
     assert 0 < len(kept) < 10 and not broken.exists()
     last = part.read_text().splitlines()[-1]
-    part.write_text("".join(json.dumps(r) + "\n" for r in kept[:-1]) + last[: len(last) // 2])  # torn by the kill
+    part.write_text("".join(json.dumps(r) + "\n" for r in kept[:-1]) + last[: len(last) // 2])  # cut off by the kill
     monkeypatch.setattr(Answerer, "answer", real)
     facts = run(arguments(questions, broken, llava, **sampling))
     assert facts["rows"] == 10 - len(kept) + 1

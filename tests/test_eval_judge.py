@@ -19,7 +19,7 @@ KEY = "sk-test-0123456789"
 
 
 class FakeJudge:
-    """An OpenAI-compatible endpoint. `script` holds what the next requests get; then `reply(prompt)` answers."""
+    """An OpenAI-compatible endpoint. `script` holds the next responses; after them `reply(prompt)` answers."""
 
     def __init__(self) -> None:
         self.script: list[object] = []

@@ -57,7 +57,8 @@ def test_results_say_where_they_come_from(runs: list[Path]) -> None:
     assert (pope["checkpoint"], pope["adapter"], pope["step"]) == ("org/base", str(runs[1]), 10)
     assert pope["generation"] == {"num_beams": 1} and pope["rows"] == 72 and pope["judge"] is None
     assert {"python", "transformers", "torch"} <= set(pope["versions"]["scored"])
-    assert results["mme"]["checkpoint"] is None  # answers of another tool: nothing is known, nothing is made up
+    # answers of another tool: their settings are unknown, and none are made up
+    assert results["mme"]["checkpoint"] is None
 
 
 def test_answers_to_another_file_are_refused(runs: list[Path], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every scorer prints the official number: awkward fake answers, expected numbers from the official code."""
+"""Every scorer gives the official number: awkward made-up answers, expected numbers from the official code."""
 
 import json
 import random
@@ -197,7 +197,7 @@ def test_mmmu_is_official():
 
 
 def recorded_words(benchmark: str, file: str, singular: str):
-    """The language tools' recorded outputs in the place of nltk and pattern."""
+    """Recorded outputs of the language tools, in place of nltk and pattern."""
     record = golden(benchmark, file)
     return lambda text: (record["tokens"][text], [record[singular][w] for w in record["tokens"][text]])
 
@@ -251,7 +251,7 @@ def test_object_halbench_judge_without_a_list_is_an_error(objhal):
     find = chair.judged_mentions(objhal[3], lambda prompt, sample: "I see a dog.", lambda text: [])
     with pytest.raises(DataError, match="no JSON list of objects in 5 replies"):
         find("There is a dog and a cat here.")
-    assert find("A dog.") == []  # three words at most: nobody is asked
+    assert find("A dog.") == []  # three words at most: the judge is not asked
 
 
 @pytest.fixture(scope="module")

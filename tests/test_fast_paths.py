@@ -1,4 +1,4 @@
-"""What makes a step cheaper must not change it: shared beginnings of answers, cached reference log-probs, batches of equal length."""
+"""What saves time changes no number: shared beginnings of answers, cached references, batches of equal length."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ EDITED = [
 
 def test_common_beginning_leaves_every_response_a_token():
     assert common_beginning([[1, 2, 3], [1, 2, 4, 5]]) == 2
-    assert common_beginning([[1, 2], [1, 2, 3]]) == 1  # one begins with the whole other
+    assert common_beginning([[1, 2], [1, 2, 3]]) == 1  # one begins with all of the other
     assert common_beginning([[7], [7]]) == 0
     assert common_beginning([[1, 2, 3], [1, 2, 4], [1, 9]]) == 1
     assert common_beginning([[1, 2, 3]]) == 0
@@ -149,7 +149,7 @@ def _nothing(dataset) -> None:
 def test_the_reference_is_never_asked_in_training(llava, preference_data, tmp_path, cache_dir):
     trainer = _cached(llava, preference_data, tmp_path, cache_dir, LORA)
     trainer.precompute_reference_logps()
-    trainer.reference_context = None  # calling it would fail
+    trainer.reference_context = None  # a call would fail
     assert len(_first_losses(trainer)) == 3
 
 
@@ -240,7 +240,7 @@ def test_a_second_image_of_the_row_is_cached_too(llava, preference_rows, tmp_pat
 
 
 def test_rows_come_back_in_any_batch(llava, preference_rows, tmp_path, cache_dir):
-    """Four responses, edited answers and evaluation rows: what is joined to a row is what the reference says of it."""
+    """Four responses, edited answers, evaluation rows: each row gets the log-probs that the reference gives it."""
     rows = [
         preference_rows[0] | {"responses": ["a", "b c", "d e f", "g h i j"], "ranks": [0.0, 1.0, 1.0, 2.0]},
         preference_rows[1] | {"responses": EDITED},
@@ -301,7 +301,7 @@ def test_attention_by_segments_equals_the_masked_one():
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "mistral3"])
 def test_attention_by_segments_is_what_runs(family: str, monkeypatch):
-    """No layer of these families falls back to the mask, which would be right but slow."""
+    """No layer of these families falls back to the full mask, which would be correct but slow."""
     from base import packed_attention
 
     path = zoo.checkpoint(family)

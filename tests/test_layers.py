@@ -1,4 +1,4 @@
-"""The house: arrows between modules point down, and nothing is imported late to hide one that does not.
+"""Layers: modules import only from layers below, and no late import hides one that does not.
 
 common < losses < args < data < base (batch < model < train) < models < scripts, eval, benchmarks
 """
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # Modules that are run with -m or as scripts: they import what they need, and nobody imports them.
 ENTRY_POINTS = {"data.check", "merge_lora", "train_sft", "train_dpo", "train_rm", "train_ppo"}
-# Modules of base by layer; those below do not know those above.
+# Modules of base by layer; a layer does not import from those above.
 BASE = [
     {"corruption", "collator", "images", "packing", "processor"},
     {"adapters", "fast_lora", "features", "heads", "loading", "logps", "model", "packed_attention", "reward", "value"},

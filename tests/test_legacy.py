@@ -1,7 +1,7 @@
 """Qwen-VL and InternLM-XComposer2 against the original code (tests/goldens/legacy), and their converters.
 
-What every family must do is in test_models.py; here stands what only these two have: an original layout to convert from and
-to, extrapolation beyond the training length, partial LoRA.
+What every family must do is in test_models.py. These tests cover what only these two have: an original layout to
+convert from and to, extrapolation beyond the training length, partial LoRA.
 """
 
 import functools
@@ -143,7 +143,7 @@ def test_forward(it: SimpleNamespace):
 
 
 def test_greedy_generation(it: SimpleNamespace):
-    """With a cache; Qwen-VL also starts beyond the training length and crosses it while decoding."""
+    """With a cache; Qwen-VL also from beyond the training length, and across it while decoding."""
     for case in it.generation_cases:
         inputs = it.inputs(case)
         output = it.model.generate(
@@ -167,7 +167,7 @@ def test_gradients(it: SimpleNamespace, checkpointing: bool):
     """Two gradients and the norm of every other."""
     if checkpointing:
         it.model.gradient_checkpointing_enable()
-        it.model.train()  # checkpointing needs it; nothing else may depend on it
+        it.model.train()  # gradient checkpointing needs it; the numbers must not depend on it
         for module in it.model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -255,8 +255,8 @@ def test_another_tokenizer_model_is_refused(tmp_path: Path):
 
 
 def test_conversations(it: SimpleNamespace):
-    """Text, ids and labels of the chat format. The line break behind the last end token, which nothing predicts and nothing
-    reads, is not written."""
+    """Text, ids and labels of the chat format. The line break after the last end token, which is neither predicted nor
+    read, is not written."""
     image_token = it.processor.tokenizer.convert_tokens_to_ids(it.processor.image_token)
     repeat = it.processor.processor.num_image_tokens if it.family == "internlm_xcomposer2" else 1
     for case in it.texts["chat"]:
@@ -310,7 +310,7 @@ def test_numbered_pictures():
 
 
 def test_there_and_back_is_bit_exact_in_small_shards(it: SimpleNamespace, tmp_path: Path):
-    """Weights, config.json and tokenizer files come back as they were, through many shards on both ways."""
+    """Weights, config.json and tokenizer files come back as they were, through many shards both ways."""
     native, original = tmp_path / "native", tmp_path / "original"
     run_cli(it.family, it.source, native, "--max_shard_gb", 1e-4)
     assert len(list(native.glob("model-*.safetensors"))) >= 4
@@ -453,7 +453,7 @@ def test_settings_that_the_port_lacks_are_refused(family: str, change: dict, mes
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_original_checkpoint_names_the_command(family: str):
-    """Whoever loads it: the scripts or transformers alone."""
+    """Whether the scripts load it or transformers alone."""
     command = rf"python -m models\.{family}\.convert"
     with pytest.raises(InputError, match=command):
         core_mapper_for(str(GOLDENS / family))
@@ -621,7 +621,7 @@ def xcomposer() -> SimpleNamespace:
 
 
 def test_partial_lora_touches_image_tokens_only(xcomposer: SimpleNamespace):
-    """Without it the text row keeps its logits bit for bit, the text before the image too; image tokens change."""
+    """Without it the text-only row and the text before the image keep their logits bit for bit; image tokens change."""
     model = load_model(xcomposer.path).eval()
     batch = xcomposer.batch
     image = (batch["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
@@ -668,7 +668,7 @@ def test_a_text_only_batch_trains_every_module(family: str):
     text = {id(p) for p in model.get_decoder().parameters()} | {id(model.lm_head.weight)}
     for name, parameter in model.named_parameters():
         if "post_layernorm" in name and family == "internlm_xcomposer2":
-            continue  # behind the features that this family reads
+            continue  # not part of the features that this family reads
         assert parameter.grad is not None, name
         if id(parameter) not in text or "plora" in name:
             assert not parameter.grad.any(), name

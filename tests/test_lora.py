@@ -45,7 +45,7 @@ def outputs_and_gradients(net: nn.Module, x: torch.Tensor, run=lambda net, x: ne
 
 @pytest.fixture
 def calls(monkeypatch) -> list[int]:
-    """Grows by one with every product that does not go to peft."""
+    """Counts the products that do not go to peft."""
     made, apply = [], _LoraProduct.apply
     monkeypatch.setattr(_LoraProduct, "apply", lambda *args: made.append(1) or apply(*args))
     return made
@@ -91,7 +91,7 @@ def test_equals_peft_under_autocast(nets, calls):
     mine = outputs_and_gradients(nets[1], x, run)
     assert len(calls) == 2
     exact = outputs_and_gradients(nets[0].float(), x)
-    for name, value in exact.items():  # as near to the exact numbers as peft
+    for name, value in exact.items():  # as close to the exact numbers as peft's
         error = {
             side: (of[name].float() - value).norm() / value.norm() for side, of in (("own", mine), ("peft", theirs))
         }

@@ -31,7 +31,7 @@ def t(*values: object) -> Tensor:
 
 
 def pad(rows: list[list[float]], width: int | None = None) -> Tensor:
-    """(M, T) float64, NaN where padded: a loss that reads padding shows it."""
+    """(M, T) float64, NaN where padded, so that a loss which reads padding fails."""
     width = width or max(map(len, rows))
     return torch.tensor([[*row, *[math.nan] * (width - len(row))] for row in rows], dtype=torch.float64)
 
@@ -477,7 +477,7 @@ def test_policy_equals_reference(name: str, terms: int) -> None:
 
 @pytest.mark.parametrize("name", ["ddpo", "chip", "tpo_token"])
 def test_padding_is_never_read(name: str) -> None:
-    """NaN and inf under the mask's False change neither loss nor gradient."""
+    """NaN and inf where the mask is False change neither loss nor gradient."""
     batch = random_batch()
     dirty = {}
     for side in ("chosen", "rejected"):
@@ -714,7 +714,7 @@ def test_ppo_advantages_equal_trl_0_8_1(case: str) -> None:
 
 
 def test_whitened_rewards_do_not_leak_out_of_padding() -> None:
-    """Departure 3: TRL 0.8.1 leaves mean - mean/std on the padding, and GAE carries it into the answer; 1.10 mends that."""
+    """Departure 3: TRL 0.8.1 leaves mean - mean/std on the padding, and GAE carries it into the answer; 1.10 fixes that."""
     config, raw = PPO_SCALARS["legacy_c"]["config"], PPO["legacy_c.rewards"] * MASK
     gamma, lam = config["gamma"], config["lam"]
     whitened = losses.masked_whiten(raw, MASK, shift_mean=False)

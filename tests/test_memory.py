@@ -29,7 +29,7 @@ def no_reward(responses: list[str], **_) -> list[float]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A LLaVA whose decoder is large enough beside everything else."""
+    """A LLaVA whose decoder is large compared with everything else."""
     folder = tmp_path_factory.mktemp("wide")
     config = transformers.AutoConfig.from_pretrained(zoo.checkpoint("llava"))
     for name, value in (SHAPE | {"head_dim": 32}).items():
@@ -52,7 +52,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def measured(script: str, checkpoint: str, data: Path, out: Path, flags: str, monkeypatch) -> dict:
-    """Two micro steps and an optimizer step of a script: bytes of its tensors, and the peak of the second micro step beside them."""
+    """Two micro steps and an optimizer step of a script: bytes of its tensors, and the peak that the second micro step adds."""
     seen = {}
     owner, name = (VLPPOTrainer, "_micro_step") if script == "ppo" else (Trainer, "training_step")
     step = getattr(owner, name)
@@ -116,8 +116,8 @@ CASES = [
 
 @pytest.mark.parametrize("script, method, checkpointing, bf16", CASES)
 def test_computed_is_measured(script, method, checkpointing, bf16, checkpoint, data, tmp_path, monkeypatch):
-    """Weights, gradients and optimizer to the byte. Activations to 1 %; with checkpointing up to 15 % less, which is what kernels take for
-    themselves inside the one layer that is then at work (0.6 MB here, whatever the depth)."""
+    """Weights, gradients and optimizer to the byte. Activations to 1 %; with checkpointing up to 15 % less: the kernels'
+    scratch memory inside the one layer that is then computed (0.6 MB here, at any depth)."""
     flags = f"--gradient_checkpointing {checkpointing} --bf16 {bf16}" + " --use_lora True" * (method == "lora")
     found = measured(script, checkpoint, data, tmp_path, flags, monkeypatch)
     prompt, target = lengths(found["batch"])
@@ -137,7 +137,7 @@ def test_computed_is_measured(script, method, checkpointing, bf16, checkpoint, d
     if script == "ppo" and method == "lora":
         weights -= (
             gradients - 4 * SHAPE["hidden_size"]
-        ) // 2  # without the value head: the reward adapter, as large as the policy's; here a function rewards
+        ) // 2  # the reward adapter is as large as the policy's, without the value head; here the reward is a function
     assert (weights, gradients, 8 * trained) == (found["weights"], found["gradients"], found["optimizer"])
     assert (reference if script in ("dpo", "ppo") else 0) == found["reference"]
 
@@ -197,6 +197,6 @@ def test_the_command_prints_a_table(capsys):
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl", "smolvlm", "gemma3"])
 def test_other_families(family):
-    """Every kind of position and mask runs without content."""
+    """Every kind of position and mask runs on tensors without content."""
     for script in ("sft", "dpo"):
         assert memory.step_bytes(zoo.checkpoint(family), Setup(script, max_prompt_length=32, max_target_length=8)) > 0

@@ -1,4 +1,4 @@
-"""merge_lora.py: the plain checkpoint says what base and adapter say together, for every family."""
+"""merge_lora.py: the plain checkpoint computes what base and adapter compute together, for every family."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def logits(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
 
 
 def random_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
-    """A saved adapter that changes the model: LoRA's own start changes nothing."""
+    """A saved adapter that changes the model, which LoRA's initial weights do not."""
     model = add_lora(model, LoraArguments(use_lora=True, lora_r=4, lora_alpha=8))
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -97,7 +97,7 @@ def test_merged_checkpoint_loads_in_plain_transformers(tmp_path: Path, llava: st
 
 
 def test_qlora_run_tells_its_bits(command, tmp_path: Path, llava: str):
-    """From the command line of training to the merged checkpoint: nobody has to remember --bits."""
+    """From the command line of training to the merged checkpoint: --bits need not be repeated."""
     train_sft.main(command("sft", "--use_lora True --q_lora True --bits 4 --learning_rate 0.1"))
     run = tmp_path / "sft"
     assert bits_of(str(run)) == 4

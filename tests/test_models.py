@@ -1,7 +1,8 @@
-"""The contract, on every family: registering a class in MODEL_NICKNAME_MAP puts it here.
+"""The contract, on every family: a class in MODEL_NICKNAME_MAP is tested here.
 
-A family needs a tiny checkpoint in tests/zoo.py and an entry in FAMILIES below (its published prompt format, and what it cannot do, with the
-reason); without them its tests fail. The reference everywhere is the plain transformers class on one unpadded row.
+A family needs a tiny checkpoint in tests/zoo.py and an entry in FAMILIES below (its published prompt format, and what
+it cannot do, with the reason); without them its tests fail. The reference everywhere is the plain transformers class on
+one unpadded row.
 """
 
 import importlib
@@ -149,14 +150,14 @@ FAMILIES = {
         "chat_template.jinja of google/gemma-4-31B-it, thinking off",
     ),
 }
-# One checkpoint per registered family, and those that a family serves besides.
+# One checkpoint per registered family, and further ones that a family supports.
 NAMES = [*MODEL_NICKNAME_MAP.values(), "pixtral"]
 QUESTIONS = {0: "What is a triangle?", 1: "What is this?", 2: "Describe the two photo, red or blue?"}
 ANSWERS = ["A red square and a blue circle.", "A red star", "There are two green triangles.", "no, a star"]
 
 
 def picture(seed: int) -> Image.Image:
-    """Pictures of different shapes: they give different numbers of tokens where a family has such."""
+    """Pictures of different shapes, which give different numbers of tokens in some families."""
     return zoo.image(seed, *[(40, 30), (20, 60), (90, 30)][seed % 3])
 
 
@@ -171,7 +172,7 @@ def row(images: int, responses: int = 2, seed: int = 0) -> dict:
 
 
 def native_class(model_class: type) -> type:
-    """The class that an adapter mixes the project into."""
+    """The transformers class from which an adapter's model inherits."""
     return next(c for c in model_class.__mro__ if issubclass(c, GenerationMixin) and not issubclass(c, VLModelMixin))
 
 
@@ -243,7 +244,7 @@ class TowerCalls:
 
 
 def written_before(it: SimpleNamespace) -> str:
-    """What a template makes the model write before an answer, without white space: the end of an empty block of thoughts."""
+    """What a template puts before an answer, without white space: the end of an empty thinking block."""
     empty = it.processor.tokenizer.decode(it.processor.encode_response(""))
     return empty.removesuffix(it.processor.answer_end).strip()
 
@@ -385,14 +386,14 @@ class TestFamily:
         conversation = it.processor.process_batch_conv([answer], [[image]])
         start = it.processor.encode_prompts([it.processor.render(prompt, True, images=1)], [[image]])
         assert conversation["input_ids"][0] == start[0][0] + it.processor.encode_response("A red square.")
-        # what is generated reads back as what was written
+        # the decoded answer is the text that was encoded
         decoded = it.processor.tokenizer.decode(it.processor.encode_response("A red square."), skip_special_tokens=True)
         assert decoded.strip().removeprefix(written_before(it)).strip() == "A red square."
 
     # -- images --------------------------------------------------------------------------------------------------------
 
     def test_image_counts(self, it: SimpleNamespace):
-        """No image, one, two, and all of them in one batch: log-probs are those of the plain model; what cannot be is refused."""
+        """No image, one, two, and a mixed batch: log-probs of the plain model; unsupported numbers are refused."""
         for n in (0, 1, 2):
             if n not in it.family.images:
                 with pytest.raises(InputError, match="one image"):
@@ -424,7 +425,7 @@ class TestFamily:
 
     @pytest.mark.parametrize("kind", ["1x1", "1x2000", "2000x1", "RGBA", "LA", "P", "1", "I;16", "CMYK", "rotated"])
     def test_odd_images(self, it: SimpleNamespace, kind: str):
-        """Any picture that Pillow reads goes through to a finite log-prob, or is refused in one sentence that gives its size."""
+        """Any picture that Pillow reads gives a finite log-prob, or is refused in one sentence with its size."""
         file = io.BytesIO()
         if "x" in kind:
             width, height = map(int, kind.split("x"))
@@ -573,7 +574,7 @@ class TestFamily:
         assert generated(model, text | features, **model.rollout_cache) == expected
 
     def test_placeholders_are_never_generated(self, it: SimpleNamespace):
-        """Even when the model wants nothing else."""
+        """Even if the model gives nothing else any probability."""
         model = load_model(it.path).eval()
         head = model.get_output_embeddings()
         if not model.image_placeholder_ids:  # InternLM-XComposer2's has no logit
@@ -652,7 +653,7 @@ def test_gemma3_beyond_its_window():
 def test_what_packed_rows_cannot_have_is_switched_off_with_a_warning(
     name: str, flag: str, warning: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    """FlashAttention-2 takes no 4-D mask; linear attention takes none at all."""
+    """FlashAttention-2 does not take a 4-D mask; linear attention does not take any mask."""
     argv = ["--model_name_or_path", zoo.checkpoint(name), "--dataset_name", "shapes", "--output_dir", str(tmp_path)]
     parsed = parse(
         ModelArguments, DataArguments, LoraArguments, DPOConfig, argv=[*argv, "--use_cpu", "True", flag, "True"]
@@ -665,7 +666,7 @@ def test_what_packed_rows_cannot_have_is_switched_off_with_a_warning(
 
 
 def test_the_guide_taken_literally(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """docs/CustomizedModel.md: a folder of any name, all twelve classes given, a collator that makes the image inputs by itself."""
+    """docs/CustomizedModel.md: a folder of any name, all twelve classes given, a collator that makes the image inputs."""
     from base import collator, ppo_trainer, reward, trainer, value
     from models import ModelCoreMapper
 

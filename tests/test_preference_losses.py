@@ -1,4 +1,4 @@
-"""What losses need beyond plain log-probs, provided by collator and trainer: every loss through the real trainer."""
+"""What losses need besides log-probs, provided by collator and trainer: every loss through the real trainer."""
 
 import json
 import math
@@ -79,7 +79,7 @@ def test_losses_at_the_reference(llava, rows, tmp_path, name: str):
 
 
 def test_corrupted_image_is_one_more_row_and_one_more_picture(llava, rows, tmp_path):
-    """v' costs a row and a vision pass, not a second copy of the batch; the tower still runs once per step."""
+    """The corrupted image costs a row and a vision pass, not a second batch; the tower still runs once per step."""
     plain = trainer_for(llava, rows, tmp_path, f"{LORA} --loss_type sigmoid")
     mdpo = trainer_for(llava, rows, tmp_path, f"{LORA} --loss_type mdpo --max_steps 1")
     before, after = plain.data_collator(rows[:3]), mdpo.data_collator(rows[:3])

@@ -51,9 +51,9 @@ def test_compute_dtype_follows_the_weights():
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])  # qwen's layers have biases
 def test_gradients_survive_an_evaluation(family: str, bits: int, monkeypatch):
-    """bitsandbytes repacks 4-bit layers for good at the first forward in eval mode; their gradient is zero from then on.
+    """bitsandbytes repacks 4-bit layers at the first forward in eval mode, and their gradient is zero from then on.
 
-    It does so only on CPUs with AVX512-BF16, which every CPU is taken for here: a repacking fails the test.
+    It does so only on CPUs with AVX512-BF16. Here every CPU is treated as one: any repacking fails the test.
     """
 
     def repack(weight: torch.Tensor, state: object) -> None:

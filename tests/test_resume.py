@@ -1,4 +1,4 @@
-"""Training that is killed, asked to stop or out of disk: what is on disk is whole, and the resumed curve is the uninterrupted one, bit for bit."""
+"""Training that is killed, stopped or out of disk: checkpoints are complete, and the resumed curve is bit for bit equal."""
 
 import importlib
 import json
@@ -29,7 +29,7 @@ def argv(command, rewards):
     """argv(script, mode, out): six steps over one and a half epochs, a checkpoint after each."""
 
     def build(script: str, mode: str, out: Path, extra: str = "") -> list[str]:
-        # Dropout is on: the random state must come back too.
+        # Dropout is on, so the random state must be restored too.
         flags = "--use_lora True --lora_r 4" if mode == "lora" else ""
         if script == "ppo":
             flags += f" --reward_fn {rewards} --response_length 5 --num_ppo_epochs 2"
@@ -80,7 +80,7 @@ def killed_run(
         killed = run.signal(signal.SIGKILL) and run.wait() == -signal.SIGKILL
         if killed and not (out / "trainer_state.json").exists():
             break
-        # It had ended: a machine that is at times faster than when it was measured. Anything but a good end is a failure.
+        # The run ended first: the machine was faster than when it was measured. Any other status is a failure.
         assert killed or run.wait() == 0, run.output[-2000:]
         shutil.rmtree(out)
         log.unlink()
@@ -122,7 +122,7 @@ def test_twenty_random_kills(argv, tmp_path, script: str, mode: str):
 
 @pytest.mark.parametrize("script", ["sft", "ppo"])
 def test_killed_after_the_last_checkpoint(argv, tmp_path, script: str):
-    """All steps are done, the final model is not written: the resumed run takes no further step."""
+    """All steps are done but the final model is not written: the resumed run takes no further step."""
     main, whole, out = importlib.import_module(f"train_{script}").main, tmp_path / "whole", tmp_path / "out"
     main(argv(script, "lora", whole))
     (out / ASIDE).mkdir(parents=True)
@@ -132,7 +132,7 @@ def test_killed_after_the_last_checkpoint(argv, tmp_path, script: str):
 
 
 def test_old_checkpoints_are_moved_before_they_are_deleted(argv, tmp_path, monkeypatch):
-    """A kill during the deletion leaves no half under a checkpoint's name."""
+    """A kill while a checkpoint is deleted leaves no half-deleted folder under its name."""
     out, removed = tmp_path / "out", []
     rmtree = shutil.rmtree
     monkeypatch.setattr(shutil, "rmtree", lambda path, **kwargs: (removed.append(Path(path)), rmtree(path, **kwargs)))

@@ -43,7 +43,7 @@ def k_rows(image_dir: Path, count: int = 3) -> list[dict]:
 
 
 def rm_trainer(checkpoint: str, rows: list[dict], out: Path, flags: str = "", eval_rows: list[dict] | None = None):
-    """What train_rm.py builds, for rows in memory."""
+    """The trainer that train_rm.py builds, for rows in memory."""
     parsed = args.parse(
         args.ModelArguments,
         args.DataArguments,
@@ -64,7 +64,7 @@ def test_the_last_real_token_is_found_in_every_layout():
     plain = pack_rows([prompts[0], prompts[0], prompts[1]], [[r] for row in responses for r in row], pad_token_id=0)
     found = last_token_positions(plain["segment_ids"])
     assert plain["input_ids"].flatten()[found].tolist() == [6, 7, 10]
-    # Responses that begin alike: the common beginning is part of segment 0
+    # Responses with a common beginning, which is part of segment 0
     shared = pack_rows([[1, 2]], [[[5, 6, 7], [5, 6, 8, 9]]], pad_token_id=0, shared=[2])
     found = last_token_positions(shared["segment_ids"])
     assert shared["input_ids"].flatten()[found].tolist() == [7, 9]
@@ -160,7 +160,7 @@ def test_learns_reports_and_reloads(llava, image_dir, tmp_path, flags: str):
     scores = score_rows(trainer.model, trainer.processing_class, rows)
     again = VLRewardModel.from_pretrained(str(tmp_path))
     processor = core_mapper_for(str(tmp_path)).processor(str(tmp_path))
-    # Equal weights; outputs may differ by an ulp, because the two copies lie at other alignments in memory.
+    # Equal weights; outputs may differ by an ulp, because the two copies are aligned differently in memory.
     trained = dict(trainer.model.named_parameters())
     assert all(torch.equal(p, trained[n]) for n, p in again.named_parameters()) and "head.weight" in trained
     for found, expected in zip(score_rows(again, processor, rows), scores, strict=True):

@@ -1,4 +1,4 @@
-"""The scripts from the command line down: real files in, checkpoints and run.json out, one sentence for wrong input."""
+"""The scripts from the command line: real files in, checkpoints and run.json out, one sentence for wrong input."""
 
 import json
 import os
@@ -54,9 +54,8 @@ def test_saved_checkpoints_load_without_this_project(command, tmp_path, llava, i
             logits[name] = load_model(str(tmp_path / name), dtype=torch.float32).eval()(**batch).logits.tolist()
     (tmp_path / "expected.json").write_text(json.dumps(logits))
     script = tmp_path / "load.py"
-    compat = (
-        (ROOT / "common" / "compat.py").read_text().split("def ")[0]
-    )  # the environment's own defect, not the project
+    # works around a defect of the environment, like any script on such a machine
+    compat = (ROOT / "common" / "compat.py").read_text().split("def ")[0]
     script.write_text(
         compat
         + f"""

@@ -1,4 +1,4 @@
-"""The embedded data: what is said of a scene is true of its pixels, what is meant to be wrong is, scores are those by hand."""
+"""The embedded data: captions are true of the pixels, wrong ones are wrong, scores equal those by hand."""
 
 import io
 import itertools
@@ -236,7 +236,7 @@ def test_chair_by_hand() -> None:
     captions = [
         "Top left a red circle, bottom a blue star.",  # right
         "Bottom a blue star, top left a red circle.",  # right, in another order
-        "Top a red circle, bottom a blue star.",  # a wrong place is no hallucination
+        "Top a red circle, bottom a blue star.",  # a wrong place is not a hallucination
         "Top left a red circle, left a purple circle, right a green cross.",  # two false, one missing
         "nothing",
     ]

@@ -1,9 +1,9 @@
 """Tiny random checkpoints, one builder per family, so that every test runs offline and in milliseconds.
 
 `checkpoint("llava")` is the folder of a model with about 0.1 M random weights and its processor, saved as the hub
-would hold it: vanilla key names, vanilla `architectures`, a tokenizer of the family's kind and the family's published
-chat template (each template names its source; the words of the templates are ours, what they render is not). Two
-things are unlike a hub checkpoint, on purpose: weights are larger than a fresh initialisation, and the gates that
+would hold it: plain key names, plain `architectures`, a tokenizer of the family's kind and the family's published
+chat template (each template names its source; the Jinja code is ours, the text it renders is theirs). Two
+things differ from a hub checkpoint on purpose: weights are larger than a fresh initialisation, and the gates that
 start at zero (Gemma 3's projection, Mllama's cross-attention) are open, so that images change the output.
 """
 
@@ -50,7 +50,7 @@ def family(build: Callable[[], Parts]) -> Callable[[], Parts]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers of the three kinds that the families use. The kind matters: it decides what happens at the border of
+# Tokenizers of the three kinds that the families use. The kind matters: it decides what happens at the boundary of
 # prompt and response.
 
 
@@ -270,7 +270,7 @@ def llava_onevision() -> Parts:
 @family
 def instructblip() -> Parts:
     """InstructBLIP with a Vicuna decoder: four query tokens per image stand before BOS (32 in the released models);
-    the Q-Former reads the instruction through a BERT tokenizer of its own. The checkpoints have no chat template: the
+    the Q-Former reads the instruction through a BERT tokenizer. The checkpoints have no chat template: the
     paper prompts with the bare instruction."""
     tokenizer = sentencepiece_tokenizer(["<image>"])  # the processor fails on a tokenizer whose image token has a name
     letters = "abcdefghijklmnopqrstuvwxyz"
@@ -875,8 +875,8 @@ def qwen3_vl_moe() -> Parts:
     return tf.Qwen3VLMoeForConditionalGeneration(config), processor
 
 
-# Qwen/Qwen3.5-9B, chat_template.jinja: a generation prompt opens a block of thoughts; the last answer of a
-# conversation has one, empty where no thoughts are given, earlier answers have none.
+# Qwen/Qwen3.5-9B, chat_template.jinja: a generation prompt opens a thinking block; the last answer of a
+# conversation has one, empty where none is given, earlier answers have none.
 QWEN3_5_TEMPLATE = QWEN_TEMPLATE.replace(
     "{{ '<|im_start|>' + m['role'] + '\n' }}",
     "{{ '<|im_start|>' + m['role'] + '\n' }}"
@@ -990,8 +990,8 @@ def deepseek_vl() -> Parts:
     return tf.DeepseekVLForConditionalGeneration(config), processor
 
 
-# google/gemma-4-31B-it, chat_template.jinja with thinking off, its default: a generation prompt closes an empty block
-# of thoughts that a conversation in place does not have.
+# google/gemma-4-31B-it, chat_template.jinja with thinking off, its default: a generation prompt ends with an empty
+# thinking block that a given conversation does not have.
 GEMMA4_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "{{ '<|turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
@@ -1085,7 +1085,7 @@ def qwen_vl() -> Parts:
 @family
 def internlm_xcomposer2() -> Parts:
     """InternLM-XComposer2: 16 tokens per image (1,225) that take a partial LoRA (opened here) through the decoder. The
-    placeholder's id lies behind the vocabulary. No dropout, so that train and eval mode agree."""
+    placeholder's id lies beyond the vocabulary. No dropout, so that train and eval mode agree."""
     from models.internlm_xcomposer2.configuration import InternLMXComposer2Config
     from models.internlm_xcomposer2.modeling import InternLMXComposer2ForConditionalGeneration, PartialLora
     from models.internlm_xcomposer2.processing import IMAGE_TOKEN, TURN_END, TURN_START, InternLMXComposer2Processor
@@ -1131,7 +1131,7 @@ def build(family: str, directory: str | Path, seed: int = 0) -> Path:
 @torch.no_grad()
 def _make_images_matter(model: tf.PreTrainedModel) -> None:
     for name, weight in model.named_parameters():
-        if name.endswith(("cross_attn_attn_gate", "cross_attn_mlp_gate")):  # Mllama: tanh(0) shuts the images out
+        if name.endswith(("cross_attn_attn_gate", "cross_attn_mlp_gate")):  # Mllama: tanh(0) would hide the images
             weight.fill_(0.5)
         elif name.endswith("mm_input_projection_weight"):  # Gemma 3: zeros
             torch.nn.init.normal_(weight, std=0.1)
