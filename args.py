@@ -6,10 +6,8 @@ values the command line overrides. The `*Config` classes add their algorithm's f
 
 import common.compat  # isort: skip  # must come before transformers
 import dataclasses
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -23,8 +21,10 @@ from transformers import TrainingArguments
 from trl import TrlParser
 
 import losses
+from common import errors
 from common.errors import InputError
 from common.files import check_writable, write_text
+from common.versions import installed_versions
 
 __all__ = [
     "DPOConfig",
@@ -448,17 +448,14 @@ def _refuse_contradictions(parsed: Sequence[Any]) -> None:
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Call a script's main: wrong input ends in one sentence on stderr and exit status 2, anything else in its traceback."""
+    """`common.errors.run` for commands that may run in several processes: one that cannot be reached is a sentence, too."""
     try:
-        main()
-    except InputError as error:
-        sys.exit(_fail(error))
-
+        errors.run(main)
     except RuntimeError as error:
         # gloo knows no exception of its own.
         if not (isinstance(error, torch.distributed.DistError) or re.search(r"\bgloo\b|NCCL", str(error))):
             raise
-        sys.exit(_fail(_unreachable(error)))
+        errors.fail(_unreachable(error))
 
 
 def _unreachable(error: BaseException) -> str:
@@ -469,11 +466,6 @@ def _unreachable(error: BaseException) -> str:
         f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')} ({' '.join(str(error).split())[:160]}): look at the first "
         "error of the other processes, at the address and its firewall, and at --ddp_timeout."
     )
-
-
-def _fail(message: InputError | str) -> int:
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    return 2
 
 
 def write_run_json(output_dir: str | Path, *parsed: Any, **facts: Any) -> Path:
@@ -489,7 +481,7 @@ def write_run_json(output_dir: str | Path, *parsed: Any, **facts: Any) -> Path:
             type(p).__name__: p.to_dict() if isinstance(p, TrainingArguments) else dataclasses.asdict(p) for p in parsed
         },
         "git": _git_state(),
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
+        "versions": installed_versions(packages),
         "seed": training.seed,
         "device": str(training.device),
         "world_size": training.world_size,

@@ -1,8 +1,9 @@
 """Writing files so that nobody ever reads half of one."""
 
+import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,6 +27,16 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file as a whole, UTF-8."""
     with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write a JSON file as a whole."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_json_lines(path: str | Path, rows: Iterable[object]) -> None:
+    """Write a file with one JSON value a line as a whole."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def check_writable(folder: str) -> None:

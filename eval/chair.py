@@ -1,9 +1,9 @@
 """Hallucinated objects in free text: CHAIR, Object HalBench, AMBER's generative part.
 
-    python -m eval.chair --task chair  --data captions_val2014.json --coco annotations/ --synonyms synonyms.txt --answers A
-    python -m eval.chair --task objhal --data obj_halbench_300_with_image.jsonl --coco annotations/ \
+    python -m eval.chair --task chair  --data_path captions_val2014.json --coco annotations/ --synonyms synonyms.txt --answers A
+    python -m eval.chair --task objhal --data_path obj_halbench_300_with_image.jsonl --coco annotations/ \
         --synonyms synonyms_refine.txt --answers A [--judge http://localhost:8000/v1 --judge_model M]
-    python -m eval.chair --task amber  --data AMBER/query_all.json --answers A
+    python -m eval.chair --task amber  --data_path AMBER/query_all.json --answers A
 
 Object HalBench without --judge is the official script's rule mode and is stored as `objhal_rule`: papers print the
 judged mode (`objhal_judged`), whose numbers are not comparable. Fractions for CHAIR and Object HalBench, percent for AMBER.
@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from common.errors import InputError, run
 from eval import language
-from eval.data import DataError, Row, need, read_json
+from eval.benchmark_files import Row
+from eval.files import need, read_json, read_text
 from eval.judge import Ask, Judge, add_judge_arguments, ask_all, judge_template
-from eval.results import Scores, load, run, save, scorer_parser
+from eval.results import Scores, load, save, scorer_parser
 from eval.yesno import read_amber_truth
 
 # ---------------------------------------------------------------------------------- objects in a list of words
@@ -48,14 +50,14 @@ class ObjectTable:
     """Synonyms -> COCO objects. `path` lists one object per line: "node, synonym, synonym"."""
 
     def __init__(self, path: str | Path, all_pairs: bool) -> None:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
         groups = [[word.strip() for word in line.split(",")] for line in lines if line.strip()]
         if not groups:
-            raise DataError(f"{path} holds no synonyms; use the synonyms file of the benchmark's repository")
+            raise InputError(f"{path} holds no synonyms; use the synonyms file of the benchmark's repository")
         self.node = {word: group[0] for group in groups for word in group}
         pairs = [w for w in self.node if len(w.split()) == 2] + _CHAIR_PAIRS[-2:] if all_pairs else _CHAIR_PAIRS
         self.pairs = {pair: pair for pair in pairs}
-        # "baby bird" is a bird and no person, "wine glas" is what singularize makes of "wine glasses"
+        # "baby bird" is a bird and not a person, "wine glas" is what singularize makes of "wine glasses"
         self.pairs |= {f"{age} {animal}": animal for animal in _ANIMALS for age in ("baby", "adult")}
         self.pairs |= {"passenger jet": "jet", "passenger train": "train"}
         self.pairs |= {"bow tie": "tie", "toilet seat": "toilet", "wine glas": "wine glass"}
@@ -74,7 +76,7 @@ class ObjectTable:
         """The COCO objects among the singular `words`, in order and with repeats; `tokens` are the words as written."""
         merged = self.merge(words)
         if "toilet" in (w for w, _, _ in merged):
-            merged = [m for m in merged if m[0] != "seat"]  # a toilet's seat is no chair
+            merged = [m for m in merged if m[0] != "seat"]  # a toilet's seat does not count as a chair
         return [Mention(w, self.node[w], " ".join(tokens[i : i + n])) for w, i, n in merged if w in self.node]
 
 
@@ -88,7 +90,7 @@ def coco_truth(folder: str | Path, image_ids: set[int], table: ObjectTable, word
             if a["image_id"] in truth:
                 name = names[a["category_id"]]
                 if name not in table.node:
-                    raise DataError(f"the synonyms hold no '{name}', a COCO category; use the benchmark's own table")
+                    raise InputError(f"the synonyms hold no '{name}', a COCO category; use the benchmark's own table")
                 truth[a["image_id"]].add(table.node[name])
         del instances  # half a gigabyte each
         for a in read_json(Path(folder) / f"captions_{split}2014.json")["annotations"]:
@@ -181,7 +183,7 @@ def judged_mentions(
 ) -> MentionsOf:
     """Judge mode: a language model lists the objects, spaCy lemmatises them, each string counts once per answer.
 
-    Answers of at most three words name no object and are not asked. A reply that is no JSON list is asked again.
+    Answers of at most three words name no object and are not asked. When a reply is not a JSON list, the judge is asked again.
     """
 
     def find(answer: str) -> list[Mention]:
@@ -191,7 +193,7 @@ def judged_mentions(
         replies = (_json_list(ask(prompt, sample=i)) for i in range(attempts))
         phrases = next((p for p in replies if p is not None), None)
         if phrases is None:
-            raise DataError(
+            raise InputError(
                 f"the judge gave no JSON list of objects in {attempts} replies; use a stronger --judge_model"
             )
         surface: dict[str, str] = {}
@@ -293,7 +295,7 @@ def score_amber_generative(
         details.append({"id": row["id"], "answer": answer, "correct": not wrong, "category": "generative",
                         "marks": sorted(set(wrong)), "truth": note["truth"]})  # fmt: skip
     if not details:
-        raise DataError("there is no generative question among the rows; pass AMBER's query_all.json")
+        raise InputError("there is no generative question among the rows; pass AMBER's query_all.json")
     return {
         "CHAIR": round(100 * total["hallucinated"] / total["nouns"], 1),
         "Cover": round(100 * total["covered"] / total["truth"], 1),
@@ -325,7 +327,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.task == "amber":
         return _amber(args, rows, answers, meta)
     if not args.coco or not args.synonyms:
-        raise DataError(f"--task {args.task} needs --coco (COCO 2014 annotations) and --synonyms")
+        raise InputError(f"--task {args.task} needs --coco (COCO 2014 annotations) and --synonyms")
     table = ObjectTable(args.synonyms, all_pairs=args.task == "objhal")
     tokenize = language.tokenizer()
     singular = language.singularizer() if args.task == "chair" else language.noun_lemmatizer()
@@ -348,11 +350,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _amber(args, rows: list[Row], answers: list[str], meta: dict) -> None:
-    annotations = Path(args.annotations or Path(args.data).parent / "annotations.json")
+    annotations = Path(args.annotations or Path(args.data_path).parent / "annotations.json")
     truth = read_amber_truth(annotations, rows)
     association = read_json(annotations.parent / "relation.json")
     need([t for t in truth if t["type"] == "generative"], "hallu", annotations)
-    safe = (annotations.parent / "safe_words.txt").read_text(encoding="utf-8").split("\n")
+    safe = read_text(annotations.parent / "safe_words.txt").split("\n")
     tag, lemma, similarity = language.noun_tagger(), language.noun_lemmatizer(), language.word_similarity()
     scores, details = score_amber_generative(
         rows, answers, truth, association, safe, lambda text: amber_nouns(text, tag, lemma), similarity

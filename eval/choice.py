@@ -1,8 +1,8 @@
 """Multiple choice: MMBench (circular), SEEDBench-Img (letter and likelihood), MMMU.
 
-    python -m eval.choice --task mmbench --data MMBench_DEV_EN.tsv --answers runs/dpo/eval/mmbench.jsonl
-    python -m eval.choice --task seed --data SEED-Bench.json --answers runs/dpo/eval/seed.jsonl
-    python -m eval.choice --task seed --likelihood --data SEED-Bench.json --answers runs/dpo/eval/seed_likelihood.jsonl
+    python -m eval.choice --task mmbench --data_path MMBench_DEV_EN.tsv --answers runs/dpo/eval/mmbench.jsonl
+    python -m eval.choice --task seed --data_path SEED-Bench.json --answers runs/dpo/eval/seed.jsonl
+    python -m eval.choice --task seed --likelihood --data_path SEED-Bench.json --answers runs/dpo/eval/seed_likelihood.jsonl
 
 The likelihood variant reads the losses that `eval.generate --likelihood` wrote. All numbers are fractions of 1, except
 SEEDBench's own (seed/official, seed_likelihood), which are percent with two decimals as its scripts print them.
@@ -12,8 +12,12 @@ import random
 import re
 from collections import defaultdict
 
-from eval.data import DataError, Row, read_answers, read_jsonl
-from eval.results import Scores, load, run, save, scorer_parser
+from common.errors import InputError, run
+from eval.answer_files import read_answers
+from eval.benchmark_files import Row
+from eval.files import read_jsonl
+from eval.flags import add_switch
+from eval.results import Scores, load, save, scorer_parser
 
 # ------------------------------------------------------------------------------------- which letter is meant?
 
@@ -78,7 +82,7 @@ def score_mmbench(rows: list[Row], answers: list[str]) -> tuple[Scores, list[dic
     details = []
     for row, answer in zip(rows, answers, strict=True):
         if not row["label"]:
-            raise DataError(
+            raise InputError(
                 f"row '{row['id']}' has no answer: this is the TEST file, which only MMBench's server scores"
             )
         letter = infer_letter(answer, row["choices"])
@@ -88,7 +92,7 @@ def score_mmbench(rows: list[Row], answers: list[str]) -> tuple[Scores, list[dic
     for index, members in groups.items():
         first = next(((r, right) for r, right in members if int(str(r["id"])) == index), None)
         if first is None:
-            raise DataError(f"MMBench question {index} has only rotated copies; its original row is missing")
+            raise InputError(f"MMBench question {index} has only rotated copies; its original row is missing")
         originals.append(first[0])
         vanilla.append(first[1])
         hits.append(all(right for _, right in members))
@@ -151,7 +155,7 @@ def read_losses(path: str, rows: list[Row]) -> list[list[float]]:
     for row in rows:
         values = found.get(str(row["id"]))
         if not isinstance(values, list) or len(values) != 4:
-            raise DataError(f"{path} has no four losses for '{row['id']}'; write it with eval.generate --likelihood")
+            raise InputError(f"{path} has no four losses for '{row['id']}'; write it with eval.generate --likelihood")
     return [found[str(row["id"])] for row in rows]
 
 
@@ -268,11 +272,11 @@ def _detail(row: Row, answer: str, right: bool, parsed: object, category: object
 
 def main(argv: list[str] | None = None) -> None:
     parser = scorer_parser(__doc__, ("mmbench", "seed", "mmmu"))
-    parser.add_argument("--likelihood", action="store_true", help="seed: --answers holds the losses of the choices")
+    add_switch(parser, "--likelihood", help="seed: --answers holds the losses of the choices")
     args = parser.parse_args(argv)
     if args.likelihood:
         if args.task != "seed":
-            raise DataError("--likelihood is a variant of --task seed only; leave it out")
+            raise InputError("--likelihood is a variant of --task seed only; leave it out")
         rows, losses, meta = load(args, read_losses)
         return save(args, "seed_likelihood", *score_seed_likelihood(rows, losses), meta)
     scorer = {"mmbench": score_mmbench, "seed": score_seed, "mmmu": score_mmmu}[args.task]

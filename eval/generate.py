@@ -1,7 +1,9 @@
 """Answer a benchmark with a model: file of questions -> answers.jsonl (and answers.meta.json, which describes the run).
 
-    python -m eval.generate --task pope --data coco_pope/ --image_dir val2014/ --model runs/dpo --output runs/dpo/eval/pope.jsonl
-    torchrun --nproc_per_node 8 -m eval.generate --task mme --data MME.tsv --model llava-hf/llava-1.5-7b-hf --bf16 --output A
+    python -m eval.generate --task pope --data_path coco_pope/ --image_root val2014/ \
+        --model_name_or_path runs/dpo --output runs/dpo/eval/pope.jsonl
+    torchrun --nproc_per_node 8 -m eval.generate --task mme --data_path MME.tsv \
+        --model_name_or_path llava-hf/llava-1.5-7b-hf --bf16 True --output A
 
 1. Rows with the same image stand in the same batch, and the vision tower runs once per image.
 2. Batches are fixed by the data and --batch_size alone, and each has its own seed: a run that is killed and repeated, on any
@@ -23,14 +25,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.utils import ModelOutput
 
+from args import run
 from base.collator import VLDPODataCollatorWithPadding
 from base.loading import base_model_path, load_model
 from base.packing import scatter_to_responses
 from base.processor import VLProcessor
 from common.errors import InputError
-from eval.data import TASKS, DataError, Row, check_images, chunks, prompt, read_task
+from eval.benchmark_files import TASKS, Row, check_images, prompt, read_task
+from eval.flags import add_data_flags, add_model_flags, add_switch
 from eval.ledger import Ledger
-from eval.results import run, sha256, versions
+from eval.results import sha256, versions
 from models import core_mapper_for
 
 Batch = list[Row]
@@ -90,6 +94,12 @@ def plan(rows: list[Row], batch_size: int) -> list[list[Batch]]:
     return runs
 
 
+def chunks(items: list, size: int) -> Iterator[list]:
+    """Consecutive lists of `size` items (the last may be shorter)."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
 class EncodedBatches(torch.utils.data.Dataset):
     """Decoding, resizing and tokenising, one batch per item, in data-loader workers."""
 
@@ -110,7 +120,7 @@ class EncodedBatches(torch.utils.data.Dataset):
         try:
             (ids,), inputs = processor.encode_prompts([text], [images])
         except InputError as error:
-            raise DataError(f"row '{row['id']}': {error}") from error
+            raise InputError(f"row '{row['id']}': {error}") from error
         # InstructBLIP's features depend on the question, too: what is equal in all inputs of the tower is shared, no more
         digest = hashlib.sha1()
         for name, value in sorted(inputs.items()):
@@ -144,7 +154,9 @@ class Answerer:
             from peft import PeftModel
 
             if base_model_path(model) != model:
-                raise DataError(f"--model {model} is an adapter already; pass its base as --model, or no --adapter")
+                raise InputError(
+                    f"--model_name_or_path {model} is an adapter already; pass its base there, or no --adapter"
+                )
             self.model = PeftModel.from_pretrained(self.model, adapter)
         self.model = self.model.to(device).eval()
         self.device, self.dtype = device, dtype
@@ -276,11 +288,11 @@ def generation_settings(args: argparse.Namespace, answerer: Answerer) -> tuple[d
         settings |= {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
     else:  # a checkpoint's sampling defaults have no part in greedy search
         settings |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    own = answerer.core.generation_config
+    configured = answerer.core.generation_config
     recorded = {k: v for k, v in settings.items() if v is not None}
     for name in ("repetition_penalty", "no_repeat_ngram_size", "length_penalty"):
-        if getattr(own, name, None) not in (None, 0, 1.0):
-            recorded[name] = getattr(own, name)
+        if getattr(configured, name, None) not in (None, 0, 1.0):
+            recorded[name] = getattr(configured, name)
     if args.temperature > 0:
         recorded["seed"] = args.seed
     return settings, recorded | {"dtype": str(answerer.dtype).removeprefix("torch.")}
@@ -294,16 +306,16 @@ def checkpoint_step(*paths: str | None) -> int | None:
 
 def describe(args: argparse.Namespace, recorded: dict) -> dict:
     """answers.meta.json, which scorers copy into results.json."""
-    base = base_model_path(args.model)
+    base = base_model_path(args.model_name_or_path)
     return {
         "task": args.task,
-        "data": str(args.data),
-        "data_sha256": sha256(args.data),
-        "image_dir": args.image_dir,
+        "data": str(args.data_path),
+        "data_sha256": sha256(args.data_path),
+        "image_dir": args.image_root,
         "limit": args.limit,
         "checkpoint": base,
-        "adapter": args.adapter or (args.model if base != args.model else None),
-        "step": checkpoint_step(args.adapter, args.model),
+        "adapter": args.adapter or (args.model_name_or_path if base != args.model_name_or_path else None),
+        "step": checkpoint_step(args.adapter, args.model_name_or_path),
         "prompt": {"suffix": getattr(args, "suffix", None)},
         "generation": recorded,
         "batch_size": args.batch_size,
@@ -415,27 +427,25 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top_p", type=float, default=1.0, help="with --temperature")
     parser.add_argument("--seed", type=int, default=0, help="with --temperature")
-    parser.add_argument("--bf16", action="store_true", help="weights and activations in bfloat16 (default float32)")
+    add_switch(parser, "--bf16", help="weights and activations in bfloat16 (default float32)")
     parser.add_argument("--num_workers", type=int, default=2, help="processes that decode images and tokenise")
-    parser.add_argument("--overwrite", action="store_true", help="start again instead of going on")
+    add_switch(parser, "--overwrite", help="start again instead of going on")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True, choices=list(TASKS))
-    parser.add_argument("--model", required=True, help="checkpoint, hub id or LoRA adapter folder")
-    parser.add_argument("--adapter", help="LoRA adapter folder on top of --model")
-    parser.add_argument("--data", required=True, help="the benchmark's file, as published")
-    parser.add_argument("--image_dir", help="where image names are looked up; default: beside --data")
+    add_model_flags(parser)
+    add_data_flags(parser)
     parser.add_argument("--output", required=True, help="answers.jsonl")
-    parser.add_argument("--likelihood", action="store_true", help="seed: losses of the choices instead of answers")
+    add_switch(parser, "--likelihood", help="seed: losses of the choices instead of answers")
     add_generation_arguments(parser)
     args = parser.parse_args(argv)
     if args.likelihood and args.task != "seed":
-        raise DataError("--likelihood is a variant of --task seed only; leave it out")
-    rows = read_task(args.task, args.data, args.image_dir, args.limit)
+        raise InputError("--likelihood is a variant of --task seed only; leave it out")
+    rows = read_task(args.task, args.data_path, args.image_root, args.limit)
     with ranks() as (rank, world, device):
-        answerer = Answerer(args.model, args.adapter, device, args.bf16)
+        answerer = Answerer(args.model_name_or_path, args.adapter, device, args.bf16)
         write = choice_losses if args.likelihood else answer_rows
         facts = write(args, rows, answerer, rank, world)
         if rank == 0:
@@ -443,4 +453,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main, InputError)
+    run(main)

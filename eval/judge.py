@@ -22,7 +22,9 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from eval.data import DataError
+from common.errors import InputError
+from common.files import write_text
+from eval.files import read_text
 
 Item = TypeVar("Item")
 Reply = TypeVar("Reply")
@@ -60,7 +62,7 @@ class Judge:
         pause: float = 1.0,
     ) -> None:
         if not url.startswith(("http://", "https://")):
-            raise DataError(f"--judge {url} is not an address; write e.g. http://localhost:8000/v1")
+            raise InputError(f"--judge {url} is not an address; write e.g. http://localhost:8000/v1")
         self.url, self.model, self.cache = url.rstrip("/"), model, Path(cache)
         self.max_tokens, self.timeout, self.attempts, self.pause = max_tokens, timeout, attempts, pause
         self.asked = 0  # requests that reached the endpoint
@@ -71,7 +73,7 @@ class Judge:
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> "Judge":
         if not args.judge or not args.judge_model:
-            raise DataError("this score needs a judge: --judge URL --judge_model NAME (key in JUDGE_API_KEY)")
+            raise InputError("this score needs a judge: --judge URL --judge_model NAME (key in JUDGE_API_KEY)")
         cache = args.judge_cache or Path(args.output or Path(args.answers).parent) / "judge_cache.jsonl"
         return cls(args.judge, args.judge_model, cache, max_tokens=args.judge_max_tokens, timeout=args.judge_timeout)
 
@@ -80,7 +82,7 @@ class Judge:
         return {"model": self.model, "url": self.url.split("@")[-1], "max_tokens": self.max_tokens}
 
     def ask(self, prompt: str, *, temperature: float = 0.0, sample: int = 0) -> str:
-        """Return the reply to one user message. Raises DataError when the endpoint refuses or keeps failing."""
+        """Return the reply to one user message. Raises InputError when the endpoint refuses or keeps failing."""
         body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": temperature,
                 "max_tokens": self.max_tokens}  # fmt: skip
         key = hashlib.sha256(json.dumps([body, sample], sort_keys=True).encode()).hexdigest()
@@ -101,11 +103,11 @@ class Judge:
         text = self.cache.read_text(encoding="utf-8")
         whole, _, torn = text.rpartition("\n")
         if torn:  # a kill cut the last line: drop it, the question is asked again
-            self.cache.write_text(whole + "\n" if whole else "", encoding="utf-8")
+            write_text(self.cache, whole + "\n" if whole else "")
         try:
             return {r["key"]: r["reply"] for r in map(json.loads, filter(None, whole.split("\n")))}
         except (json.JSONDecodeError, KeyError, TypeError):
-            raise DataError(f"{self.cache} is not a judge cache; delete it or pass another --judge_cache") from None
+            raise InputError(f"{self.cache} is not a judge cache; delete it or pass another --judge_cache") from None
 
     def _request(self, body: dict) -> str:
         last, wait = "", 0.0
@@ -117,7 +119,7 @@ class Judge:
                 return self._once(body)
             except urllib.error.HTTPError as e:
                 if e.code not in (408, 409, 429) and e.code < 500:
-                    raise DataError(
+                    raise InputError(
                         f"judge {self.describe()['url']} answered {e.code} {e.reason}: {_hint(e.code)}"
                     ) from None
                 after = e.headers.get("Retry-After") or ""
@@ -131,7 +133,7 @@ class Judge:
                 last = type(e).__name__
             except (ValueError, KeyError, IndexError, TypeError):
                 last = "a reply that is not a chat completion"
-        raise DataError(
+        raise InputError(
             f"judge {self.describe()['url']} failed {self.attempts} times, last with {last}; "
             f"the replies so far are kept in {self.cache}, run the command again to go on"
         )
@@ -187,12 +189,12 @@ def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
 def judge_template(args: argparse.Namespace, default: str, fields: str) -> tuple[str, dict]:
     """The prompt of --judge_prompt or the default, and its description for results.json.
 
-    Raises DataError if a file lacks one of the space-separated {fields}.
+    Raises InputError if a file lacks one of the space-separated {fields}.
     """
     text = default
     if args.judge_prompt:
-        text = Path(args.judge_prompt).read_text(encoding="utf-8")
+        text = read_text(args.judge_prompt)
         for field in fields.split():
             if f"{{{field}}}" not in text:
-                raise DataError(f"{args.judge_prompt} has no {{{field}}}; the prompt needs {fields}")
+                raise InputError(f"{args.judge_prompt} has no {{{field}}}; the prompt needs {fields}")
     return text, {"prompt": args.judge_prompt or "built in", "prompt_sha256": hashlib.sha256(text.encode()).hexdigest()}

@@ -1,10 +1,10 @@
 """Benchmarks that a language model judges: MMHal-Bench, MM-Vet, RefoMB, HallusionBench.
 
-    python -m eval.judged --task mmhal --data mmhal-bench_answer_template.json --answers A \
+    python -m eval.judged --task mmhal --data_path mmhal-bench_answer_template.json --answers A \
         --judge http://localhost:8000/v1 --judge_model M
-    python -m eval.judged --task refomb --data RefoMB_dev.jsonl --reference gpt4v_RefoMB_dev.jsonl --answers A --judge ...
+    python -m eval.judged --task refomb --data_path RefoMB_dev.jsonl --reference gpt4v_RefoMB_dev.jsonl --answers A --judge ...
 
-What is official here is how replies are parsed and counted. The built-in prompts are our own words: for a number beside a
+What is official here is how replies are parsed and counted. The built-in prompts were written for this project: for a number beside a
 published one, pass the benchmark's prompt as a file (--judge_prompt) and its judge (--judge_model); both are stored with the score.
 """
 
@@ -13,9 +13,11 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from eval.data import DataError, Row, need, read_records
+from common.errors import InputError, run
+from eval.benchmark_files import Row
+from eval.files import need, read_records, read_text
 from eval.judge import Ask, Judge, add_judge_arguments, ask_all, judge_template
-from eval.results import Scores, load, run, save, scorer_parser
+from eval.results import Scores, load, save, scorer_parser
 from eval.yesno import hallusion_scores
 
 
@@ -57,7 +59,7 @@ def score_mmhal(rows: list[Row], answers: list[str], reviews: list[str]) -> tupl
     hallucination_rate = share of ratings below 3 (a fraction); informativeness counts s - 3 for s >= 3, in percent of 3.
     """
     if len(rows) != 96:
-        raise DataError(f"MMHal-Bench has 96 rows in a fixed order, {len(rows)} were given; score a whole run")
+        raise InputError(f"MMHal-Bench has 96 rows in a fixed order, {len(rows)} were given; score a whole run")
     ratings = [mmhal_rating(review) for review in reviews]
     per_type = {f"type_{t}": statistics.fmean(ratings[t::8]) for t in range(8)}
     details = [
@@ -183,7 +185,7 @@ def verdict_of(prompt: str, ask: Ask, attempts: int = 5) -> tuple[str, str]:
         verdict = refomb_verdict(reply)
         if verdict is not None:
             return verdict, reply
-    raise DataError(f"the judge gave no [[A]], [[B]] or [[C]] in {attempts} replies; use a stronger --judge_model")
+    raise InputError(f"the judge gave no [[A]], [[B]] or [[C]] in {attempts} replies; use a stronger --judge_model")
 
 
 def score_refomb(
@@ -224,7 +226,7 @@ def read_references(path: str | Path | None, rows: list[Row]) -> list[str]:
     """GPT-4V's answers: those of `path`, matched by image and question as officially, or the `answer` of the data file."""
     if path is None:
         if not all(r["reference"] for r in rows):
-            raise DataError("RefoMB compares with reference answers: pass --reference gpt4v_RefoMB_dev.jsonl")
+            raise InputError("RefoMB compares with reference answers: pass --reference gpt4v_RefoMB_dev.jsonl")
         return [str(r["reference"]) for r in rows]
     records = read_records(path)
     need(records, "image_url question answer", path)
@@ -232,7 +234,7 @@ def read_references(path: str | Path | None, rows: list[Row]) -> list[str]:
     keys = [(Path(str(r["images"][0])).name, r["question"]) for r in rows]
     missing = next((k for k in keys if k not in found), None)
     if missing:
-        raise DataError(f"{path} has no answer to {missing[1]!r} about {missing[0]}; use the file of the same split")
+        raise InputError(f"{path} has no answer to {missing[1]!r} about {missing[0]}; use the file of the same split")
     return [found[k] for k in keys]
 
 
@@ -285,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
         scored = score_mmvet(rows, answers, grades)
     elif args.task == "refomb":
         template, prompt = judge_template(args, REFOMB_PROMPT, "description question reference answer")
-        trust = Path(args.trust_prompt).read_text(encoding="utf-8") if args.trust_prompt else REFOMB_TRUST_PROMPT
+        trust = read_text(args.trust_prompt) if args.trust_prompt else REFOMB_TRUST_PROMPT
         references = read_references(args.reference, rows)
         scored = score_refomb(
             rows, answers, *review_refomb(rows, answers, references, judge.ask, (template, trust), args.judge_workers)

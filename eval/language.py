@@ -7,7 +7,7 @@ change the numbers. `pip install -r requirements-eval.txt` brings the packages; 
 from collections.abc import Callable
 from functools import lru_cache
 
-from eval.data import DataError
+from common.errors import InputError
 
 Tokenize = Callable[[str], list[str]]
 Tag = Callable[[str], list[tuple[str, str]]]
@@ -24,7 +24,7 @@ def _nltk(*corpora: str):
     try:
         import nltk
     except ModuleNotFoundError:
-        raise DataError("this benchmark needs nltk: pip install -r requirements-eval.txt") from None
+        raise InputError("this benchmark needs nltk: pip install -r requirements-eval.txt") from None
     for name in corpora:
         try:
             nltk.data.find(_CORPORA[name])
@@ -33,7 +33,7 @@ def _nltk(*corpora: str):
                 nltk.data.find(_CORPORA[name] + ".zip")
             except LookupError:
                 needed = " ".join(corpora)
-                raise DataError(f"nltk has no {name}: python -m nltk.downloader {needed}") from None
+                raise InputError(f"nltk has no {name}: python -m nltk.downloader {needed}") from None
     return nltk
 
 
@@ -41,13 +41,13 @@ def _spacy(model: str):
     try:
         import spacy
     except ModuleNotFoundError:
-        raise DataError(
+        raise InputError(
             f"this benchmark needs spaCy: pip install -r requirements-eval.txt && python -m spacy download {model}"
         ) from None
     try:
         return spacy.load(model)
     except OSError:
-        raise DataError(f"spaCy has no model {model}: python -m spacy download {model}") from None
+        raise InputError(f"spaCy has no model {model}: python -m spacy download {model}") from None
 
 
 def tokenizer() -> Tokenize:
@@ -67,7 +67,7 @@ def singularizer() -> Callable[[str], str]:
     try:
         from pattern.text.en import singularize
     except ModuleNotFoundError:
-        raise DataError("CHAIR needs pattern's singularize: pip install -r requirements-eval.txt") from None
+        raise InputError("CHAIR needs pattern's singularize: pip install -r requirements-eval.txt") from None
     return lru_cache(maxsize=None)(singularize)
 
 

@@ -5,12 +5,13 @@ number of ranks was, ignores a line that a kill has torn, and goes on with what 
 """
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from eval.data import DataError, read_jsonl
-from eval.results import meta_path, write_json
+from common.errors import InputError
+from common.files import write_json, write_json_lines, write_text
+from eval.files import read_jsonl
+from eval.results import meta_path
 
 # what must be equal for two runs to write into one file
 SAME = ("task", "data_sha256", "image_dir", "limit", "checkpoint", "adapter", "prompt", "generation")
@@ -20,7 +21,7 @@ class Ledger:
     """The rows that are done, and the file that takes the next ones.
 
     Args: `path` of the merged file; `meta` describes the run and is stored beside it; `ids` all rows of this run, in order.
-    Raises DataError when the existing file was written with other settings.
+    Raises InputError when the existing file was written with other settings.
     """
 
     def __init__(self, path: str | Path, meta: dict, ids: list[str], rank: int = 0, overwrite: bool = False) -> None:
@@ -37,12 +38,12 @@ class Ledger:
             old = json.loads(described.read_text(encoding="utf-8"))
             for key in SAME:
                 if old.get(key) != self.meta.get(key):
-                    raise DataError(
+                    raise InputError(
                         f"{self.path} was written with {key} {old.get(key)}, now it is {self.meta.get(key)}; "
                         "pass another --output, or --overwrite to start again"
                     )
         elif self.path.exists():
-            raise DataError(f"{self.path} exists without {described.name}; pass another --output, or --overwrite")
+            raise InputError(f"{self.path} exists without {described.name}; pass another --output, or --overwrite")
         return {row["id"] for row in self._rows()} & set(self.ids)
 
     def write(self, rows: list[dict]) -> None:
@@ -54,7 +55,7 @@ class Ledger:
             part = self._part(self.rank)
             if part.exists():  # cut a torn last line, or the next row would be glued to it
                 text = part.read_text(encoding="utf-8")
-                part.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+                write_text(part, text[: text.rfind("\n") + 1])
             self._file = open(part, "a", encoding="utf-8")
         self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         self._file.flush()
@@ -64,15 +65,13 @@ class Ledger:
             self._file.close()
 
     def finish(self) -> None:
-        """Rank 0, after all ranks have closed: merge the parts in row order. Raises DataError if a row is missing."""
+        """Rank 0, after all ranks have closed: merge the parts in row order. Raises InputError if a row is missing."""
         found = {row["id"]: row for row in self._rows()}
         missing = [i for i in self.ids if i not in found]
         if missing:
-            raise DataError(f"{self.path}: {len(missing)} rows are missing, the first is '{missing[0]}'; run it again")
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text("".join(json.dumps(found[i], ensure_ascii=False) + "\n" for i in self.ids), encoding="utf-8")
+            raise InputError(f"{self.path}: {len(missing)} rows are missing, the first is '{missing[0]}'; run it again")
         write_json(meta_path(self.path), self.meta)
-        os.replace(partial, self.path)
+        write_json_lines(self.path, (found[i] for i in self.ids))
         for part in self._parts():
             part.unlink()
 

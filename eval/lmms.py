@@ -1,28 +1,30 @@
 """Everything else: lmms-eval's tasks with our models and adapters. Optional, requirements-lmms.txt.
 
-    python -m eval.lmms --model llava-hf/llava-1.5-7b-hf --adapter runs/dpo --bf16 --tasks mmstar,ai2d,realworldqa --output_path logs/
-    torchrun --nproc_per_node 8 -m eval.lmms --model runs/dpo --tasks mmstar
+    python -m eval.lmms --model_name_or_path llava-hf/llava-1.5-7b-hf --adapter runs/dpo --bf16 True \
+        --tasks mmstar,ai2d,realworldqa --output_path logs/
+    torchrun --nproc_per_node 8 -m eval.lmms --model_name_or_path runs/dpo --tasks mmstar
 
-Flags other than --model, --adapter, --bf16 and --batch_size are lmms-eval's own (see `python -m lmms_eval --help`). For POPE, MME, SEED
+Flags other than --model_name_or_path, --adapter, --bf16 and --batch_size are lmms-eval's own (see `python -m lmms_eval --help`). For POPE, MME, SEED
 and AMBER its numbers are not the official ones (docs/evaluation.md): use the scorers here for those.
 """
 
 import argparse
 import sys
 
-from eval.data import DataError
-from eval.results import run
+from args import run
+from common.errors import InputError
+from eval.flags import add_model_flags, add_switch
 
 NAME = "vl_rlhf"
 
 
 def register() -> None:
-    """Make lmms-eval know the wrapper. Raises DataError when lmms-eval is not installed."""
+    """Make lmms-eval know the wrapper. Raises InputError when lmms-eval is not installed."""
     try:
         from lmms_eval.models import MODEL_REGISTRY_V2
         from lmms_eval.models.registry_v2 import ModelManifest
     except ModuleNotFoundError as e:
-        raise DataError(
+        raise InputError(
             f"lmms-eval is not installed ({e.name} is missing): pip install -r requirements-lmms.txt"
         ) from None
     manifest = ModelManifest(model_id=NAME, simple_class_path="eval.lmms_model.LmmsModel")
@@ -32,15 +34,14 @@ def register() -> None:
 def forwarded(argv: list[str] | None = None) -> list[str]:
     """lmms-eval's command line for ours."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="checkpoint, hub id or LoRA adapter folder")
-    parser.add_argument("--adapter", help="LoRA adapter folder on top of --model")
-    parser.add_argument("--bf16", action="store_true")
+    add_model_flags(parser)
+    add_switch(parser, "--bf16", help="weights and activations in bfloat16 (default float32)")
     parser.add_argument("--batch_size", type=int, default=8)
     args, rest = parser.parse_known_args(argv)
-    for value in filter(None, (args.model, args.adapter)):
+    for value in filter(None, (args.model_name_or_path, args.adapter)):
         if "," in value or "=" in value:
-            raise DataError(f"lmms-eval cannot take a path with ',' or '=': rename {value}")
-    model_args = f"pretrained={args.model}" + (f",adapter={args.adapter}" if args.adapter else "")
+            raise InputError(f"lmms-eval cannot take a path with ',' or '=': rename {value}")
+    model_args = f"pretrained={args.model_name_or_path}" + (f",adapter={args.adapter}" if args.adapter else "")
     model_args += f",bf16={args.bf16}"
     return ["--model", NAME, "--model_args", model_args, "--batch_size", str(args.batch_size), *rest]
 

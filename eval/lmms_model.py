@@ -9,8 +9,8 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from base.collator import VLDPODataCollatorWithPadding
-from eval.data import DataError, chunks
-from eval.generate import Answerer, EncodedBatches
+from common.errors import InputError
+from eval.generate import Answerer, EncodedBatches, chunks
 
 GENERATION = ("max_new_tokens", "num_beams", "temperature", "top_p", "do_sample")
 
@@ -57,7 +57,7 @@ class LmmsModel(lmms):
 
     def _row(self, context: str, visuals: list) -> dict:
         if any(isinstance(v, str) for v in visuals):
-            raise DataError("this lmms-eval task shows videos, which no family here reads")
+            raise InputError("this lmms-eval task shows videos, which no family here reads")
         return {"id": "", "prompt": context, "images": visuals}
 
     def _answer(self, requests: list[Instance]) -> list[str]:
@@ -107,4 +107,4 @@ class LmmsModel(lmms):
         return out
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        raise DataError("tasks of several rounds are not supported by this wrapper")
+        raise InputError("tasks of several rounds are not supported by this wrapper")

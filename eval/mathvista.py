@@ -1,7 +1,7 @@
 """MathVista: extract the answer from free text, normalise it, compare strings.
 
-    python -m eval.mathvista --data testmini.json --answers A --judge http://localhost:8000/v1 --judge_model M
-    python -m eval.mathvista --data testmini.json --answers A            # rules only, stored as mathvista_rule
+    python -m eval.mathvista --data_path testmini.json --answers A --judge http://localhost:8000/v1 --judge_model M
+    python -m eval.mathvista --data_path testmini.json --answers A            # rules only, stored as mathvista_rule
 
 Published numbers use a language model for the extraction (`mathvista`); the rule part alone is another, lower metric.
 All numbers are fractions of 1. lupantech/MathVista evaluation/extract_answer.py and calculate_score.py.
@@ -11,9 +11,11 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 
-from eval.data import Row
+from common.errors import run
+from eval.benchmark_files import Row
+from eval.flags import add_switch
 from eval.judge import Judge, add_judge_arguments, ask_all, judge_template
-from eval.results import Scores, load, run, save, scorer_parser
+from eval.results import Scores, load, save, scorer_parser
 
 EXTRACTION_PROMPT = """Below are a question and a model's reply. Copy the final answer out of the reply, in the form that the
 hint in the question asks for: an option's letter, an integer, a number with its decimals, or a list. Write the answer alone.
@@ -100,8 +102,8 @@ def score_mathvista(
 
 def main(argv: list[str] | None = None) -> None:
     parser = scorer_parser(__doc__, ("mathvista",))
-    parser.add_argument("--quick_extract", action="store_true", help='believe The answer is "..". without asking')
-    parser.add_argument("--ignore_empty_extractions", action="store_true", help="an empty extraction is wrong")
+    add_switch(parser, "--quick_extract", help='believe The answer is "..". without asking')
+    add_switch(parser, "--ignore_empty_extractions", help="an empty extraction is wrong")
     add_judge_arguments(parser)
     args = parser.parse_args(argv)
     rows, answers, meta = load(args)

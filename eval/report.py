@@ -18,8 +18,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eval.data import DataError, Row, prompt, read_json, read_jsonl, read_task
-from eval.results import run
+from common.errors import InputError, run
+from common.files import write_text
+from eval.benchmark_files import Row, prompt, read_task
+from eval.files import read_json, read_jsonl
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def read_runs(folders: Iterable[str | Path]) -> list[Run]:
     for folder in map(Path, folders):
         place = next((p for p in (folder, folder / "eval") if (p / "results.json").is_file()), None)
         if place is None:
-            raise DataError(
+            raise InputError(
                 f"{folder} has no results.json; run a scorer first, e.g. python -m eval.yesno --task pope ..."
             )
         found.append((folder.resolve(), place))
@@ -109,7 +111,7 @@ def read_runs(folders: Iterable[str | Path]) -> list[Run]:
     for folder, place in found:
         results = read_json(place / "results.json")
         if not isinstance(results, dict) or not all(isinstance(e, dict) and "scores" in e for e in results.values()):
-            raise DataError(f"{place / 'results.json'} is not a results file of this project")
+            raise InputError(f"{place / 'results.json'} is not a results file of this project")
         runs.append(Run("/".join(folder.parts[-depth:]), place, results))
     return runs
 
@@ -124,8 +126,8 @@ def columns(runs: list[Run]) -> list[tuple[str, Metric]]:
     out = []
     for name in names:
         scores = next(r.results[name]["scores"] for r in runs if name in r.results)
-        own = [Metric(f"{name} {key}", key) for key in list(scores)[:4]]
-        out += [(name, metric) for metric in HEADLINES.get(name, own)]
+        plain = [Metric(f"{name} {key}", key) for key in list(scores)[:4]]
+        out += [(name, metric) for metric in HEADLINES.get(name, plain)]
     return out
 
 
@@ -403,10 +405,10 @@ def page(runs: list[Run], pictures: list[str], max_rows: int, folder: Path) -> s
 def write_report(runs: list[Run], folder: Path, max_rows: int = 200) -> None:
     """Write everything into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.md").write_text(markdown(runs), encoding="utf-8")
-    (folder / "report.tex").write_text(latex(runs), encoding="utf-8")
+    write_text(folder / "report.md", markdown(runs))
+    write_text(folder / "report.tex", latex(runs))
     pictures = charts(runs, folder)
-    (folder / "index.html").write_text(page(runs, pictures, max_rows, folder), encoding="utf-8")
+    write_text(folder / "index.html", page(runs, pictures, max_rows, folder))
     print(markdown(runs))
     print(f"{folder}: report.md report.tex index.html {' '.join(pictures)}")
 

@@ -10,28 +10,21 @@ id, answer, correct, category, marks (the hallucinated words).
 import argparse
 import datetime
 import hashlib
-import importlib.metadata
 import json
-import os
-import platform
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from eval.data import DataError, Row, read_answers, read_json, read_task
+from common.errors import InputError
+from common.files import write_json, write_json_lines
+from common.versions import installed_versions
+from eval.answer_files import read_answers
+from eval.benchmark_files import Row, read_task
+from eval.files import read_json
+from eval.flags import add_data_flags
 
 Scores = dict[str, float]
 
 PACKAGES = ("torch", "transformers", "peft", "nltk", "spacy", "pillow", "pyarrow")
-
-
-def run(main: Callable[[], None], *more: type[Exception]) -> None:
-    """Call a command's main: wrong input (DataError, `more`) ends in one sentence and exit status 2, no traceback."""
-    try:
-        main()
-    except (DataError, FileNotFoundError, *more) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def sha256(path: str | Path) -> str:
@@ -51,14 +44,8 @@ def sha256(path: str | Path) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of everything that can move a number; absent packages are left out."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    """Installed versions of everything that can move a number."""
+    return installed_versions(PACKAGES)
 
 
 def meta_path(answers: str | Path) -> Path:
@@ -66,23 +53,14 @@ def meta_path(answers: str | Path) -> Path:
     return Path(answers).with_suffix(".meta.json")
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write a JSON file so that a reader (or a kill) never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
 def scorer_parser(description: str | None, tasks: Iterable[str]) -> argparse.ArgumentParser:
     """The command line that all scorers have in common."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = list(tasks)
     parser.add_argument("--task", required=len(names) > 1, default=names[0], choices=names)
-    parser.add_argument("--data", required=True, help="the benchmark's file, as published")
+    add_data_flags(parser, "where the report page finds image files (default: as recorded)")
     parser.add_argument("--answers", required=True, help="answers.jsonl of eval.generate, or another tool's answers")
     parser.add_argument("--output", help="folder of results.json; default: the folder of --answers")
-    parser.add_argument("--image_dir", help="where the report page finds image files (default: as recorded)")
     parser.add_argument("--results_db", help="also append the scores here: any SQLAlchemy URL, e.g. sqlite:///x.db")
     return parser
 
@@ -94,11 +72,11 @@ def load(
     meta_file = meta_path(args.answers)
     meta = read_json(meta_file) if meta_file.exists() else {}
     assert isinstance(meta, dict)
-    if meta and meta.get("data_sha256") != sha256(args.data):
-        raise DataError(
-            f"{args.answers} was generated from another {Path(args.data).name}; pass --data {meta.get('data')}"
+    if meta and meta.get("data_sha256") != sha256(args.data_path):
+        raise InputError(
+            f"{args.answers} was generated from another {Path(args.data_path).name}; pass --data_path {meta.get('data')}"
         )
-    rows = read_task(args.task, args.data, args.image_dir or meta.get("image_dir"), meta.get("limit"))
+    rows = read_task(args.task, args.data_path, args.image_root or meta.get("image_dir"), meta.get("limit"))
     return rows, read(args.answers, rows), meta
 
 
@@ -118,9 +96,9 @@ def save(
         "scores": scores,
         "rows": len(details),
         "limit": meta.get("limit"),
-        "data": str(args.data),
-        "data_sha256": sha256(args.data),
-        "image_dir": args.image_dir or meta.get("image_dir"),
+        "data": str(args.data_path),
+        "data_sha256": sha256(args.data_path),
+        "image_dir": args.image_root or meta.get("image_dir"),
         "answers": str(args.answers),
         "answers_sha256": sha256(args.answers),
         "checkpoint": meta.get("checkpoint"),
@@ -135,11 +113,9 @@ def save(
     results = folder / "results.json"
     merged = read_json(results) if results.exists() else {}
     if not isinstance(merged, dict):
-        raise DataError(f"{results} is not a results file; move it away or pass another --output")
+        raise InputError(f"{results} is not a results file; move it away or pass another --output")
     write_json(results, {**merged, name: entry})
-    scored = folder / "scored" / f"{name}.jsonl"
-    scored.parent.mkdir(parents=True, exist_ok=True)
-    scored.write_text("".join(json.dumps(d, ensure_ascii=False) + "\n" for d in details), encoding="utf-8")
+    write_json_lines(folder / "scored" / f"{name}.jsonl", details)
     if args.results_db:
         append_to_database(args.results_db, str(folder), name, entry)
     width = max(map(len, scores))
@@ -185,7 +161,7 @@ def append_to_database(url: str, run_name: str, name: str, entry: dict) -> None:
     try:
         shown = sa.make_url(url).render_as_string(hide_password=True)
     except sa.exc.ArgumentError:
-        raise DataError("--results_db is not a SQLAlchemy URL; write e.g. sqlite:///scores.db") from None
+        raise InputError("--results_db is not a SQLAlchemy URL; write e.g. sqlite:///scores.db") from None
     try:
         engine = sa.create_engine(url)
         with engine.begin() as connection:
@@ -195,8 +171,8 @@ def append_to_database(url: str, run_name: str, name: str, entry: dict) -> None:
             )
         engine.dispose()
     except ModuleNotFoundError as e:
-        raise DataError(f"--results_db {shown} needs the driver '{e.name}'; pip install it") from None
+        raise InputError(f"--results_db {shown} needs the driver '{e.name}'; pip install it") from None
     except sa.exc.SQLAlchemyError as e:
-        raise DataError(
+        raise InputError(
             f"--results_db {shown} cannot be written ({type(e).__name__}); results.json is complete"
         ) from None

@@ -1,252 +1,28 @@
-"""Reward benchmarks: VL-RewardBench, Multimodal RewardBench, MM-RLHF-RewardBench.
+"""Reward models, and policies as reward models.
 
-    python -m eval.reward --task vlrewardbench --data test.parquet --model runs/rm --output runs/rm/eval
-    python -m eval.reward --task mmrb --data all_data.json --implicit --model runs/dpo --beta 0.1 --output runs/dpo/eval
-    python -m eval.reward --task mmrlhf --data mm_reward_bench.jsonl --scores scores.jsonl          # scores from elsewhere
-    python -m eval.reward --task vlrewardbench --data test.parquet --replies votes.jsonl            # a generative judge
-    python -m eval.reward --model runs/rm --dataset_name plain_dpo --data_path pairs.json           # rows of any data set
+    python -m eval.reward --task vlrewardbench --data_path test.parquet --model_name_or_path runs/rm --output runs/rm/eval
+    python -m eval.reward --task mmrb --data_path all_data.json --implicit True --model_name_or_path runs/dpo --beta 0.1 \\
+        --output runs/dpo/eval
+    python -m eval.reward --task mmrlhf --data_path mm_reward_bench.jsonl --scores scores.jsonl     # scores from elsewhere
+    python -m eval.reward --task vlrewardbench --data_path test.parquet --replies votes.jsonl       # a generative judge
+    python -m eval.reward --model_name_or_path runs/rm --dataset_name plain_dpo --data_path pairs.json --image_root images
 
 The scalar of a response is a reward model's output, or with --implicit DPO's reward beta * (log pi - log pi_ref), whose
-reference is the base under the adapter, or --ref. Scores go to scores_<task>.jsonl (resumable), then to results.json.
+reference is the base under the adapter, or --ref. Scores of a benchmark go to scores_<task>.jsonl (resumable), then to
+results.json. With --dataset_name the rows of any data set are scored (`--dataset_name x --help` shows its flags).
 """
 
-import argparse
-import random
-import re
 import sys
-from collections import defaultdict
-from pathlib import Path
 
-from eval.data import DataError, Row, read_json, read_jsonl, read_task
-from eval.results import Scores, meta_path, run, save, sha256
-from eval.reward_model import write_scores
-from eval.reward_rows import main as score_any_data_set
-
-Pair = tuple[float, float]
-
-# --------------------------------------------------------------------------------------------- VL-RewardBench
-
-# cal.py goes by the folder of an image; ids show the same source
-_HALLUCINATION, _REASONING = ("RLAIF", "RLHF", "hallucination"), ("mathverse", "mmmu")
-_BETTER = re.compile(
-    r"(?:Overall Judgment|Therefore)\s*.*\s*-*\s*Answer\s*(\d+)\s*is\s*(?:the\s*)?(?:slightly\s*)?better", re.IGNORECASE
-)
-
-
-def vlrewardbench_group(row_id: str) -> str:
-    """general, hallucination or reasoning: the id up to its first _ or -."""
-    source = re.split(r"[_-]", row_id)[0]
-    return "hallucination" if source in _HALLUCINATION else "reasoning" if source in _REASONING else "general"
-
-
-def score_vlrewardbench(rows: list[Row], pairs: list[Pair]) -> tuple[Scores, list[dict]]:
-    """Percent with two decimals; right = the preferred response has the strictly larger score, a tie is wrong."""
-    verdicts = [
-        "agree" if p[int(r["better"])] > p[1 - int(r["better"])] else "reject" for r, p in zip(rows, pairs, strict=True)
-    ]
-    details = [_detail(r, p, v == "agree", vlrewardbench_group(str(r["id"])))
-               for r, p, v in zip(rows, pairs, verdicts, strict=True)]  # fmt: skip
-    return _vlrewardbench(rows, verdicts), details
-
-
-def vlrewardbench_vote(reply: str, swapped: bool, better: int) -> str:
-    """agree, reject or doesntMatch. `swapped`: the two answers were shown in reverse order."""
-    found = _BETTER.search(reply.replace("\n", "").replace("*", ""))
-    if not found:
-        return "doesntMatch"
-    rejected = 1 + (better if swapped else 1 - better)  # its number as shown
-    return "reject" if int(found.group(1)) == rejected else "agree"
-
-
-def score_vlrewardbench_votes(
-    rows: list[Row], replies: list[dict], votes: int | None = None
-) -> tuple[Scores, list[dict]]:
-    """Generative judge: an id counts as agree or reject with more than half of its votes, unparsed ones included.
-
-    Args: `replies` of {id, random_number (1 = shown swapped), reply}; `votes` keeps that many per id, drawn as cal.py does
-        (seed 1234). Ids without a majority for agree or reject leave all percentages.
-    """
-    better = {r["id"]: int(r["better"]) for r in rows}
-    if votes:
-        replies = list(replies)
-        draw = random.Random(1234)
-        for i in range(len(replies)):
-            j = draw.randint(0, len(replies) - 1)
-            replies[i], replies[j] = replies[j], replies[i]
-    counts: dict[str, list[str]] = {str(r["id"]): [] for r in rows}
-    for reply in replies:
-        if reply["id"] not in counts:
-            raise DataError(f"the replies hold the id '{reply['id']}', which is not in the data")
-        if votes is None or len(counts[reply["id"]]) < votes:
-            vote = vlrewardbench_vote(reply["reply"], bool(reply["random_number"]), better[reply["id"]])
-            counts[reply["id"]].append(vote)
-    verdicts = []
-    for row in rows:
-        cast = counts[str(row["id"])]
-        majority = (v for v in ("agree", "reject", "doesntMatch") if cast.count(v) > len(cast) / 2)
-        verdicts.append(next(majority, "other"))
-    details = [{"id": r["id"], "answer": v, "correct": v == "agree", "parsed": v,
-                "category": vlrewardbench_group(str(r["id"]))} for r, v in zip(rows, verdicts, strict=True)]  # fmt: skip
-    return _vlrewardbench(rows, verdicts), details
-
-
-def _vlrewardbench(rows: list[Row], verdicts: list[str]) -> Scores:
-    groups: dict[str, list[bool]] = {"general": [], "hallucination": [], "reasoning": []}
-    for row, verdict in zip(rows, verdicts, strict=True):
-        if verdict in ("agree", "reject"):
-            groups[vlrewardbench_group(str(row["id"]))].append(verdict == "agree")
-    shares = {name: sum(v) / len(v) if v else 0.0 for name, v in groups.items()}
-    pooled = [right for v in groups.values() for right in v]
-    shares |= {"overall": sum(pooled) / max(1, len(pooled)), "macro": sum(shares.values()) / 3}
-    return {name: round(100 * share, 2) for name, share in shares.items()}
-
-
-# ------------------------------------------------------------------------------------ Multimodal RewardBench
-
-
-def score_mmrb(rows: list[Row], pairs: list[Pair]) -> tuple[Scores, list[dict]]:
-    """Accuracy (fraction) over all and per category; A if the first score is strictly larger, else B."""
-    return _mmrb(rows, ["A" if a > b else "B" for a, b in pairs], [f"{a:.4f} / {b:.4f}" for a, b in pairs])
-
-
-def score_mmrb_replies(rows: list[Row], replies: list[str]) -> tuple[Scores, list[dict]]:
-    """Generative judge: [[A]] anywhere is A, else [[B]] is B, else a coin (random.seed(123), in file order)."""
-    coin = random.Random(123)
-    verdicts = []
-    for reply in replies:
-        shown = next((v for v in "AB" if f"[[{v}]]" in reply), None)
-        verdicts.append(shown or ("A" if coin.random() < 0.5 else "B"))
-    return _mmrb(rows, verdicts, replies)
-
-
-def _mmrb(rows: list[Row], verdicts: list[str], shown: list[str]) -> tuple[Scores, list[dict]]:
-    """facebookresearch/multimodal_rewardbench 2_get_accuracy.py: safety and reasoning are reported by their parts."""
-    cells: dict[str, list[bool]] = defaultdict(list)
-    details = []
-    for row, verdict, text in zip(rows, verdicts, shown, strict=True):
-        category, name = str(row["category"]), str(row["id"]).lower()
-        if category == "safety":
-            category = "safety/bias" if name.startswith("pairs") else "safety/toxicity"
-        elif category == "reasoning":
-            category = "reasoning/math" if name.startswith("math") else "reasoning/coding"
-        right = verdict == "AB"[int(row["better"])]
-        cells["all"].append(right)
-        cells[category].append(right)
-        details.append({"id": row["id"], "answer": text, "correct": right, "parsed": verdict, "category": category})
-    return {name: sum(v) / len(v) for name, v in cells.items()}, details
-
-
-# --------------------------------------------------------------------------------------- MM-RLHF-RewardBench
-
-MMRLHF_CATEGORIES = ("mcq", "long", "short", "safety", "video")
-
-
-def score_mmrlhf(rows: list[Row], pairs: list[Pair]) -> tuple[Scores, list[dict]]:
-    """accuracy = chosen strictly above rejected; acc_plus = ids all of whose pairs are right; fractions.
-
-    Kwai-YuanQi/MM-RLHF cal_performance_mmreweard_bench.py: the category is the first keyword in the image's or video's path;
-    rows without one count in the overall numbers only.
-    """
-    cells: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
-    details = []
-    for row, (chosen, rejected) in zip(rows, pairs, strict=True):
-        category = next((c for c in MMRLHF_CATEGORIES if c in str(row["source"])), None)
-        for name in ["overall"] + ([category] if category else []):
-            cells[name][str(row["group"])].append(chosen > rejected)
-        details.append(_detail(row, (chosen, rejected), chosen > rejected, category or "other"))
-    scores: Scores = {}
-    for name, groups in cells.items():
-        every = [right for rights in groups.values() for right in rights]
-        scores[f"{name}/accuracy"] = sum(every) / len(every)
-        scores[f"{name}/acc_plus"] = sum(map(all, groups.values())) / len(groups)
-    return scores, details
-
-
-SCORERS = {"vlrewardbench": score_vlrewardbench, "mmrb": score_mmrb, "mmrlhf": score_mmrlhf}
-
-
-def read_scores(path: str | Path, rows: list[Row]) -> list[Pair]:
-    """One pair of scores per row, in the order of the two responses: JSON lines {id | ID | line, scores | rewards}."""
-    found: dict[str, object] = {}
-    for number, r in enumerate(read_jsonl(path)):
-        key = r.get("line", r.get("id", r.get("ID", number)))
-        if str(key) in found:
-            raise DataError(f"{path}: row {number} scores '{key}' a second time; delete one of the two lines")
-        found[str(key)] = r.get("scores", r.get("rewards"))
-    out = []
-    for row in rows:
-        values = found.get(str(row["id"]))
-        if not isinstance(values, list) or len(values) != 2:
-            raise DataError(f"{path} has no two scores for '{row['id']}'; run the command again without --scores")
-        out.append((float(values[0]), float(values[1])))
-    return out
-
-
-def _detail(row: Row, pair: Pair, right: bool, category: str) -> dict:
-    first, second = (f"{score:.4f}: {text}" for score, text in zip(pair, row["responses"], strict=True))
-    return {
-        "id": row["id"],
-        "answer": f"{first}\n\n{second}",
-        "correct": right,
-        "parsed": list(pair),
-        "category": category,
-    }
-
-
-# ------------------------------------------------------------------------------------------------------------
+from args import run
+from eval import reward_benchmarks, score
 
 
 def main(argv: list[str] | None = None) -> None:
     given = sys.argv[1:] if argv is None else argv
     if any(flag.split("=")[0] == "--dataset_name" for flag in given):
-        return score_any_data_set(given)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", required=True, choices=list(SCORERS))
-    parser.add_argument("--data", required=True, help="the benchmark's file, as published")
-    parser.add_argument("--image_dir", help="where image names are looked up; default: beside --data")
-    parser.add_argument("--limit", type=int, help="the first N rows only; marked in every table")
-    parser.add_argument("--output", help="folder of results.json; default: beside --scores or --replies, else --model")
-    parser.add_argument("--scores", help="score this file {id, scores: [a, b]} instead of running a model")
-    parser.add_argument("--replies", help="score a generative judge's replies instead (vlrewardbench, mmrb)")
-    parser.add_argument("--votes", type=int, help="vlrewardbench --replies: votes per id (default: all)")
-    parser.add_argument("--results_db", help="also append the scores here: any SQLAlchemy URL")
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", help="reward model, or with --implicit a policy (checkpoint or adapter folder)")
-    model.add_argument("--adapter", help="LoRA adapter folder on top of --model")
-    model.add_argument("--implicit", action="store_true", help="DPO's implicit reward of a policy")
-    model.add_argument("--ref", help="--implicit: reference checkpoint; default: the base under the adapter")
-    model.add_argument("--beta", type=float, default=0.1, help="--implicit: scales the reward, moves no accuracy")
-    model.add_argument("--batch_size", type=int, default=4, help="rows (pairs) per forward")
-    model.add_argument("--bf16", action="store_true")
-    model.add_argument("--skip_video", action="store_true", help="mmrlhf: leave the video rows out (recorded)")
-    args = parser.parse_args(argv)
-    source = args.scores or args.replies
-    if bool(source) == bool(args.model) or (args.scores and args.replies):
-        raise DataError("pass exactly one of --model, --scores and --replies")
-    if not source:
-        source = str(Path(args.output or args.model) / f"scores_{args.task}.jsonl")
-        write_scores(args, source)
-    meta = read_json(meta_path(source)) if meta_path(source).exists() else {}
-    if meta and meta["data_sha256"] != sha256(args.data):
-        raise DataError(f"{source} was computed from another {Path(args.data).name}; pass --data {meta['data']}")
-    rows = read_task(args.task, args.data, args.image_dir or meta.get("image_dir"), args.limit or meta.get("limit"))
-    if (meta.get("generation") or {}).get("skip_video"):
-        rows = [r for r in rows if r["images"] or not r.get("video")]
-    args.answers = source
-    if not args.replies:
-        return save(args, args.task, *SCORERS[args.task](rows, read_scores(source, rows)), meta)
-    replies = read_jsonl(source)
-    if args.task == "vlrewardbench":
-        scored = score_vlrewardbench_votes(rows, replies, args.votes)
-    elif args.task == "mmrb":
-        by_id = {r.get("ID", r.get("id")): r.get("output", r.get("reply")) for r in replies}
-        missing = next((r["id"] for r in rows if not isinstance(by_id.get(r["id"]), str)), None)
-        if missing is not None:
-            raise DataError(f"{source} has no reply for '{missing}'")
-        scored = score_mmrb_replies(rows, [by_id[r["id"]] for r in rows])
-    else:
-        raise DataError("MM-RLHF-RewardBench takes scores, not replies")
-    save(args, f"{args.task}_generative", *scored, meta)
+        return score.main(given)
+    return reward_benchmarks.main(given, __doc__)
 
 
 if __name__ == "__main__":

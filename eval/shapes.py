@@ -1,7 +1,8 @@
 """How often a model says what is not there, on the held-out scenes of data/shapes.py, where the truth is known exactly.
 
-    python -m eval.shapes --model runs/demo/sft --data runs/demo/data/eval.json --output runs/demo/eval/sft
-    python -m eval.shapes --model runs/demo/sft --adapter runs/demo/dpo --data runs/demo/data/eval.json --output runs/demo/eval/dpo
+    python -m eval.shapes --model_name_or_path runs/demo/sft --data_path runs/demo/data/eval.json --output runs/demo/eval/sft
+    python -m eval.shapes --model_name_or_path runs/demo/sft --adapter runs/demo/dpo --data_path runs/demo/data/eval.json \
+        --output runs/demo/eval/dpo
 
 writes scores.json and answers.jsonl to the folder. All answers are greedy.
 
@@ -22,11 +23,13 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
+from args import run
 from base.loading import load_model
 from common.errors import InputError
+from common.files import write_json, write_json_lines
 from data.shapes import COLOURS, PLACES, SHAPES, Thing, read_caption
+from eval.flags import add_flag, add_model_flags
 from eval.generate import processor_for
-from eval.results import run, write_json
 
 MAX_NEW_TOKENS = 64  # six objects; an answer to a question needs three
 MENTION = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b")
@@ -36,7 +39,7 @@ MENTION = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b")
 
 
 def mentions(text: str) -> list[str]:
-    """The objects that a text names, in order, each as often as it is named: ["red circle", ...]."""
+    """The objects that a text names, in order and with repeats: ["red circle", ...]."""
     return [f"{colour} {shape}" for colour, shape in MENTION.findall(text.lower())]
 
 
@@ -111,7 +114,7 @@ def read_scenes(path: Path) -> list[dict]:
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{path} is no eval.json of data.shapes ({error!r}): write it with `python -m data.shapes --output_dir DIR`."
+            f"{path} is not an eval.json of data.shapes ({error!r}): write it with `python -m data.shapes --output_dir DIR`."
         ) from error
     return rows
 
@@ -159,25 +162,24 @@ def evaluate(model: str, adapter: str | None, data: Path, output: Path, batch_si
         output / "scores.json", {"model": model, "adapter": adapter, "data": str(data), "rows": len(rows)} | scores
     )
     truth = [row["caption"] for row in rows] + [question["answer"] for question in asked]
-    with open(output / "answers.jsonl", "w", encoding="utf-8") as file:
-        for (image, prompt), reply, right in zip(prompts, answers, truth, strict=True):
-            file.write(json.dumps({"image": image, "prompt": prompt, "answer": reply, "truth": right}) + "\n")
+    lines = zip(prompts, answers, truth, strict=True)
+    keys = ("image", "prompt", "answer", "truth")
+    write_json_lines(output / "answers.jsonl", (dict(zip(keys, (*p, a, t), strict=True)) for p, a, t in lines))
     return scores
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="checkpoint, or LoRA adapter folder")
-    parser.add_argument("--adapter", help="LoRA adapter folder on top of --model")
-    parser.add_argument("--data", required=True, type=Path, help="eval.json of data.shapes")
+    add_model_flags(parser)
+    add_flag(parser, "--data_path", "--data", required=True, type=Path, help="eval.json of data.shapes")
     parser.add_argument("--output", required=True, type=Path, help="folder of scores.json and answers.jsonl")
     parser.add_argument("--batch_size", type=int, default=100)
     args = parser.parse_args()
-    scores = evaluate(args.model, args.adapter, args.data, args.output, args.batch_size)
-    print(f"{args.adapter or args.model} -> {args.output}")
+    scores = evaluate(args.model_name_or_path, args.adapter, args.data_path, args.output, args.batch_size)
+    print(f"{args.adapter or args.model_name_or_path} -> {args.output}")
     for name, value in scores.items():
         print(f"  {name:<17} {value:.3f}")
 
 
 if __name__ == "__main__":
-    run(main, InputError)
+    run(main)

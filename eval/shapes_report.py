@@ -13,9 +13,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.errors import InputError, run
+from common.files import write_json, write_text
 from data.shapes import Thing
-from eval.results import run, write_json
-from eval.shapes import InputError, marked, mentions, read_scenes
+from eval.shapes import marked, mentions, read_scenes
 
 STAGES = ("sft", "rm", "dpo", "ppo")
 SCORES = ("chair_i", "chair_s", "yesno_accuracy", "exact_captions", "coverage", "counting_accuracy")
@@ -187,7 +188,7 @@ def page(folder: Path, report: dict[str, dict[str, float]]) -> str:
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>VL-RLHF demo</title><style>{STYLE}</style><h1>VL-RLHF demo</h1>'
         "<p>A tiny LLaVA learns to describe coloured shapes from captions of which about 30 % name an object that is not there. "
-        "Preference learning then mends what it hallucinates. All numbers are of held-out pictures: CHAIR_i is the share of the objects "
+        "Preference learning then corrects what it hallucinates. All numbers are of held-out pictures: CHAIR_i is the share of the objects "
         "mentioned that are not there, CHAIR_s the share of captions that mention one.</p>"
         f"<table><tr>{cells}{body}</table><h2>Training</h2>{curves(folder)}<h2>Held-out pictures</h2>"
         "<p><mark>Wrong</mark> words are marked, <del>objects left out</del> are struck through. "
@@ -202,7 +203,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     report = report_of(folder)
     write_json(folder / "report.json", report)
-    (folder / "report.html").write_text(page(folder, report), encoding="utf-8")
+    write_text(folder / "report.html", page(folder, report))
     lines = table(report)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for line in lines:
@@ -211,4 +212,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, InputError)
+    run(main)

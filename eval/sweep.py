@@ -1,14 +1,15 @@
 """Several checkpoints on several benchmarks: generate, score, report, with a curve over steps.
 
     python -m eval.sweep --checkpoints llava-hf/llava-1.5-7b-hf runs/dpo/checkpoint-* --benchmarks benchmarks.yaml \
-        --tasks pope,mme,chair --output runs/dpo/sweep --bf16
+        --tasks pope,mme,chair --output runs/dpo/sweep --bf16 True
     torchrun --nproc_per_node 8 -m eval.sweep ...
 
 benchmarks.yaml says once where everything lies; `generate` and `score` hold flags of eval.generate and of the task's scorers:
 
-    pope:    {data: coco_pope/, image_dir: val2014/}
-    chair:   {data: chair_images.jsonl, generate: {num_beams: 3}, score: {coco: annotations/, synonyms: synonyms.txt}}
-    mmhal:   {data: mmhal-bench_answer_template.json, image_dir: images/, score: {judge: "http://localhost:8000/v1", judge_model: M}}
+    pope:    {data_path: coco_pope/, image_root: val2014/}
+    chair:   {data_path: chair_images.jsonl, generate: {num_beams: 3}, score: {coco: annotations/, synonyms: synonyms.txt}}
+    mmhal:   {data_path: mmhal-bench_answer_template.json, image_root: images/,
+              score: {judge: "http://localhost:8000/v1", judge_model: M}}
 
 Each checkpoint is loaded once. Everything resumes: what is answered is not answered again.
 """
@@ -20,11 +21,12 @@ from pathlib import Path
 import torch
 import yaml
 
+from args import run
 from common.errors import InputError
-from eval import chair, choice, judged, mathvista, report, reward, yesno
-from eval.data import DataError, read_task
+from eval import chair, choice, judged, mathvista, report, reward, reward_benchmarks, yesno
+from eval.benchmark_files import read_task
+from eval.files import read_text
 from eval.generate import Answerer, add_generation_arguments, answer_rows, barrier, ranks
-from eval.results import run
 
 SCORERS = {
     "pope": [yesno.main],
@@ -40,28 +42,36 @@ SCORERS = {
     "mmhal": [judged.main],
     "mmvet": [judged.main],
     "refomb": [judged.main],
-    **{task: [reward.main] for task in reward.SCORERS},
+    **{task: [reward.main] for task in reward_benchmarks.SCORERS},
 }
 
 
 def read_benchmarks(path: str, tasks: str | None) -> dict[str, dict]:
     """The entries of benchmarks.yaml (paths relative to the working directory), cut down to `tasks` (joined by commas)."""
     try:
-        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        entries = yaml.safe_load(read_text(path))
     except yaml.YAMLError as e:
-        raise DataError(f"{path} is not YAML: {str(e).splitlines()[0]}") from None
-    if not isinstance(entries, dict) or not all(isinstance(e, dict) and "data" in e for e in entries.values()):
-        raise DataError(f"{path}: every task needs an entry with 'data'; python -m eval.sweep --help shows one")
+        raise InputError(f"{path} is not YAML: {str(e).splitlines()[0]}") from None
+    if isinstance(entries, dict):
+        entries = {name: _renamed(e) if isinstance(e, dict) else e for name, e in entries.items()}
+    if not isinstance(entries, dict) or not all(isinstance(e, dict) and "data_path" in e for e in entries.values()):
+        raise InputError(f"{path}: every task needs an entry with 'data_path'; python -m eval.sweep --help shows one")
     names = tasks.split(",") if tasks else list(entries)
     for name in names:
         if name not in entries:
-            raise DataError(f"{path} has no entry '{name}'; it has {', '.join(entries)}")
+            raise InputError(f"{path} has no entry '{name}'; it has {', '.join(entries)}")
         if name not in SCORERS:
-            raise DataError(f"there is no scorer for '{name}'; known are {', '.join(SCORERS)}")
-        wrong = set(entries[name]) - {"data", "image_dir", "generate", "score"}
+            raise InputError(f"no scorer is known for '{name}'; known are {', '.join(SCORERS)}")
+        wrong = set(entries[name]) - {"data_path", "image_root", "generate", "score"}
         if wrong:
-            raise DataError(f"{path}: {name} has '{min(wrong)}'; known are data, image_dir, generate and score")
+            raise InputError(f"{path}: {name} has '{min(wrong)}'; known are data_path, image_root, generate and score")
     return {name: entries[name] for name in names}
+
+
+def _renamed(entry: dict) -> dict:
+    """An entry with today's names in the place of the older ones."""
+    names = {"data": "data_path", "image_dir": "image_root"}
+    return {names.get(key, key): value for key, value in entry.items()}
 
 
 def run_names(checkpoints: list[str]) -> list[str]:
@@ -72,7 +82,7 @@ def run_names(checkpoints: list[str]) -> list[str]:
         depth += 1
     names = ["-".join(p.strip("/") for p in part[-depth:]) for part in parts]
     if len(set(names)) < len(names):
-        raise DataError("--checkpoints names the same folder twice")
+        raise InputError("--checkpoints names the same folder twice")
     return names
 
 
@@ -92,27 +102,39 @@ def evaluate(
     rank, world, device = place
     answerer = None
     for task, entry in benchmarks.items():
-        common = ["--task", task, "--data", entry["data"], *flags({"image_dir": entry.get("image_dir")})]
+        common = ["--task", task, "--data_path", entry["data_path"], *flags({"image_root": entry.get("image_root")})]
         common += flags({"results_db": args.results_db})
-        if task in reward.SCORERS:  # loads the model by itself, on one rank
+        if task in reward_benchmarks.SCORERS:  # loads the model by itself, on one rank
             if rank == 0:
-                reward.main([*common, "--model", checkpoint, "--output", str(folder), *flags(entry.get("score"))])
+                reward.main(
+                    [*common, "--model_name_or_path", checkpoint, "--output", str(folder), *flags(entry.get("score"))]
+                )
             continue
-        own = copy.copy(args)
+        generation = copy.copy(args)
         unknown = set(entry.get("generate") or {}) - set(vars(args))
         if unknown:
-            raise DataError(f"{args.benchmarks}: {task} has the unknown generate setting '{min(unknown)}'")
-        vars(own).update({"num_workers": args.num_workers, **(entry.get("generate") or {})})
-        vars(own).update(
-            task=task, data=entry["data"], image_dir=entry.get("image_dir"), model=checkpoint, adapter=None
+            raise InputError(f"{args.benchmarks}: {task} has the unknown generate setting '{min(unknown)}'")
+        vars(generation).update({"num_workers": args.num_workers, **(entry.get("generate") or {})})
+        vars(generation).update(
+            task=task,
+            data_path=entry["data_path"],
+            image_root=entry.get("image_root"),
+            model_name_or_path=checkpoint,
+            adapter=None,
         )
-        own.output = str(folder / f"{task}.jsonl")
+        generation.output = str(folder / f"{task}.jsonl")
         if answerer is None:
             answerer = Answerer(checkpoint, None, device, args.bf16)
-        answer_rows(own, read_task(task, own.data, own.image_dir, own.limit), answerer, rank, world)
+        answer_rows(
+            generation,
+            read_task(task, generation.data_path, generation.image_root, generation.limit),
+            answerer,
+            rank,
+            world,
+        )
         if rank == 0:
             for score in SCORERS[task]:
-                score([*common, "--answers", own.output, *flags(_accepted(score, entry.get("score")))])
+                score([*common, "--answers", generation.output, *flags(_accepted(score, entry.get("score")))])
     del answerer
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the next checkpoint needs the room at once
@@ -146,4 +168,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main, InputError)
+    run(main)

@@ -1,7 +1,7 @@
 """Yes/no benchmarks: MME, POPE, HallusionBench (rule), AMBER's discriminative part.
 
-    python -m eval.yesno --task pope --data coco_pope/ --answers runs/dpo/eval/pope.jsonl
-    python -m eval.yesno --task amber --data AMBER/query_all.json --answers runs/dpo/eval/amber.jsonl
+    python -m eval.yesno --task pope --data_path coco_pope/ --answers runs/dpo/eval/pope.jsonl
+    python -m eval.yesno --task amber --data_path AMBER/query_all.json --answers runs/dpo/eval/amber.jsonl
 
 Each scorer is the official one with its quirks, because published tables hold those numbers; a function's docstring
 names its source. Fractions for POPE, points for MME, percent for HallusionBench and AMBER, as the papers print them.
@@ -11,8 +11,10 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from eval.data import DataError, Row, need, read_records
-from eval.results import Scores, load, run, save, scorer_parser
+from common.errors import InputError, run
+from eval.benchmark_files import Row
+from eval.files import need, read_records
+from eval.results import Scores, load, save, scorer_parser
 
 # ------------------------------------------------------------------------------------------------------- POPE
 
@@ -80,7 +82,7 @@ def score_mme(rows: list[Row], answers: list[str]) -> tuple[Scores, list[dict]]:
     for task, images in pairs.items():
         odd = next((i for i, rights in images.items() if len(rights) != 2), None)
         if odd is not None:
-            raise DataError(f"MME task {task}: image {odd} has {len(images[odd])} questions, two are needed for acc+")
+            raise InputError(f"MME task {task}: image {odd} has {len(images[odd])} questions, two are needed for acc+")
         c = counts[task]
         acc = sum(map(sum, images.values())) / (2 * len(images))
         acc_plus = sum(map(all, images.values())) / len(images)
@@ -155,7 +157,7 @@ def hallusion_scores(rows: list[Row], labels: list[int]) -> Scores:
 def _hallusion_repository(members: list[tuple[Row, int]]) -> Scores:
     """tianyi-lab/HallusionBench utils.py: keys include the category; rows without an image count as questions."""
     question = "category subcategory set_id question_id"
-    # VS figure 0 shows no image: "unclear" is a right answer there, and it is no figure
+    # VS figure 0 shows no image: "unclear" is a right answer there, and it does not count as a figure
     blind = [r["category"] == "VS" and r["figure_id"] == "0" for r, _ in members]
     right = [(r, c == 1 or (c == 2 and b)) for (r, c), b in zip(members, blind, strict=True)]
     hard = [(r, c) for r, c in right if r["visual_input"] == "2"]
@@ -205,7 +207,7 @@ def read_amber_truth(path: str | Path, rows: list[Row]) -> list[dict]:
     by_id = {str(a["id"]): a for a in annotations}
     missing = next((r["id"] for r in rows if r["id"] not in by_id), None)
     if missing is not None:
-        raise DataError(f"{path} has no annotation with the id {missing}; use AMBER's data/annotations.json")
+        raise InputError(f"{path} has no annotation with the id {missing}; use AMBER's data/annotations.json")
     return [by_id[str(r["id"])] for r in rows]
 
 
@@ -231,7 +233,7 @@ def score_amber_discriminative(rows: list[Row], answers: list[str], truth: list[
             t["is_no"] += note["truth"] == "no"
         details.append(_detail(row, answer, right, answer if answer in ("Yes", "No") else "other", kind))
     if not details:
-        raise DataError("there is no yes/no question among the rows; pass AMBER's query_all.json")
+        raise InputError("there is no yes/no question among the rows; pass AMBER's query_all.json")
     parts = [totals[k] for k in ("state", "number", "action") if k in totals]
     if parts:
         totals["attribute"] = {k: sum(p[k] for p in parts) for k in parts[0]}
@@ -256,11 +258,11 @@ def _detail(row: Row, answer: str, right: bool, parsed: str, category: object) -
 
 def main(argv: list[str] | None = None) -> None:
     parser = scorer_parser(__doc__, ("pope", "mme", "hallusion", "amber"))
-    parser.add_argument("--annotations", help="AMBER's annotations.json; default: beside --data")
+    parser.add_argument("--annotations", help="AMBER's annotations.json; default: beside --data_path")
     args = parser.parse_args(argv)
     rows, answers, meta = load(args)
     if args.task == "amber":
-        truth = read_amber_truth(args.annotations or Path(args.data).parent / "annotations.json", rows)
+        truth = read_amber_truth(args.annotations or Path(args.data_path).parent / "annotations.json", rows)
         scores, details = score_amber_discriminative(rows, answers, truth)
         return save(args, "amber_discriminative", scores, details, meta)
     scorer = {"pope": score_pope, "mme": score_mme, "hallusion": score_hallusion}[args.task]

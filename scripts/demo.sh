@@ -43,7 +43,8 @@ stage ppo python train_ppo.py --model_name_or_path "$OUT/sft" --output_dir "$OUT
 
 for name in sft dpo ppo; do
     adapter=$([ $name = sft ] || echo "--adapter $OUT/$name")
-    stage evaluation python -m eval.shapes --model "$OUT/sft" $adapter --data "$DATA/eval.json" --output "$OUT/eval/$name"
+    stage evaluation python -m eval.shapes --model_name_or_path "$OUT/sft" $adapter --data_path "$DATA/eval.json" \
+        --output "$OUT/eval/$name"
 done
 
 printf '\n\033[1m[report]\033[0m python -m eval.shapes_report %s\n' "$OUT"

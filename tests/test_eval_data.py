@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import InputError, run
 from eval import chair, language, yesno
-from eval.data import TASKS, DataError, prompt, read_answers, read_task
-from eval.results import run
+from eval.answer_files import read_answers
+from eval.benchmark_files import TASKS, prompt, read_task
 
 GOLDENS = Path(__file__).parent / "goldens" / "eval"
 PNG = b"\x89PNG"
@@ -81,7 +82,7 @@ def test_seed_tsv_and_image_folder(tmp_path: Path) -> None:
     )
     row = read_task("seed", tmp_path / "s.tsv")[0]
     assert (row["label"], row["category"], row["choices"]["D"]) == ("B", "Scene", "d")
-    assert read_task("pope", GOLDENS / "pope/coco_pope_random.json", image_dir="/images")[0]["images"][0].startswith(
+    assert read_task("pope", GOLDENS / "pope/coco_pope_random.json", image_root="/images")[0]["images"][0].startswith(
         "/images/"
     )
 
@@ -107,7 +108,7 @@ WRONG = [
     ("mmhal", '[{"question_type": "a", "image_id": 1, "image_src": "x", "image_content": [], "question": "q", "gt_answer": "a"}]',
      "has 1 rows, MMHal-Bench has 96 in a fixed order"),
     ("mme", "index\timage\tquestion\tanswer\tcategory\n0\t5\tq\tYes\tOCR\n", "row 0 refers to the image of row '5'"),
-    ("mme", "index\timage\tquestion\tanswer\tcategory\n0\tabc\n", "row 0 has another number of cells than the header"),
+    ("mme", "index\timage\tquestion\tanswer\tcategory\n0\tabc\n", "row 0 has more or fewer cells than the header"),
     ("mme", "just text", "holds no tab-separated rows"),
     ("mme", "index\timage\tquestion\tanswer\tcategory\n0\t" + "*" * 80 + "\tq\tYes\tOCR\n", "image of row 0 is not base64"),
     ("hallusion", "[{}]", "row 0 has no 'category'"),
@@ -123,18 +124,18 @@ WRONG = [
 def test_wrong_files_are_one_sentence(task: str, content: str, sentence: str, tmp_path: Path) -> None:
     file = tmp_path / ("f.tsv" if "\t" in content or task == "mme" else "f.json")
     file.write_text(content)
-    with pytest.raises(DataError, match=sentence) as error:
+    with pytest.raises(InputError, match=sentence) as error:
         read_task(task, file)
     assert str(file) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_missing_file_and_unknown_task(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"does not exist; docs/evaluation\.md says where to get it"):
+    with pytest.raises(InputError, match=r"does not exist; docs/evaluation\.md says where to get it"):
         read_task("mme", tmp_path / "MME.tsv")
-    with pytest.raises(DataError, match="unknown task 'mm'"):
+    with pytest.raises(InputError, match="unknown task 'mm'"):
         read_task("mm", tmp_path)
     (tmp_path / "x.json").write_bytes(b"PAR1\xff\xfe")
-    with pytest.raises(DataError, match="is not a UTF-8 text file"):
+    with pytest.raises(InputError, match="is not a UTF-8 text file"):
         read_task("amber", tmp_path / "x.json")
 
 
@@ -162,26 +163,26 @@ def test_answers_of_other_tools(content: str, tmp_path: Path) -> None:
 )  # fmt: skip
 def test_wrong_answers_are_one_sentence(content: str, sentence: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(content)
-    with pytest.raises(DataError, match=sentence):
+    with pytest.raises(InputError, match=sentence):
         read_answers(tmp_path / "a.jsonl", ROWS)
 
 
 def test_amber_annotations_must_hold_every_id(tmp_path: Path) -> None:
     (tmp_path / "annotations.json").write_text(json.dumps([{"id": 1, "type": "generative", "truth": []}]))
-    with pytest.raises(DataError, match="has no annotation with the id 2"):
+    with pytest.raises(InputError, match="has no annotation with the id 2"):
         yesno.read_amber_truth(tmp_path / "annotations.json", [{"id": "1"}, {"id": "2"}])
 
 
 def test_coco_categories_must_be_in_the_synonyms(tmp_path: Path) -> None:
     (tmp_path / "s.txt").write_text("zebra\n")
     table = chair.ObjectTable(tmp_path / "s.txt", all_pairs=False)
-    with pytest.raises(DataError, match=r"the synonyms hold no '.*', a COCO category"):
+    with pytest.raises(InputError, match=r"the synonyms hold no '.*', a COCO category"):
         chair.coco_truth(GOLDENS / "chair/annotations", set(range(600_000)), table, lambda text: ([], []))
 
 
 def test_errors_end_a_command_with_status_2(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as end:
-        run(lambda: yesno.main(["--task", "pope", "--data", "no/file", "--answers", "x"]))
+        run(lambda: yesno.main(["--task", "pope", "--data_path", "no/file", "--answers", "x"]))
     assert end.value.code == 2
     shown = capsys.readouterr().err
     assert "no/file does not exist" in shown and "Traceback" not in shown
@@ -200,12 +201,12 @@ def test_missing_language_data_is_an_error_with_the_command(monkeypatch: pytest.
         (language.noun_tagger, "python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng"),
         (language.singularizer, "python -m nltk.downloader wordnet"),
     ):
-        with pytest.raises(DataError, match=command):
+        with pytest.raises(InputError, match=command):
             make()
     monkeypatch.setitem(sys.modules, "spacy", None)
     for make, model in ((language.word_similarity, "en_core_web_lg"), (language.phrase_tagger, "en_core_web_trf")):
         with pytest.raises(
-            DataError, match=rf"pip install -r requirements-eval\.txt && python -m spacy download {model}"
+            InputError, match=rf"pip install -r requirements-eval\.txt && python -m spacy download {model}"
         ):
             make()
 
@@ -213,8 +214,15 @@ def test_missing_language_data_is_an_error_with_the_command(monkeypatch: pytest.
 def test_amber_command_stops_where_a_model_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "spacy", None)
     folder = GOLDENS / "amber"
-    argv = ["--task", "amber", "--data", str(folder / "query_all.json"), "--answers", str(folder / "responses.json")]
-    with pytest.raises(DataError, match=r"nltk\.downloader|spacy download"):
+    argv = [
+        "--task",
+        "amber",
+        "--data_path",
+        str(folder / "query_all.json"),
+        "--answers",
+        str(folder / "responses.json"),
+    ]
+    with pytest.raises(InputError, match=r"nltk\.downloader|spacy download"):
         chair.main([*argv, "--output", str(tmp_path)])
     assert not list(tmp_path.iterdir())  # nothing half done
 

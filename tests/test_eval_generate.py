@@ -9,8 +9,9 @@ import torch
 
 from args import LoraArguments
 from base.loading import load_model
+from common.errors import InputError
 from eval import generate
-from eval.data import DataError, read_task
+from eval.benchmark_files import read_task
 from eval.generate import Answerer, EncodedBatches, answer_rows, plan
 from eval.results import meta_path
 from models.assemble import add_lora
@@ -45,14 +46,16 @@ def arguments(data: Path, output: Path, model: str, **changes: object) -> argpar
     parser = argparse.ArgumentParser()
     generate.add_generation_arguments(parser)
     args = parser.parse_args(["--batch_size", "4", "--max_new_tokens", "6", "--num_workers", "0"])
-    vars(args).update(task="pope", data=str(data), output=str(output), model=model, adapter=None, image_dir=None)
+    vars(args).update(
+        task="pope", data_path=str(data), output=str(output), model_name_or_path=model, adapter=None, image_root=None
+    )
     vars(args).update(changes)
     return args
 
 
 def run(args: argparse.Namespace) -> dict:
-    rows = read_task(args.task, args.data, args.image_dir, args.limit)
-    return answer_rows(args, rows, Answerer(args.model, args.adapter, CPU, args.bf16), 0, 1)
+    rows = read_task(args.task, args.data_path, args.image_root, args.limit)
+    return answer_rows(args, rows, Answerer(args.model_name_or_path, args.adapter, CPU, args.bf16), 0, 1)
 
 
 def lines(path: Path) -> list[dict]:
@@ -166,19 +169,19 @@ def test_other_settings_do_not_go_into_the_same_file(questions: Path, tmp_path: 
         "dtype": "float32",
     }
     assert (meta["limit"], meta["checkpoint"], meta["adapter"]) == (2, llava, None)
-    with pytest.raises(DataError, match=r"generation .*'num_beams': 1.* now it is .*'num_beams': 2.*--overwrite"):
+    with pytest.raises(InputError, match=r"generation .*'num_beams': 1.* now it is .*'num_beams': 2.*--overwrite"):
         run(arguments(questions, output, llava, limit=2, num_beams=2))
     run(arguments(questions, output, llava, limit=2, num_beams=2, overwrite=True))
     assert json.loads(meta_path(output).read_text())["generation"]["num_beams"] == 2
 
 
 def test_missing_image_names_the_row(questions: Path, tmp_path: Path, llava: str) -> None:
-    args = arguments(questions, tmp_path / "a.jsonl", llava, image_dir=str(tmp_path))
-    with pytest.raises(DataError, match=r"row 'random/0': the image .*0\.png does not exist; pass --image_dir"):
+    args = arguments(questions, tmp_path / "a.jsonl", llava, image_root=str(tmp_path))
+    with pytest.raises(InputError, match=r"row 'random/0': the image .*0\.png does not exist; pass --image_root"):
         run(args)
     for i in range(4):
         (tmp_path / f"{i}.png").write_text("no image")
-    with pytest.raises(DataError, match=r"row 'random/0': Cannot read .*0\.png"):
+    with pytest.raises(InputError, match=r"row 'random/0': Cannot read .*0\.png"):
         run(args)
 
 
@@ -198,7 +201,7 @@ def test_adapter_answers_as_an_adapter(questions: Path, tmp_path: Path, llava: s
     for file in files[1:]:
         meta = json.loads(meta_path(file).read_text())
         assert (meta["checkpoint"], meta["adapter"], meta["step"]) == (llava, adapter, 7)
-    with pytest.raises(DataError, match="is an adapter already; pass its base as --model"):
+    with pytest.raises(InputError, match="is an adapter already; pass its base there"):
         run(arguments(questions, tmp_path / "x.jsonl", adapter, adapter=adapter))
 
 

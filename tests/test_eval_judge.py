@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import InputError
 from eval import judged, mathvista
-from eval.data import DataError, read_jsonl
+from eval.files import read_jsonl
 from eval.judge import Judge, ask_all
 
 GOLDENS = Path(__file__).parent / "goldens" / "eval"
@@ -105,7 +106,7 @@ def test_lasting_trouble_keeps_what_was_answered(server: FakeJudge, tmp_path: Pa
     judge = client(server, tmp_path, attempts=3)
     judge.ask("first")
     server.script = [500, 500, 503]
-    with pytest.raises(DataError, match=r"failed 3 times, last with HTTP 503; the replies so far are kept in"):
+    with pytest.raises(InputError, match=r"failed 3 times, last with HTTP 503; the replies so far are kept in"):
         judge.ask("second")
     assert len(read_jsonl(tmp_path / "cache.jsonl")) == 1
 
@@ -115,15 +116,15 @@ def test_lasting_trouble_keeps_what_was_answered(server: FakeJudge, tmp_path: Pa
 )
 def test_refusals_are_not_repeated(server: FakeJudge, tmp_path: Path, status: int, hint: str) -> None:
     server.script = [status] * 5
-    with pytest.raises(DataError, match=rf"answered {status} .*{hint}"):
+    with pytest.raises(InputError, match=rf"answered {status} .*{hint}"):
         client(server, tmp_path).ask("a")
     assert len(server.requests) == 1  # a redirect would have carried the key elsewhere
 
 
 def test_no_server(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"failed 2 times, last with .*refused"):
+    with pytest.raises(InputError, match=r"failed 2 times, last with .*refused"):
         Judge("http://127.0.0.1:9/v1", "m", tmp_path / "c.jsonl", attempts=2, pause=0.01).ask("a")
-    with pytest.raises(DataError, match="not an address"):
+    with pytest.raises(InputError, match="not an address"):
         Judge("localhost:8000", "m", tmp_path / "c.jsonl")
 
 
@@ -157,7 +158,7 @@ def test_key_is_sent_and_stored_nowhere(
     argv = (
         "--task",
         "mmhal",
-        "--data",
+        "--data_path",
         folder / "mmhal-bench_answer_template.json",
         "--answers",
         folder / "answers.jsonl",
@@ -179,7 +180,16 @@ def test_mmvet_command_repeats_what_does_not_parse(
 ) -> None:
     server.reply = lambda prompt: "0.5" if prompt.endswith("Correctness:") and "nothing else" in prompt else "good"
     folder = GOLDENS / "mmvet"
-    argv = ("--task", "mmvet", "--data", folder / "mm-vet.json", "--answers", folder / "answers.json", "--num_run", 2)
+    argv = (
+        "--task",
+        "mmvet",
+        "--data_path",
+        folder / "mm-vet.json",
+        "--answers",
+        folder / "answers.json",
+        "--num_run",
+        2,
+    )
     run(monkeypatch, judged.main, *argv, "--output", tmp_path, "--judge", server.url, "--judge_model", "j")
     results = json.loads((tmp_path / "results.json").read_text())["mmvet"]
     assert (results["scores"]["total"], results["scores"]["std"]) == (50.0, 0.0)
@@ -212,8 +222,8 @@ def test_refomb_command(server: FakeJudge, tmp_path: Path, monkeypatch: pytest.M
         return f"thoughts [[{'ABC'[i]}]]"
 
     server.reply = reply
-    argv = ("--task", "refomb", "--data", data, "--answers", answers, "--judge", server.url, "--judge_model", "j")
-    with pytest.raises(DataError, match="pass --reference"):
+    argv = ("--task", "refomb", "--data_path", data, "--answers", answers, "--judge", server.url, "--judge_model", "j")
+    with pytest.raises(InputError, match="pass --reference"):
         run(monkeypatch, judged.main, *argv)
     run(monkeypatch, judged.main, *argv, "--reference", reference)
     scores = json.loads((tmp_path / "results.json").read_text())["refomb"]["scores"]
@@ -224,7 +234,7 @@ def test_mathvista_command_asks_only_what_the_rule_leaves(
     server: FakeJudge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = GOLDENS / "mathvista"
-    argv = ("--data", folder / "testmini.json", "--answers", folder / "responses.json", "--output", tmp_path)
+    argv = ("--data_path", folder / "testmini.json", "--answers", folder / "responses.json", "--output", tmp_path)
     expected = json.loads((folder / "expected.json").read_text())["runs"]["no_llm"]
     run(monkeypatch, mathvista.main, *argv)
     assert json.loads((tmp_path / "results.json").read_text())["mathvista_rule"]["scores"]["average"] == 0.25
@@ -243,11 +253,13 @@ def test_own_prompt_needs_its_fields(server: FakeJudge, tmp_path: Path, monkeypa
     argv = (
         "--task",
         "mmhal",
-        "--data",
+        "--data_path",
         folder / "mmhal-bench_answer_template.json",
         "--answers",
         folder / "answers.jsonl",
     )
     argv += ("--output", tmp_path, "--judge", server.url, "--judge_model", "j", "--judge_prompt", prompt)
-    with pytest.raises(DataError, match=r"prompt\.txt has no \{question\}; the prompt needs question gt_answer answer"):
+    with pytest.raises(
+        InputError, match=r"prompt\.txt has no \{question\}; the prompt needs question gt_answer answer"
+    ):
         run(monkeypatch, judged.main, *argv)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import InputError
 from eval import lmms
-from eval.data import DataError
 from tests import zoo
 
 INSTALLED = importlib.util.find_spec("lmms_eval") is not None
@@ -46,16 +46,18 @@ def results(doc, results):
 
 
 def test_flags_go_to_the_model_and_the_rest_to_lmms_eval() -> None:
-    argv = lmms.forwarded(["--model", "m", "--adapter", "a", "--bf16", "--tasks", "mmstar,ai2d", "--limit", "4"])
+    argv = lmms.forwarded(
+        ["--model_name_or_path", "m", "--adapter", "a", "--bf16", "True", "--tasks", "mmstar,ai2d", "--limit", "4"]
+    )
     assert argv[:4] == ["--model", "vl_rlhf", "--model_args", "pretrained=m,adapter=a,bf16=True"]
     assert argv[4:] == ["--batch_size", "8", "--tasks", "mmstar,ai2d", "--limit", "4"]
-    with pytest.raises(DataError, match="cannot take a path with ',' or '='"):
-        lmms.forwarded(["--model", "runs/lr=1e-6"])
+    with pytest.raises(InputError, match="cannot take a path with ',' or '='"):
+        lmms.forwarded(["--model_name_or_path", "runs/lr=1e-6"])
 
 
 @pytest.mark.skipif(INSTALLED, reason="lmms-eval is installed")
 def test_without_lmms_eval_the_command_says_what_to_install() -> None:
-    with pytest.raises(DataError, match=r"pip install -r requirements-lmms\.txt"):
+    with pytest.raises(InputError, match=r"pip install -r requirements-lmms\.txt"):
         lmms.register()
 
 
@@ -71,7 +73,7 @@ def test_a_local_task_runs_through_lmms_eval(output: str, tmp_path: Path, llava:
     task.mkdir()
     (task / "tiny.yaml").write_text(TASK.replace("DATA", str(tmp_path / "data.jsonl")).replace("OUTPUT", output))
     (task / "utils.py").write_text(UTILS)
-    argv = ["--model", llava, "--batch_size", "2", "--tasks", "tiny_pope", "--include_path", str(task)]
+    argv = ["--model_name_or_path", llava, "--batch_size", "2", "--tasks", "tiny_pope", "--include_path", str(task)]
     lmms.main([*argv, "--output_path", str(tmp_path / "logs"), "--log_samples"])
     found = [json.loads(p.read_text()) for p in (tmp_path / "logs").rglob("*results.json")]
     assert len(found) == 1 and found[0]["results"]["tiny_pope"]["answered,none"] == 1.0

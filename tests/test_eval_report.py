@@ -10,8 +10,8 @@ import yaml
 
 from args import LoraArguments
 from base.loading import load_model
+from common.errors import InputError
 from eval import choice, report, sweep, yesno
-from eval.data import DataError
 from eval.results import append_to_database, meta_path, sha256
 from models.assemble import add_lora
 from tests import zoo
@@ -35,11 +35,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         meta = {"data_sha256": sha256(questions), "checkpoint": "org/base", "generation": {"num_beams": 1 + n // 2}}
         meta |= {"adapter": str(folder) if n else None, "step": 10 * n or None}
         meta_path(file).write_text(json.dumps(meta))
-        yesno.main(["--task", "pope", "--data", str(questions), "--answers", str(file)])
+        yesno.main(["--task", "pope", "--data_path", str(questions), "--answers", str(file)])
         mme = [
             "--task",
             "mme",
-            "--data",
+            "--data_path",
             str(GOLDENS / "mme/MME.tsv"),
             "--answers",
             str(GOLDENS / "mme/predictions.jsonl"),
@@ -64,8 +64,8 @@ def test_results_say_where_they_come_from(runs: list[Path]) -> None:
 def test_answers_to_another_file_are_refused(runs: list[Path], tmp_path: Path) -> None:
     other = tmp_path / "coco_pope_random.json"
     other.write_text((GOLDENS / "pope/coco_pope_random.json").read_text().replace("dog", "cow"))
-    with pytest.raises(DataError, match=r"was generated from another coco_pope_random\.json"):
-        yesno.main(["--task", "pope", "--data", str(other), "--answers", str(runs[0] / "eval/pope.jsonl")])
+    with pytest.raises(InputError, match=r"was generated from another coco_pope_random\.json"):
+        yesno.main(["--task", "pope", "--data_path", str(other), "--answers", str(runs[0] / "eval/pope.jsonl")])
 
 
 def test_markdown_and_latex(runs: list[Path]) -> None:
@@ -125,7 +125,14 @@ def test_report_page_is_whole_and_harmless(runs: list[Path], tmp_path: Path) -> 
 
 def test_database_gets_the_same_rows_again_and_again(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'x.db'}"
-    argv = ["--task", "pope", "--data", str(GOLDENS / "pope/coco_pope_random.json"), "--output", str(tmp_path / "run")]
+    argv = [
+        "--task",
+        "pope",
+        "--data_path",
+        str(GOLDENS / "pope/coco_pope_random.json"),
+        "--output",
+        str(tmp_path / "run"),
+    ]
     argv += ["--answers", str(GOLDENS / "pope/answers_random.jsonl"), "--results_db", url]
     yesno.main(argv)
     yesno.main(argv)
@@ -138,17 +145,17 @@ def test_database_gets_the_same_rows_again_and_again(tmp_path: Path) -> None:
 def test_database_errors_hide_the_password(tmp_path: Path) -> None:
     entry = {"time": "", "rows": 1, "judge": None, "checkpoint": None, "adapter": None, "step": None, "data_sha256": "",
              "answers_sha256": "", "generation": None, "versions": {}, "scores": {"a": 1.0}}  # fmt: skip
-    with pytest.raises(DataError, match="not a SQLAlchemy URL"):
+    with pytest.raises(InputError, match="not a SQLAlchemy URL"):
         append_to_database("scores.db", "run", "pope", entry)
-    with pytest.raises(DataError, match=r"needs the driver '\w+'; pip install it") as error:
+    with pytest.raises(InputError, match=r"needs the driver '\w+'; pip install it") as error:
         append_to_database("postgresql+pg8000://me:secret@localhost/db", "run", "pope", entry)
     assert "secret" not in str(error.value)
-    with pytest.raises(DataError, match=r"cannot be written \(OperationalError\)"):
+    with pytest.raises(InputError, match=r"cannot be written \(OperationalError\)"):
         append_to_database(f"sqlite:///{tmp_path}/no/such/folder/x.db", "run", "pope", entry)
 
 
 def test_report_needs_results(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"has no results\.json; run a scorer first"):
+    with pytest.raises(InputError, match=r"has no results\.json; run a scorer first"):
         report.main([str(tmp_path)])
 
 
@@ -171,7 +178,7 @@ def test_sweep_goes_from_checkpoints_to_the_curve(tmp_path: Path, llava: str, mo
     benchmarks = {
         "pope": {"data": str(tmp_path / "coco_pope_random.json"), "generate": {"max_new_tokens": 2}},
         "seed": {"data": str(tmp_path / "SEED-Bench.json")},
-        "mme": {"data": "not asked for"},
+        "mme": {"data_path": "not asked for"},
     }
     (tmp_path / "benchmarks.yaml").write_text(yaml.safe_dump(benchmarks))
     checkpoints = [llava]
@@ -196,17 +203,17 @@ def test_sweep_goes_from_checkpoints_to_the_curve(tmp_path: Path, llava: str, mo
 def test_sweep_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     file = tmp_path / "benchmarks.yaml"
     file.write_text("pope: {data: x, beams: 3}\nother: {data: y}\n")
-    with pytest.raises(DataError, match=r"has no entry 'mme'; it has pope, other"):
+    with pytest.raises(InputError, match=r"has no entry 'mme'; it has pope, other"):
         sweep.read_benchmarks(str(file), "mme")
-    with pytest.raises(DataError, match="there is no scorer for 'other'"):
+    with pytest.raises(InputError, match="no scorer is known for 'other'"):
         sweep.read_benchmarks(str(file), "other")
-    with pytest.raises(DataError, match="pope has 'beams'; known are data, image_dir, generate and score"):
+    with pytest.raises(InputError, match="pope has 'beams'; known are data_path, image_root, generate and score"):
         sweep.read_benchmarks(str(file), "pope")
     assert sweep.flags({"coco": "x", "quick": True, "no": False}) == ["--coco", "x", "--quick"]
-    with pytest.raises(DataError, match="the same folder twice"):
+    with pytest.raises(InputError, match="the same folder twice"):
         sweep.run_names(["a/b", "a/b"])
 
 
 def test_likelihood_belongs_to_seed() -> None:
-    with pytest.raises(DataError, match="variant of --task seed only"):
-        choice.main(["--task", "mmmu", "--likelihood", "--data", "x", "--answers", "y"])
+    with pytest.raises(InputError, match="variant of --task seed only"):
+        choice.main(["--task", "mmmu", "--likelihood", "--data_path", "x", "--answers", "y"])

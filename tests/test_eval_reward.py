@@ -10,8 +10,10 @@ import torch
 from args import LoraArguments
 from base.loading import load_model
 from base.reward import VLRewardModel
+from common.errors import InputError
 from eval import reward
-from eval.data import DataError, read_jsonl, read_task
+from eval.benchmark_files import read_task
+from eval.files import read_jsonl
 from models import core_mapper_for
 from models.assemble import add_lora
 from tests import zoo
@@ -62,7 +64,18 @@ def reward_model(llava: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_reward_model_scores_pairs(
     pairs: Path, reward_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    argv = ("--task", "mmrlhf", "--data", pairs, "--model", reward_model, "--output", tmp_path, "--batch_size", 2)
+    argv = (
+        "--task",
+        "mmrlhf",
+        "--data_path",
+        pairs,
+        "--model_name_or_path",
+        reward_model,
+        "--output",
+        tmp_path,
+        "--batch_size",
+        2,
+    )
     command(monkeypatch, *argv)
     scores = {r["id"]: r["scores"] for r in read_jsonl(tmp_path / "scores_mmrlhf.jsonl")}
     assert list(scores) == ["0", "1", "2"]
@@ -123,18 +136,29 @@ def test_implicit_reward_is_beta_times_the_log_ratio(
 def test_what_does_not_fit_together_is_one_sentence(
     pairs: Path, llava: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    argv = ("--task", "mmrlhf", "--data", pairs, "--output", tmp_path)
-    with pytest.raises(DataError, match="needs --ref, the checkpoint that training started from"):
-        command(monkeypatch, *argv, "--implicit", "--model", llava)
-    with pytest.raises(DataError, match=r"has no reward_head\.safetensors"):
-        command(monkeypatch, *argv, "--model", llava)
-    with pytest.raises(DataError, match="exactly one of --model, --scores and --replies"):
+    argv = ("--task", "mmrlhf", "--data_path", pairs, "--output", tmp_path)
+    with pytest.raises(InputError, match="needs --ref, the checkpoint that training started from"):
+        command(monkeypatch, *argv, "--implicit", "--model_name_or_path", llava)
+    with pytest.raises(InputError, match=r"has no reward_head\.safetensors"):
+        command(monkeypatch, *argv, "--model_name_or_path", llava)
+    with pytest.raises(InputError, match="exactly one of --model_name_or_path, --scores and --replies"):
         command(monkeypatch, *argv)
     video = tmp_path / "video.jsonl"
     text = pairs.read_text()
     video.write_text(
         text.replace('"image": "short_0.png", "prompt": "describe"', '"video": "v.mp4", "prompt": "describe"')
     )
-    argv = ("--task", "mmrlhf", "--data", video, "--image_dir", pairs.parent, "--output", tmp_path, "--model", llava)
-    with pytest.raises(DataError, match="row '2' shows a video"):
+    argv = (
+        "--task",
+        "mmrlhf",
+        "--data_path",
+        video,
+        "--image_root",
+        pairs.parent,
+        "--output",
+        tmp_path,
+        "--model_name_or_path",
+        llava,
+    )
+    with pytest.raises(InputError, match="row '2' shows a video"):
         command(monkeypatch, *argv, "--implicit")

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from eval import chair, choice, data, judged, mathvista, reward, yesno
-from eval.data import DataError, read_answers, read_jsonl, read_task
+from common.errors import InputError
+from eval import benchmark_files, chair, choice, judged, mathvista, reward_benchmarks, yesno
+from eval.answer_files import read_answers
+from eval.benchmark_files import read_task
+from eval.files import read_jsonl
 
 GOLDENS = Path(__file__).parent / "goldens" / "eval"
 
@@ -69,7 +72,7 @@ def test_mme_is_official():
 
 def test_mme_refuses_an_image_without_its_second_question():
     rows, answers = load("mme", "mme", "MME.tsv", "predictions.jsonl")
-    with pytest.raises(DataError, match=r"existence: image existence/0000.png has 1 questions"):
+    with pytest.raises(InputError, match=r"existence: image existence/0000.png has 1 questions"):
         yesno.score_mme(rows[1:], answers[1:])
 
 
@@ -148,7 +151,7 @@ def test_mmbench_one_wrong_rotation_loses_the_question_and_order_does_not_matter
 
 
 def test_seed_letter_is_official():
-    rows = data._seed(GOLDENS / "seed/SEED-Bench.json", None, video=True)
+    rows = benchmark_files._seed(GOLDENS / "seed/SEED-Bench.json", None, video=True)
     answers = read_answers(GOLDENS / "seed/predictions.jsonl", rows)
     scores, details = choice.score_seed(rows, answers)
     expected = golden("seed")["generate"]
@@ -162,7 +165,7 @@ def test_seed_letter_is_official():
 
 
 def test_seed_likelihood_is_official():
-    every = data._seed(GOLDENS / "seed/SEED-Bench.json", None, video=True)
+    every = benchmark_files._seed(GOLDENS / "seed/SEED-Bench.json", None, video=True)
     image = read_task("seed", GOLDENS / "seed/SEED-Bench.json")
     names = {str(r["type_id"]): r["category"] for r in every}
     subsets = {"all": every, "image": image, "5": [r for r in every if r["type_id"] == 5]}
@@ -249,7 +252,7 @@ def test_object_halbench_is_official(objhal, mode):
 
 def test_object_halbench_judge_without_a_list_is_an_error(objhal):
     find = chair.judged_mentions(objhal[3], lambda prompt, sample: "I see a dog.", lambda text: [])
-    with pytest.raises(DataError, match="no JSON list of objects in 5 replies"):
+    with pytest.raises(InputError, match="no JSON list of objects in 5 replies"):
         find("There is a dog and a cat here.")
     assert find("A dog.") == []  # three words at most: the judge is not asked
 
@@ -316,7 +319,7 @@ def test_mmhal_is_official():
     assert [d["parsed"] for d in details] == expected["scores"]
     per_type = expected["metrics"].pop("per_type")
     assert_scores(scores, expected["metrics"] | {f"type_{t}": v for t, v in enumerate(per_type)})
-    with pytest.raises(DataError, match="96 rows in a fixed order, 95"):
+    with pytest.raises(InputError, match="96 rows in a fixed order, 95"):
         judged.score_mmhal(rows[:-1], answers[:-1], reviews[:-1])
 
 
@@ -363,31 +366,36 @@ def test_hallusionbench_judged_uses_the_same_aggregation():
 
 def test_vl_rewardbench_is_official():
     rows = read_task("vlrewardbench", GOLDENS / "vl_rewardbench/test-00000-of-00001.parquet")
-    pairs = reward.read_scores(GOLDENS / "vl_rewardbench/scores.jsonl", rows)
+    pairs = reward_benchmarks.read_scores(GOLDENS / "vl_rewardbench/scores.jsonl", rows)
     expected = golden("vl_rewardbench")
-    scores, _ = reward.score_vlrewardbench(rows, pairs)
+    scores, _ = reward_benchmarks.score_vlrewardbench(rows, pairs)
     assert scores == expected["scalar"]["metrics"]
     replies = read_jsonl(GOLDENS / "vl_rewardbench/judge_replies.jsonl")
-    votes, details = reward.score_vlrewardbench_votes(rows, replies)
+    votes, details = reward_benchmarks.score_vlrewardbench_votes(rows, replies)
     assert votes == expected["generative_k5"]["metrics"]
     assert {d["id"]: d["parsed"] for d in details} == expected["generative_k5"]["classify"]
-    assert reward.score_vlrewardbench_votes(rows, replies, votes=3)[0] == expected["generative_k3_shuffled"]["metrics"]
+    assert (
+        reward_benchmarks.score_vlrewardbench_votes(rows, replies, votes=3)[0]
+        == expected["generative_k3_shuffled"]["metrics"]
+    )
 
 
 def test_multimodal_rewardbench_is_official():
     rows = read_task("mmrb", GOLDENS / "multimodal_rewardbench/all_data.json")
-    scores, _ = reward.score_mmrb(rows, reward.read_scores(GOLDENS / "multimodal_rewardbench/scores.jsonl", rows))
+    scores, _ = reward_benchmarks.score_mmrb(
+        rows, reward_benchmarks.read_scores(GOLDENS / "multimodal_rewardbench/scores.jsonl", rows)
+    )
     expected = golden("multimodal_rewardbench")
     assert scores == {k: pytest.approx(v["acc"]) for k, v in expected["scalar"]["metrics"].items()}
     replies = [r["output"] for r in read_jsonl(GOLDENS / "multimodal_rewardbench/judge_replies.jsonl")]
-    scores, _ = reward.score_mmrb_replies(rows, replies)
+    scores, _ = reward_benchmarks.score_mmrb_replies(rows, replies)
     assert scores == {k: pytest.approx(v["acc"]) for k, v in expected["judge"]["metrics"].items()}
 
 
 def test_mm_rlhf_rewardbench_is_official():
     rows = read_task("mmrlhf", GOLDENS / "mmrlhf_rewardbench/mm_reward_bench.jsonl")
-    pairs = reward.read_scores(GOLDENS / "mmrlhf_rewardbench/scores.jsonl", rows)
-    scores, _ = reward.score_mmrlhf(rows, pairs)
+    pairs = reward_benchmarks.read_scores(GOLDENS / "mmrlhf_rewardbench/scores.jsonl", rows)
+    scores, _ = reward_benchmarks.score_mmrlhf(rows, pairs)
     for name, metrics in golden("mmrlhf_rewardbench")["metrics"].items():
         assert_scores(scores, {k: v for k, v in metrics.items() if k != "total"}, f"{name}/")
 
@@ -395,11 +403,11 @@ def test_mm_rlhf_rewardbench_is_official():
 def test_swapped_rewards_turn_the_accuracy_over_and_ties_are_wrong():
     rows = read_task("mmrlhf", GOLDENS / "mmrlhf_rewardbench/mm_reward_bench.jsonl")
     pairs = [(float(i % 3), 0.5) for i in range(len(rows))]
-    accuracy = reward.score_mmrlhf(rows, pairs)[0]["overall/accuracy"]
-    swapped = reward.score_mmrlhf(rows, [(b, a) for a, b in pairs])[0]["overall/accuracy"]
+    accuracy = reward_benchmarks.score_mmrlhf(rows, pairs)[0]["overall/accuracy"]
+    swapped = reward_benchmarks.score_mmrlhf(rows, [(b, a) for a, b in pairs])[0]["overall/accuracy"]
     assert accuracy + swapped == pytest.approx(1)
     for task, file in (("mmrlhf", "mmrlhf_rewardbench/mm_reward_bench.jsonl"),
                        ("vlrewardbench", "vl_rewardbench/test-00000-of-00001.parquet")):  # fmt: skip
         rows = read_task(task, GOLDENS / file)
-        _, details = reward.SCORERS[task](rows, [(1.0, 1.0)] * len(rows))
+        _, details = reward_benchmarks.SCORERS[task](rows, [(1.0, 1.0)] * len(rows))
         assert not any(d["correct"] for d in details)

@@ -189,7 +189,7 @@ def test_resume_continues_bit_for_bit(command, tmp_path):
 
 def test_any_data_set_is_scored_to_a_file(command, tmp_path, monkeypatch, capsys, pairs_json, image_dir):
     train_rm.main(command("rm", "--use_lora True"))
-    argv = f"eval.reward --model {tmp_path}/rm --dataset_name plain_dpo --data_path {pairs_json} --image_root {image_dir} --batch_size 3"
+    argv = f"eval.reward --model_name_or_path {tmp_path}/rm --dataset_name plain_dpo --data_path {pairs_json} --image_root {image_dir} --batch_size 3"
     monkeypatch.setattr("sys.argv", argv.split())
     eval.reward.main()
     lines = [json.loads(line) for line in (tmp_path / "rm" / "scores.jsonl").read_text().splitlines()]

@@ -6,143 +6,39 @@ A row is a plain dictionary:
     question  the benchmark's question; `prompt` adds the task's instruction to it
     ...       everything else that the scorer needs (label, category, choices, ...), JSON values only
 
-`read_task(task, path, image_dir)` is the door. A wrong file is one sentence: file, row, mend.
+`read_task(task, path, image_root)` is the door. A wrong file is one sentence: file, row, fix.
 """
 
 import ast
 import base64
-import csv
 import hashlib
-import json
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
+
+from common.errors import InputError
+from eval.files import need, read_json, read_jsonl, read_parquet, read_records, read_tsv
 
 Row = dict[str, object]
 
-csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a TSV cell holds a whole base64 image
-
 LETTERS = "ABCDEFGHI"
-REFERENCE_LENGTH = 64  # VLMEvalKit's convention: a shorter image cell is the index of the row that holds the image
-
-
-class DataError(ValueError):
-    """A benchmark or answer file that cannot be used; the message is one sentence for the user."""
-
-
-# ------------------------------------------------------------------------------------------------ raw files
-
-
-def read_json(path: str | Path) -> object:
-    """Return the parsed JSON file. Raises DataError with the line when it is not JSON."""
-    try:
-        return json.loads(_existing(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as e:
-        raise DataError(f"{path}: line {e.lineno} is not JSON ({e.msg}); download the file again") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is not a UTF-8 text file; is this a parquet file or an archive?") from None
-
-
-def read_jsonl(path: str | Path) -> list[dict]:
-    """Return the objects of a JSON-lines file (blank lines are skipped)."""
-    rows = []
-    try:
-        for number, line in enumerate(_existing(path).read_text(encoding="utf-8").split("\n"), 1):
-            if not line.strip():
-                continue
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise DataError(f"{path}: line {number} is not a JSON object; one object per line is expected")
-            rows.append(row)
-    except json.JSONDecodeError as e:
-        raise DataError(f"{path}: line {number} is not JSON ({e.msg}); delete or mend that line") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is not a UTF-8 text file; is this a parquet file or an archive?") from None
-    return rows
-
-
-def read_tsv(path: str | Path) -> list[dict[str, str]]:
-    """Return the rows of a tab-separated file with a header, `image` references resolved to the base64 text."""
-    with open(_existing(path), newline="", encoding="utf-8") as f:
-        rows = list(csv.DictReader(f, delimiter="\t"))
-    if not rows or "\t".join(rows[0]).count("\t") == 0:
-        raise DataError(f"{path} holds no tab-separated rows with a header; pass the benchmark's .tsv file")
-    by_index = {row.get("index"): row.get("image") or "" for row in rows}
-    for number, row in enumerate(rows):
-        if None in row or None in row.values():
-            raise DataError(f"{path}: row {number} has another number of cells than the header; download it again")
-        image = row.get("image", "")
-        if 0 < len(image) <= REFERENCE_LENGTH:
-            row["image"] = by_index.get(image, "")
-            if len(row["image"]) <= REFERENCE_LENGTH:
-                raise DataError(f"{path}: row {number} refers to the image of row '{image}', which holds none")
-    return rows
-
-
-def read_parquet(path: str | Path, pattern: str = "*.parquet") -> list[dict]:
-    """Return the rows of one parquet file, or of all files of a folder that match `pattern`, in path order."""
-    import pyarrow
-    import pyarrow.parquet
-
-    source = _existing(path)
-    files = sorted(source.rglob(pattern)) if source.is_dir() else [source]
-    if not files:
-        raise DataError(f"{path} holds no {pattern} file")
-    try:
-        return [row for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]
-    except pyarrow.ArrowInvalid as e:
-        raise DataError(f"{path} is not a parquet file ({str(e).split('.')[0]}); download it again") from None
-
-
-def read_records(path: str | Path) -> list[dict]:
-    """Return the rows of a .json list, .jsonl, .tsv or .parquet file, by its ending."""
-    suffix = Path(path).suffix.lower()
-    if suffix == ".tsv":
-        return read_tsv(path)
-    if suffix == ".parquet" or Path(path).is_dir():
-        return read_parquet(path)
-    if suffix == ".jsonl":
-        return read_jsonl(path)
-    data = read_json(path)
-    if not isinstance(data, list) or not all(isinstance(row, dict) for row in data):
-        raise DataError(f"{path} is not a JSON list of objects; use the file that the benchmark publishes")
-    return data
-
-
-def _existing(path: str | Path) -> Path:
-    if not Path(path).exists():
-        raise DataError(f"{path} does not exist; docs/evaluation.md says where to get it")
-    return Path(path)
-
-
-def need(rows: Iterable[dict], columns: str, path: str | Path) -> None:
-    """Raise DataError at the first row that lacks one of the space-separated columns."""
-    empty = True
-    for number, row in enumerate(rows):
-        empty = False
-        missing = [c for c in columns.split() if row.get(c) is None]
-        if missing:
-            raise DataError(f"{path}: row {number} has no '{missing[0]}'; is this the right benchmark's file?")
-    if empty:
-        raise DataError(f"{path} holds no rows")
 
 
 def _decode(text: str, path: str | Path, number: int) -> dict[str, bytes]:
     try:
         return {"bytes": base64.b64decode(text, validate=True)}
     except ValueError:
-        raise DataError(f"{path}: the image of row {number} is not base64; download the file again") from None
+        raise InputError(f"{path}: the image of row {number} is not base64; download the file again") from None
 
 
-def _file(name: object, image_dir: str | Path | None, data: str | Path) -> str:
-    """An image's path: below `image_dir`, or below the data file's folder. Existence is checked when it is opened."""
-    return str(Path(image_dir or Path(data).parent) / str(name))
+def _file(name: object, image_root: str | Path | None, data: str | Path) -> str:
+    """An image's path: below `image_root`, or below the data file's folder. Existence is checked when it is opened."""
+    return str(Path(image_root or Path(data).parent) / str(name))
 
 
 # ------------------------------------------------------------------------------------------- one per benchmark
 
 
-def _mme(path: str | Path, image_dir: str | None) -> list[Row]:
+def _mme(path: str | Path, image_root: str | None) -> list[Row]:
     rows = read_tsv(path)
     need(rows, "index image question answer category", path)
     return [
@@ -152,11 +48,11 @@ def _mme(path: str | Path, image_dir: str | None) -> list[Row]:
     ]  # fmt: skip
 
 
-def _pope(path: str | Path, image_dir: str | None) -> list[Row]:
+def _pope(path: str | Path, image_root: str | None) -> list[Row]:
     """One split (a file) or a folder with coco_pope_{random,popular,adversarial}.json."""
     files = sorted(Path(path).glob("*pope*.json")) if Path(path).is_dir() else [Path(path)]
     if not files:
-        raise DataError(f"{path} holds no *pope*.json file; pass the folder of coco_pope_random.json and the others")
+        raise InputError(f"{path} holds no *pope*.json file; pass the folder of coco_pope_random.json and the others")
     out: list[Row] = []
     for file in files:
         split = next((s for s in ("random", "popular", "adversarial") if s in file.name), file.stem)
@@ -164,13 +60,13 @@ def _pope(path: str | Path, image_dir: str | None) -> list[Row]:
         need(rows, "question_id image text label", file)
         for n, r in enumerate(rows):
             if r["label"] not in ("yes", "no"):
-                raise DataError(f"{file}: row {n} has the label {r['label']!r}; 'yes' or 'no' is expected")
-            out.append({"id": f"{split}/{r['question_id']}", "images": [_file(r["image"], image_dir, path)],
+                raise InputError(f"{file}: row {n} has the label {r['label']!r}; 'yes' or 'no' is expected")
+            out.append({"id": f"{split}/{r['question_id']}", "images": [_file(r["image"], image_root, path)],
                         "question": r["text"], "label": r["label"], "split": split})  # fmt: skip
     return out
 
 
-def _hallusion(path: str | Path, image_dir: str | None) -> list[Row]:
+def _hallusion(path: str | Path, image_root: str | None) -> list[Row]:
     """The repository's HallusionBench.json (with the rows without an image) or VLMEvalKit's tsv (image rows)."""
     if str(path).endswith(".tsv"):
         rows = read_tsv(path)
@@ -179,7 +75,7 @@ def _hallusion(path: str | Path, image_dir: str | None) -> list[Row]:
         for n, r in enumerate(rows):
             key = r["index"].split("_")  # category_subcategory_visualinput_set_figure_question
             if len(key) < 6:
-                raise DataError(f"{path}: row {n} has the index '{r['index']}', six parts joined by _ are expected")
+                raise InputError(f"{path}: row {n} has the index '{r['index']}', six parts joined by _ are expected")
             out.append({"id": r["index"], "images": [_decode(r["image"], path, n)], "question": r["question"],
                         "label": r["answer"], "category": r["category"], "subcategory": r["l2-category"],
                         "visual_input": key[-4], "set_id": key[-3], "figure_id": key[-2],
@@ -190,21 +86,21 @@ def _hallusion(path: str | Path, image_dir: str | None) -> list[Row]:
     need(rows, " ".join(fields) + " question gt_answer", path)
     return [
         {"id": "_".join(str(r[f]) for f in fields), "question": r["question"],
-         "images": [_file(r["filename"], image_dir, path)] if r.get("filename") else [],
+         "images": [_file(r["filename"], image_root, path)] if r.get("filename") else [],
          "label": {"1": "Yes", "0": "No"}.get(str(r["gt_answer"]), str(r["gt_answer"])),
          "details": r.get("gt_answer_details", ""), **{f: str(r[f]) for f in fields}}
         for r in rows
     ]  # fmt: skip
 
 
-def _amber(path: str | Path, image_dir: str | None) -> list[Row]:
+def _amber(path: str | Path, image_root: str | None) -> list[Row]:
     """query_all.json (or query_generative.json, ...). The truth stands in annotations.json, read by the scorers."""
     rows = read_records(path)
     need(rows, "id image query", path)
-    return [{"id": str(r["id"]), "images": [_file(r["image"], image_dir, path)], "question": r["query"]} for r in rows]
+    return [{"id": str(r["id"]), "images": [_file(r["image"], image_root, path)], "question": r["query"]} for r in rows]
 
 
-def _mmbench(path: str | Path, image_dir: str | None) -> list[Row]:
+def _mmbench(path: str | Path, image_root: str | None) -> list[Row]:
     rows = read_tsv(path)
     need(rows, "index question A B image", path)
     out: list[Row] = []
@@ -219,7 +115,7 @@ def _mmbench(path: str | Path, image_dir: str | None) -> list[Row]:
     return out
 
 
-def _seed(path: str | Path, image_dir: str | None, video: bool = False) -> list[Row]:
+def _seed(path: str | Path, image_root: str | None, video: bool = False) -> list[Row]:
     """SEED-Bench.json, the image questions (SEEDBench-Img, types 1-9), the others only with `video`; or SEEDBench_IMG.tsv."""
     if str(path).endswith(".tsv"):
         return [_seed_row(r | {"data_type": "image"}, _decode(r["image"], path, n), r.get("category", "all"))
@@ -227,11 +123,13 @@ def _seed(path: str | Path, image_dir: str | None, video: bool = False) -> list[
     data = read_json(path)
     rows = data.get("questions") if isinstance(data, dict) else None
     if not isinstance(rows, list):
-        raise DataError(f"{path} has no 'questions'; pass SEED-Bench.json")
+        raise InputError(f"{path} has no 'questions'; pass SEED-Bench.json")
     need(rows, "question_id question choice_a choice_b choice_c choice_d answer data_id question_type_id", path)
     names = {v: k for k, v in data.get("question_type", {}).items()}
     return [
-        _seed_row(r, _file(r["data_id"], image_dir, path), names.get(r["question_type_id"], str(r["question_type_id"])))
+        _seed_row(
+            r, _file(r["data_id"], image_root, path), names.get(r["question_type_id"], str(r["question_type_id"]))
+        )
         for r in rows
         if video or r.get("data_type", "image") == "image"
     ]
@@ -252,7 +150,7 @@ def _seed_row(r: dict, image: str | dict, category: str) -> Row:
             "type_id": r.get("question_type_id"), "data_type": r.get("data_type", "image")}  # fmt: skip
 
 
-def _mmmu(path: str | Path, image_dir: str | None) -> list[Row]:
+def _mmmu(path: str | Path, image_root: str | None) -> list[Row]:
     """The validation parquet (a file or the folder of all subjects) with `<image n>` marks in question and options.
 
     Subjects in alphabetical order, which is the official one: guesses at unparsed answers are drawn in row order.
@@ -264,9 +162,9 @@ def _mmmu(path: str | Path, image_dir: str | None) -> list[Row]:
         try:
             options = [str(o) for o in ast.literal_eval(r["options"])]
         except (ValueError, SyntaxError):
-            raise DataError(f"{path}: the options of row {n} are not a list; download the file again") from None
+            raise InputError(f"{path}: the options of row {n} are not a list; download the file again") from None
         if len(options) > len(LETTERS):
-            raise DataError(f"{path}: row {n} has {len(options)} options, at most {len(LETTERS)} are known")
+            raise InputError(f"{path}: row {n} has {len(options)} options, at most {len(LETTERS)} are known")
         answer = r["answer"]  # an open answer may be a list in a string: "['24/7', '3.429']"
         if r["question_type"] != "multiple-choice" and answer.startswith("["):
             answer = [str(a) for a in ast.literal_eval(answer)]
@@ -279,7 +177,7 @@ def _mmmu(path: str | Path, image_dir: str | None) -> list[Row]:
     return out
 
 
-def _mathvista(path: str | Path, image_dir: str | None) -> list[Row]:
+def _mathvista(path: str | Path, image_root: str | None) -> list[Row]:
     """testmini.json {pid: problem} of the repository, or the parquet of the hub."""
     if Path(path).suffix == ".parquet":
         rows = read_parquet(path)
@@ -291,18 +189,18 @@ def _mathvista(path: str | Path, image_dir: str | None) -> list[Row]:
     out: list[Row] = []
     for r in rows:
         pixels = r.get("decoded_image") or {}
-        image = {"bytes": pixels["bytes"]} if pixels.get("bytes") else _file(r["image"], image_dir, path)
+        image = {"bytes": pixels["bytes"]} if pixels.get("bytes") else _file(r["image"], image_root, path)
         out.append({"id": str(r["pid"]), "images": [image], "question": r.get("query") or r["question"],
                     "bare_question": r["question"], **{k: r.get(k) for k in keep}})  # fmt: skip
     return out
 
 
-def _mmvet(path: str | Path, image_dir: str | None) -> list[Row]:
+def _mmvet(path: str | Path, image_root: str | None) -> list[Row]:
     data = read_json(path)
     if not isinstance(data, dict):
-        raise DataError(f"{path} is not {{v1_0: {{...}}, ...}}; pass mm-vet.json")
+        raise InputError(f"{path} is not {{v1_0: {{...}}, ...}}; pass mm-vet.json")
     need(data.values(), "imagename question answer capability", path)
-    images = image_dir or Path(path).parent / "images"
+    images = image_root or Path(path).parent / "images"
     return [
         {"id": key, "images": [_file(r["imagename"], images, path)], "question": r["question"], "label": r["answer"],
          "capability": r["capability"]}
@@ -310,31 +208,31 @@ def _mmvet(path: str | Path, image_dir: str | None) -> list[Row]:
     ]  # fmt: skip
 
 
-def _mmhal(path: str | Path, image_dir: str | None) -> list[Row]:
+def _mmhal(path: str | Path, image_root: str | None) -> list[Row]:
     rows = read_records(path)
     need(rows, "question_type image_id image_src image_content question gt_answer", path)
     if len(rows) != 96:  # the type of a row is its position modulo 8: nothing may be missing or moved
-        raise DataError(f"{path} has {len(rows)} rows, MMHal-Bench has 96 in a fixed order; use the published file")
+        raise InputError(f"{path} has {len(rows)} rows, MMHal-Bench has 96 in a fixed order; use the published file")
     return [
         {"id": str(n), "question": r["question"], "label": r["gt_answer"], "image_content": r["image_content"],
          "images": [_decode(r["image"], path, n) if r.get("image")  # RLAIF-V's mmhal-bench_with_image.jsonl
-                    else _file(Path(str(r["image_src"])).name, image_dir, path)], "category": r["question_type"]}
+                    else _file(Path(str(r["image_src"])).name, image_root, path)], "category": r["question_type"]}
         for n, r in enumerate(rows)
     ]  # fmt: skip
 
 
-def _refomb(path: str | Path, image_dir: str | None) -> list[Row]:
+def _refomb(path: str | Path, image_root: str | None) -> list[Row]:
     rows = read_records(path)
     need(rows, "question description", path)
     return [
         {"id": str(r.get("id", r.get("question_id", n))), "question": r["question"],
-         "images": [_file(Path(str(r.get("image_url") or r.get("image"))).name, image_dir, path)],
+         "images": [_file(Path(str(r.get("image_url") or r.get("image"))).name, image_root, path)],
          "description": r["description"], "category": str(r.get("type", "")), "reference": r.get("answer", "")}
         for n, r in enumerate(rows)
     ]  # fmt: skip
 
 
-def _objhal(path: str | Path, image_dir: str | None) -> list[Row]:
+def _objhal(path: str | Path, image_root: str | None) -> list[Row]:
     rows = read_jsonl(path)
     need(rows, "image_id question image", path)
     return [
@@ -344,7 +242,7 @@ def _objhal(path: str | Path, image_dir: str | None) -> list[Row]:
     ]  # fmt: skip
 
 
-def _chair(path: str | Path, image_dir: str | None) -> list[Row]:
+def _chair(path: str | Path, image_root: str | None) -> list[Row]:
     """The images to caption: a COCO annotation file (its `images`), or JSON lines {image_id, image}."""
     if Path(path).suffix == ".jsonl":
         rows = read_jsonl(path)
@@ -353,65 +251,65 @@ def _chair(path: str | Path, image_dir: str | None) -> list[Row]:
         data = read_json(path)
         listed = data.get("images") if isinstance(data, dict) else None
         if not listed:
-            raise DataError(f"{path} has no 'images'; pass a COCO 2014 annotation file or JSON lines image_id, image")
+            raise InputError(f"{path} has no 'images'; pass a COCO 2014 annotation file or JSON lines image_id, image")
         need(listed, "id file_name", path)
         rows = [{"image_id": r["id"], "image": r["file_name"]} for r in listed]
     return [
-        {"id": str(r["image_id"]), "images": [_file(r["image"], image_dir, path)], "image_id": int(r["image_id"]),
+        {"id": str(r["image_id"]), "images": [_file(r["image"], image_root, path)], "image_id": int(r["image_id"]),
          "question": "Please describe this image in detail."}
         for r in rows
     ]  # fmt: skip
 
 
-def _vlrewardbench(path: str | Path, image_dir: str | None) -> list[Row]:
+def _vlrewardbench(path: str | Path, image_root: str | None) -> list[Row]:
     rows = read_parquet(path) if not str(path).endswith(".jsonl") else read_jsonl(path)
     need(rows, "id query response human_ranking", path)
     out: list[Row] = []
     for n, r in enumerate(rows):
         if len(r["response"]) != 2 or sorted(r["human_ranking"]) != [0, 1]:
-            raise DataError(f"{path}: row {n} needs two responses and the ranking [0, 1] or [1, 0]")
+            raise InputError(f"{path}: row {n} needs two responses and the ranking [0, 1] or [1, 0]")
         image = (
-            {"bytes": r["image"]["bytes"]} if isinstance(r.get("image"), dict) else _file(r["image"], image_dir, path)
+            {"bytes": r["image"]["bytes"]} if isinstance(r.get("image"), dict) else _file(r["image"], image_root, path)
         )
         out.append({"id": r["id"], "images": [image], "question": r["query"], "responses": list(r["response"]),
                     "better": r["human_ranking"].index(0)})  # fmt: skip
     return out
 
 
-def _mmrb(path: str | Path, image_dir: str | None) -> list[Row]:
+def _mmrb(path: str | Path, image_root: str | None) -> list[Row]:
     rows = read_records(path)
     out: list[Row] = []
     need(rows, "ID Text Output1 Output2 Better", path)
     for n, r in enumerate(rows):
         category = r.get("Category") or (r.get("Meta") or {}).get("Category")
         if category is None:
-            raise DataError(f"{path}: row {n} has no 'Category'; use all_data.json of the benchmark's scripts")
-        images = [_file(r["Image"], image_dir, path)] if r.get("Image") else []
+            raise InputError(f"{path}: row {n} has no 'Category'; use all_data.json of the benchmark's scripts")
+        images = [_file(r["Image"], image_root, path)] if r.get("Image") else []
         out.append({"id": r["ID"], "images": images, "question": r["Text"], "category": category,
                     "responses": [r["Output1"], r["Output2"]], "better": int(r["Better"] == "Output2")})  # fmt: skip
     return out
 
 
-def _mmrlhf(path: str | Path, image_dir: str | None) -> list[Row]:
+def _mmrlhf(path: str | Path, image_root: str | None) -> list[Row]:
     rows = read_jsonl(path)
     need(rows, "id prompt chosen rejected", path)
     return [
-        {"id": f"{n}", "group": str(r["id"]), "images": [_file(r["image"], image_dir, path)] if r.get("image") else [],
+        {"id": f"{n}", "group": str(r["id"]), "images": [_file(r["image"], image_root, path)] if r.get("image") else [],
          "video": r.get("video"), "source": r.get("image") or r.get("video") or "", "question": r["prompt"],
          "responses": [r["chosen"], r["rejected"]], "better": 0}
         for n, r in enumerate(rows)
     ]  # fmt: skip
 
 
-def _plain(path: str | Path, image_dir: str | None) -> list[Row]:
-    """Any own file: a list of {id?, image | images, question | prompt}; `image` a path or base64 bytes in parquet."""
+def _plain(path: str | Path, image_root: str | None) -> list[Row]:
+    """The user's questions: a list of {id?, image | images, question | prompt}; `image` a path or base64 bytes in parquet."""
     out: list[Row] = []
     for n, r in enumerate(read_records(path)):
         images = r.get("images") or ([r["image"]] if r.get("image") else [])
         question = r.get("question") or r.get("prompt")
         if not isinstance(question, str):
-            raise DataError(f"{path}: row {n} has no 'question' or 'prompt' text")
-        paths = [i if isinstance(i, dict) else _file(i, image_dir, path) for i in images]
+            raise InputError(f"{path}: row {n} has no 'question' or 'prompt' text")
+        paths = [i if isinstance(i, dict) else _file(i, image_root, path) for i in images]
         rest = {k: v for k, v in r.items() if k not in ("images", "image", "question", "prompt")}
         out.append({**rest, "id": str(r.get("id", n)), "images": paths, "question": question})
     return out
@@ -441,32 +339,32 @@ TASKS = {
 }
 
 
-def read_task(task: str, path: str | Path, image_dir: str | None = None, limit: int | None = None) -> list[Row]:
+def read_task(task: str, path: str | Path, image_root: str | None = None, limit: int | None = None) -> list[Row]:
     """Return the rows of a benchmark file.
 
-    Args: `image_dir` is where file names of images are looked up (default: beside the data file); `limit` keeps the
-        first rows only. Raises DataError for an unknown task, a wrong file, or ids that occur twice.
+    Args: `image_root` is where file names of images are looked up (default: beside the data file); `limit` keeps the
+        first rows only. Raises InputError for an unknown task, a wrong file, or ids that occur twice.
     """
     if task not in TASKS:
-        raise DataError(f"unknown task '{task}'; known are {', '.join(TASKS)}")
-    rows = TASKS[task][0](path, image_dir)
+        raise InputError(f"unknown task '{task}'; known are {', '.join(TASKS)}")
+    rows = TASKS[task][0](path, image_root)
     seen: set[object] = set()
     for n, row in enumerate(rows):
         if row["id"] in seen:
-            raise DataError(f"{path}: row {n} repeats the id '{row['id']}'; every row needs its own")
+            raise InputError(f"{path}: row {n} repeats the id '{row['id']}'; every row needs its own")
         seen.add(row["id"])
     return rows[:limit] if limit else rows
 
 
 def check_images(rows: Iterable[Row]) -> None:
-    """Raise DataError for the first image file that is not there, before hours of work reach it."""
+    """Raise InputError for the first image file that is not there, before hours of work reach it."""
     seen: set[str] = set()
     for row in rows:
         for image in row["images"]:
             if isinstance(image, str) and image not in seen:
                 seen.add(image)
                 if not Path(image).is_file():
-                    raise DataError(f"row '{row['id']}': the image {image} does not exist; pass --image_dir")
+                    raise InputError(f"row '{row['id']}': the image {image} does not exist; pass --image_root")
 
 
 def prompt(task: str, row: Row, suffix: str | None = None) -> str:
@@ -476,57 +374,3 @@ def prompt(task: str, row: Row, suffix: str | None = None) -> str:
     if suffix is None:  # mmmu, as in LLaVA's evaluation
         suffix = _LETTER if row["multiple_choice"] else "Answer the question using a single word or phrase."
     return f"{row['question']}{suffix}".rstrip("\n")
-
-
-# ------------------------------------------------------------------------------------------------- answers
-
-_ID_KEYS = "id index question_id pid ID image_id".split()
-_TEXT_KEYS = "answer prediction response text caption model_answer output".split()
-
-
-def read_answers(path: str | Path, rows: list[Row]) -> list[str]:
-    """Return the model's answer to every row, in row order.
-
-    Takes answers.jsonl of eval.generate, and what other tools write: JSON lines or a JSON list with id | index |
-    question_id | pid | image_id and answer | prediction | response | text | caption, {id: text}, or lines without ids
-    in the order of the rows (POPE's official answer file). Raises DataError when an answer is missing or twice there.
-    """
-    data = read_json(path) if Path(path).suffix == ".json" else read_jsonl(path)
-    if isinstance(data, dict):
-        found = {str(k): v for k, v in data.items()}
-    else:
-        need(data, "", path)
-        text_key = next((k for k in _TEXT_KEYS if k in data[0]), None)
-        id_key = next((k for k in _ID_KEYS if k in data[0]), None)
-        if text_key is None:
-            raise DataError(f"{path}: row 0 has no answer; one of {', '.join(_TEXT_KEYS)} is expected")
-        need(data, text_key, path)
-        if id_key is None:
-            if len(data) != len(rows):
-                raise DataError(f"{path} has {len(data)} answers without ids for {len(rows)} questions; add 'id'")
-            return [_text(path, n, r[text_key]) for n, r in enumerate(data)]
-        need(data, id_key, path)
-        found = {}
-        for n, r in enumerate(data):
-            if str(r[id_key]) in found:
-                raise DataError(f"{path}: row {n} answers '{r[id_key]}' a second time; delete one of the two lines")
-            found[str(r[id_key])] = r[text_key]
-    missing = [str(row["id"]) for row in rows if str(row["id"]) not in found]
-    if missing:
-        raise DataError(
-            f"{path} has no answer to '{missing[0]}' ({len(missing)} of {len(rows)} are missing); "
-            "run eval.generate again with the same arguments, it goes on where it stopped"
-        )
-    return [_text(path, str(row["id"]), found[str(row["id"])]) for row in rows]
-
-
-def _text(path: str | Path, where: object, value: object) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{path}: the answer of row {where} is {type(value).__name__}, a string is expected")
-    return value
-
-
-def chunks(items: list, size: int) -> Iterator[list]:
-    """Consecutive lists of `size` items (the last may be shorter)."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
