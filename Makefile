@@ -1,12 +1,13 @@
 # make demo   sets up and runs SFT -> RM -> DPO -> PPO -> evaluation on the embedded data
 # make test   sets up and runs the tests
+# make scripts   writes the launch scripts anew from scripts/models.tsv and scripts/templates/
 PYTHON ?= python3
 BIN := .venv/bin
 # The scripts are tiny jobs here: more threads than cores make them slower.
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-all lint bench clean
+.PHONY: setup demo test test-all lint bench scripts clean
 
 setup: .venv/done
 
@@ -32,6 +33,9 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.dpo_vs_trl --size cpu
+
+scripts:
+	$(PYTHON) -m scripts.generate
 
 clean:
 	rm -rf runs

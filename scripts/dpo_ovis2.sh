@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
-# DPO of Ovis2 2B, 8 GPUs of 80 GB.
-# Settings: the first VL-RLHF's on VLFeedback (TideDra/VL-RLHF, README), after Silkie (arXiv:2312.10665):
-# 256 pairs per step.
+# DPO of Ovis2 2B, 8 GPUs of 80 GB, 256 pairs per step.
+# Written by `make scripts` from models.tsv and templates/dpo.sh: change those. One set of settings for every family.
+# The model: https://arxiv.org/abs/2405.20797
 # One 24 GB GPU instead, in 4 bits:
-#   bash scripts/dpo_ovis2.sh --q_lora True --per_device_train_batch_size 1 \
-#       --gradient_accumulation_steps 256
+#   LAUNCH=python bash scripts/dpo_ovis2.sh --q_lora True \
+#       --per_device_train_batch_size 1 --gradient_accumulation_steps 256
 set -euo pipefail
 
-deepspeed train_dpo.py \
-    --deepspeed ds_configs/zero2.json \
+${LAUNCH:-torchrun --nproc_per_node 8} train_dpo.py \
     --model_name_or_path thisisiron/Ovis2-2B-hf \
     --dataset_name vlfeedback_paired --data_path data/vlfeedback --pairs best_worst \
     --max_length 4096 \
@@ -17,10 +16,7 @@ deepspeed train_dpo.py \
     --per_device_train_batch_size 4 --gradient_accumulation_steps 8 \
     --learning_rate 1e-5 --lr_scheduler_type cosine --warmup_steps 0.1 --weight_decay 0.05 \
     --num_train_epochs 1 \
-    --bf16 True \
-    --gradient_checkpointing True \
-    --logging_steps 10 \
-    --save_steps 500 \
-    --save_total_limit 2 \
+    --bf16 True --gradient_checkpointing True --logging_steps 10 \
+    --save_steps 500 --save_total_limit 2 \
     --output_dir runs/dpo_ovis2 \
     "$@"

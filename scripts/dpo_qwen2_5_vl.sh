@@ -1,25 +1,23 @@
 #!/usr/bin/env bash
-# DPO of Qwen2.5-VL 7B, 8 GPUs of 80 GB.
-# Settings: TRL's example for this model (huggingface/trl, examples/scripts/dpo_vlm.py) on RLAIF-V, with TRL's defaults.
+# DPO of Qwen2.5-VL 7B, 8 GPUs of 80 GB, 256 pairs per step.
+# Written by `make scripts` from models.tsv and templates/dpo.sh: change those. One set of settings for every family.
+# The model: https://arxiv.org/abs/2502.13923
+# Published settings: published/dpo_qwen2_5_vl.sh
 # One 24 GB GPU instead, in 4 bits:
-#   bash scripts/dpo_qwen2_5_vl.sh --q_lora True --per_device_train_batch_size 1 \
-#       --gradient_accumulation_steps 512
+#   LAUNCH=python bash scripts/dpo_qwen2_5_vl.sh --q_lora True \
+#       --per_device_train_batch_size 1 --gradient_accumulation_steps 256
 set -euo pipefail
 
-deepspeed train_dpo.py \
-    --deepspeed ds_configs/zero2.json \
+${LAUNCH:-torchrun --nproc_per_node 8} train_dpo.py \
     --model_name_or_path Qwen/Qwen2.5-VL-7B-Instruct \
-    --dataset_name rlaifv --data_path data/rlaif-v \
+    --dataset_name vlfeedback_paired --data_path data/vlfeedback --pairs best_worst \
     --max_length 8192 \
-    --use_lora True --lora_r 16 --lora_alpha 32 --lora_dropout 0.05 \
+    --use_lora True --lora_r 64 --lora_alpha 16 --lora_dropout 0.05 \
     --loss_type sigmoid --beta 0.1 \
-    --per_device_train_batch_size 2 --gradient_accumulation_steps 32 \
-    --learning_rate 1e-6 --lr_scheduler_type cosine --warmup_steps 0 --weight_decay 0 \
+    --per_device_train_batch_size 4 --gradient_accumulation_steps 8 \
+    --learning_rate 1e-5 --lr_scheduler_type cosine --warmup_steps 0.1 --weight_decay 0.05 \
     --num_train_epochs 1 \
-    --bf16 True \
-    --gradient_checkpointing True \
-    --logging_steps 10 \
-    --save_steps 500 \
-    --save_total_limit 2 \
+    --bf16 True --gradient_checkpointing True --logging_steps 10 \
+    --save_steps 500 --save_total_limit 2 \
     --output_dir runs/dpo_qwen2_5_vl \
     "$@"

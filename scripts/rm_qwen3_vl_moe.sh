@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
 # Reward model on Qwen3-VL 30B-A3B, 8 GPUs of 80 GB.
-# Settings: the reward model of LLaVA-RLHF (arXiv:2309.14525; llava-rlhf/LLaVA-RLHF,
-# RLHF/scripts/13b-v1.5-336/train_reward_model.sh), on VLFeedback.
-# One 80 GB GPU instead (it is too large for 24 GB), in 4 bits:
-#   bash scripts/rm_qwen3_vl_moe.sh --deepspeed ds_configs/zero2.json --q_lora True \
+# Written by `make scripts` from models.tsv and templates/rm.sh: change those. One set of settings for every family.
+# The model: https://arxiv.org/abs/2511.21631
+# One 80 GB GPU instead, in 4 bits:
+#   LAUNCH=python bash scripts/rm_qwen3_vl_moe.sh --deepspeed "" --q_lora True \
 #       --per_device_train_batch_size 1 --gradient_accumulation_steps 32
 set -euo pipefail
 
-deepspeed train_rm.py \
-    --deepspeed ds_configs/zero3.json \
+${LAUNCH:-deepspeed} train_rm.py --deepspeed ds_configs/zero3.json \
     --model_name_or_path Qwen/Qwen3-VL-30B-A3B-Instruct \
     --dataset_name vlfeedback_paired --data_path data/vlfeedback --pairs all \
     --eval_ratio 0.01 --eval_strategy steps --eval_steps 50 \
@@ -17,10 +16,7 @@ deepspeed train_rm.py \
     --per_device_train_batch_size 4 --gradient_accumulation_steps 1 \
     --learning_rate 2e-5 --lr_scheduler_type constant_with_warmup --warmup_steps 0.03 --weight_decay 0 \
     --num_train_epochs 1 \
-    --bf16 True \
-    --gradient_checkpointing True \
-    --logging_steps 10 \
-    --save_steps 500 \
-    --save_total_limit 2 \
+    --bf16 True --gradient_checkpointing True --logging_steps 10 \
+    --save_steps 500 --save_total_limit 2 \
     --output_dir runs/rm_qwen3_vl_moe \
     "$@"

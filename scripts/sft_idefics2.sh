@@ -1,27 +1,21 @@
 #!/usr/bin/env bash
 # Supervised fine-tuning of Idefics2 8B, 8 GPUs of 80 GB.
-# Settings: Hugging Face's LoRA notebook for it, linked in its model card (huggingface.co/HuggingFaceM4/idefics2-8b).
+# Written by `make scripts` from models.tsv and templates/sft.sh: change those. One set of settings for every family.
+# The model: https://arxiv.org/abs/2405.02246
+# Published settings: published/sft_idefics2.sh
 # One 24 GB GPU instead, in 4 bits:
-#   bash scripts/sft_idefics2.sh --q_lora True --per_device_train_batch_size 1 \
-#       --gradient_accumulation_steps 128
+#   LAUNCH=python bash scripts/sft_idefics2.sh --deepspeed "" --use_lora True --q_lora True \
+#       --per_device_train_batch_size 1 --gradient_accumulation_steps 128 --learning_rate 2e-4
 set -euo pipefail
 
-deepspeed train_sft.py \
-    --deepspeed ds_configs/zero2.json \
+${LAUNCH:-deepspeed} train_sft.py --deepspeed ds_configs/zero2.json \
     --model_name_or_path HuggingFaceM4/idefics2-8b \
     --dataset_name llava_instruct --data_path data/llava_v1_5_mix665k.json --image_root data \
     --max_length 2048 \
-    --use_lora True \
-    --lora_r 8 \
-    --lora_alpha 8 \
-    --lora_dropout 0.1 \
     --per_device_train_batch_size 8 --gradient_accumulation_steps 2 \
-    --learning_rate 1e-4 --lr_scheduler_type cosine --warmup_steps 50 --weight_decay 0.01 \
+    --learning_rate 2e-5 --lr_scheduler_type cosine --warmup_steps 0.03 --weight_decay 0 \
     --num_train_epochs 1 \
-    --bf16 True \
-    --gradient_checkpointing True \
-    --logging_steps 10 \
-    --save_steps 500 \
-    --save_total_limit 2 \
+    --bf16 True --gradient_checkpointing True --logging_steps 10 \
+    --save_steps 500 --save_total_limit 2 \
     --output_dir runs/sft_idefics2 \
     "$@"

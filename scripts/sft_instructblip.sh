@@ -1,25 +1,21 @@
 #!/usr/bin/env bash
 # Supervised fine-tuning of InstructBLIP 7B (Vicuna), 8 GPUs of 80 GB.
-# Settings: InstructBLIP's (arXiv:2305.06500, section 2.6), which trains the Q-Former only; here LoRA goes into the
-# language model.
+# Written by `make scripts` from models.tsv and templates/sft.sh: change those. One set of settings for every family.
+# The model: https://arxiv.org/abs/2305.06500
+# Published settings: published/sft_instructblip.sh
 # One 24 GB GPU instead, in 4 bits:
-#   bash scripts/sft_instructblip.sh --q_lora True --per_device_train_batch_size 1 \
-#       --gradient_accumulation_steps 128
+#   LAUNCH=python bash scripts/sft_instructblip.sh --deepspeed "" --use_lora True --q_lora True \
+#       --per_device_train_batch_size 1 --gradient_accumulation_steps 128 --learning_rate 2e-4
 set -euo pipefail
 
-deepspeed train_sft.py \
-    --deepspeed ds_configs/zero2.json \
+${LAUNCH:-deepspeed} train_sft.py --deepspeed ds_configs/zero2.json \
     --model_name_or_path Salesforce/instructblip-vicuna-7b \
     --dataset_name llava_instruct --data_path data/llava_instruct_150k.json --image_root data/coco/train2017 \
     --max_length 1024 \
-    --use_lora True \
     --per_device_train_batch_size 8 --gradient_accumulation_steps 2 \
-    --learning_rate 1e-5 --lr_scheduler_type cosine --warmup_steps 1000 --weight_decay 0.05 \
+    --learning_rate 2e-5 --lr_scheduler_type cosine --warmup_steps 0.03 --weight_decay 0 \
     --num_train_epochs 1 \
-    --bf16 True \
-    --gradient_checkpointing True \
-    --logging_steps 10 \
-    --save_steps 500 \
-    --save_total_limit 2 \
+    --bf16 True --gradient_checkpointing True --logging_steps 10 \
+    --save_steps 500 --save_total_limit 2 \
     --output_dir runs/sft_instructblip \
     "$@"

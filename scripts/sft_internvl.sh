@@ -1,24 +1,21 @@
 #!/usr/bin/env bash
 # Supervised fine-tuning of InternVL3 8B, 8 GPUs of 80 GB.
-# Settings: InternVL3's (arXiv:2504.10479; OpenGVLab/InternVL,
-# internvl_chat/shell/internvl3.0/2nd_finetune/internvl3_8b_dynamic_res_2nd_finetune_full.sh).
+# Written by `make scripts` from models.tsv and templates/sft.sh: change those. One set of settings for every family.
+# The model: https://arxiv.org/abs/2504.10479
+# Published settings: published/sft_internvl.sh
 # One 24 GB GPU instead, in 4 bits:
-#   bash scripts/sft_internvl.sh --deepspeed ds_configs/zero2.json --use_lora True --q_lora True \
+#   LAUNCH=python bash scripts/sft_internvl.sh --deepspeed "" --use_lora True --q_lora True \
 #       --per_device_train_batch_size 1 --gradient_accumulation_steps 128 --learning_rate 2e-4
 set -euo pipefail
 
-deepspeed train_sft.py \
-    --deepspeed ds_configs/zero3.json \
+${LAUNCH:-deepspeed} train_sft.py --deepspeed ds_configs/zero2.json \
     --model_name_or_path OpenGVLab/InternVL3-8B-hf \
     --dataset_name llava_instruct --data_path data/llava_v1_5_mix665k.json --image_root data \
     --max_length 16384 \
-    --per_device_train_batch_size 4 --gradient_accumulation_steps 4 \
-    --learning_rate 2e-5 --lr_scheduler_type cosine --warmup_steps 0.03 --weight_decay 0.05 \
+    --per_device_train_batch_size 2 --gradient_accumulation_steps 8 \
+    --learning_rate 2e-5 --lr_scheduler_type cosine --warmup_steps 0.03 --weight_decay 0 \
     --num_train_epochs 1 \
-    --bf16 True \
-    --gradient_checkpointing True \
-    --logging_steps 10 \
-    --save_steps 500 \
-    --save_total_limit 2 \
+    --bf16 True --gradient_checkpointing True --logging_steps 10 \
+    --save_steps 500 --save_total_limit 2 \
     --output_dir runs/sft_internvl \
     "$@"

@@ -1,23 +1,21 @@
 #!/usr/bin/env bash
 # Supervised fine-tuning of PaliGemma 2 3B, 8 GPUs of 80 GB.
-# Settings: the transfer recipe of PaliGemma (arXiv:2407.07726, appendix J): 256 rows per step.
+# Written by `make scripts` from models.tsv and templates/sft.sh: change those. One set of settings for every family.
+# The model: https://arxiv.org/abs/2407.07726
+# Published settings: published/sft_paligemma.sh
 # One 24 GB GPU instead, in 4 bits:
-#   bash scripts/sft_paligemma.sh --deepspeed ds_configs/zero2.json --use_lora True --q_lora True \
-#       --per_device_train_batch_size 1 --gradient_accumulation_steps 256 --learning_rate 2e-4
+#   LAUNCH=python bash scripts/sft_paligemma.sh --deepspeed "" --use_lora True --q_lora True \
+#       --per_device_train_batch_size 1 --gradient_accumulation_steps 128 --learning_rate 2e-4
 set -euo pipefail
 
-deepspeed train_sft.py \
-    --deepspeed ds_configs/zero3.json \
+${LAUNCH:-deepspeed} train_sft.py --deepspeed ds_configs/zero2.json \
     --model_name_or_path google/paligemma2-3b-pt-448 \
     --dataset_name llava_instruct --data_path data/single_turn.json --image_root data \
     --max_length 2048 \
-    --per_device_train_batch_size 8 --gradient_accumulation_steps 4 \
-    --learning_rate 1e-5 --lr_scheduler_type cosine --warmup_steps 0.05 --weight_decay 0 \
-    --num_train_epochs 10 \
-    --bf16 True \
-    --gradient_checkpointing True \
-    --logging_steps 10 \
-    --save_steps 500 \
-    --save_total_limit 2 \
+    --per_device_train_batch_size 8 --gradient_accumulation_steps 2 \
+    --learning_rate 2e-5 --lr_scheduler_type cosine --warmup_steps 0.03 --weight_decay 0 \
+    --num_train_epochs 1 \
+    --bf16 True --gradient_checkpointing True --logging_steps 10 \
+    --save_steps 500 --save_total_limit 2 \
     --output_dir runs/sft_paligemma \
     "$@"

@@ -1,7 +1,8 @@
-"""scripts/{sft,rm,dpo,ppo}_{family}.sh: one per pair, each read as it stands and run on the family's tiny checkpoint."""
+"""scripts/{sft,rm,dpo,ppo}_{family}.sh: what scripts/generate.py writes, each read as it stands and run on the family's tiny checkpoint."""
 
 import importlib
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -12,62 +13,98 @@ import pytest
 
 import args
 from models import MODEL_NICKNAME_MAP
+from scripts.generate import ALGORITHMS, MARK, families, generated, script
 from tests import zoo
 from tests.test_models import files  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parents[1]
-ALGORITHMS = ["sft", "rm", "dpo", "ppo"]  # PPO last: it wants the reward model
+FAMILIES = [row["family"] for row in families()]
 CONFIGS = {"sft": args.SFTConfig, "rm": args.RMConfig, "dpo": args.DPOConfig, "ppo": args.PPOConfig}
-# What a laptop changes of a published setting; what is given twice counts the second time.
+DDP = ["torchrun", "--nproc_per_node", "8"]
+# What a laptop changes of a script's settings; what is given twice counts the second time.
 TINY = (
     "--use_cpu True --max_steps 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --save_strategy no "
     "--logging_steps 1 --disable_tqdm True"
 )
 
 
-def text_of(algorithm: str, family: str) -> str:
-    return (ROOT / "scripts" / f"{algorithm}_{family}.sh").read_text()
+def command(text: str) -> tuple[list[str], str, str, list[str]]:
+    """The command of a launch script: launcher, train_{algorithm}.py, DeepSpeed config or "", and the other flags.
+
+    `${LAUNCH:-launcher}` stands for the launcher; --deepspeed stands first, where there is one.
+    """
+    found = re.search(r"^\$\{LAUNCH:-(.*)\} (train_\w+\.py) (.*)", text, re.MULTILINE | re.DOTALL)
+    assert found, "no command"
+    words = shlex.split(found[3].replace("\\\n", " "))
+    assert words.pop() == "$@"
+    config = ""
+    if words[0] == "--deepspeed":
+        config = words[1]
+        assert (ROOT / config).is_file()
+        words = words[2:]
+    return found[1].split(), found[2], config, words
 
 
-def flags_of(command: str, script: str) -> list[str]:
-    """The flags of a whole `deepspeed train_x.py ...` command, without --deepspeed, which is checked and left out."""
-    words = shlex.split(command.replace("\\\n", " "))
-    assert words[:2] == ["deepspeed", script] and words[-1] == "$@"
-    config = words.index("--deepspeed")
-    assert (ROOT / words[config + 1]).is_file()
-    return words[2:config] + words[config + 2 : -1]
-
-
-def small_flags(text: str) -> list[str]:
-    """The flags that the comment at the top adds for one GPU."""
-    small = text[text.index("GPU instead") :]
-    comment = "\n".join(line[1:] for line in small.splitlines() if line.startswith("#   "))
+def one_gpu_flags(text: str) -> list[str]:
+    """The flags that the comment at the top adds for one GPU, where plain python runs the script."""
+    comment = "\n".join(line[1:] for line in text[text.index("GPU instead") :].splitlines() if line.startswith("#   "))
     words = shlex.split(comment.replace("\\\n", " "))
-    assert words[0] == "bash" and (ROOT / words[1]).is_file()
-    if "--deepspeed" in words:
-        config = words.index("--deepspeed")
-        assert (ROOT / words[config + 1]).is_file()
-        del words[config : config + 2]
-    return words[2:]
+    assert words[:2] == ["LAUNCH=python", "bash"] and (ROOT / words[2]).read_text() == text
+    return words[3:]
 
 
-def test_there_is_one_script_per_family_and_algorithm():
-    expected = {f"{algorithm}_{family}.sh" for algorithm in ALGORITHMS for family in MODEL_NICKNAME_MAP.values()}
-    found = {path.name for path in (ROOT / "scripts").glob("*.sh") if re.match(r"(sft|rm|dpo|ppo)_", path.name)}
-    assert found == expected
+def check_launch(text: str, kinds: tuple[type, ...]) -> list[str]:
+    """A script's launcher fits what it trains, its one-GPU command is valid; returns its flags without --deepspeed."""
+    launcher, train, config, flags = command(text)
+    printed = subprocess.run(
+        ["bash", "-c", text], env={**os.environ, "LAUNCH": "echo"}, capture_output=True, text=True, check=True
+    )
+    assert printed.stdout.split() == [train, *(["--deepspeed", config] if config else []), *flags]
+    lora = "--use_lora" in flags
+    assert launcher == (["deepspeed"] if config else DDP)
+    assert config or lora, "all weights under DDP are float32 with their optimizer states on every GPU: docs/memory.md"
+    assert not lora or config in ("", "ds_configs/zero3.json"), "ZeRO-2 saves nothing of a LoRA run: docs/memory.md"
+    small = args.parse(*kinds, argv=[*flags, *one_gpu_flags(text), "--use_cpu", "True"])
+    assert small[0].q_lora and small[2].use_lora and small[3].per_device_train_batch_size == 1
+    assert ("--deepspeed" in one_gpu_flags(text)) == bool(config) and not small[3].deepspeed
+    return flags
 
 
-@pytest.mark.parametrize("family", MODEL_NICKNAME_MAP.values())
+def test_table_names_families_of_this_repository():
+    """A family of models/ needs no row, and then no launch script; a row needs its family."""
+    assert len(set(FAMILIES)) == len(FAMILIES)
+    unknown = set(FAMILIES) - set(MODEL_NICKNAME_MAP.values())
+    assert not unknown, (
+        f"scripts/models.tsv names {unknown}: remove the row, or add the family to MODEL_NICKNAME_MAP in models/__init__.py"
+    )
+
+
+def test_scripts_are_what_the_table_and_the_templates_say():
+    """Scripts that somebody wrote by hand may lie beside them."""
+    found = {path.name: path.read_text() for path in (ROOT / "scripts").glob("*.sh")}
+    expected = generated()
+    assert {name for name, text in found.items() if MARK in text} == expected.keys(), "run `make scripts`"
+    for name, text in expected.items():
+        assert found[name] == text, f"scripts/{name} differs: change models.tsv or templates/, then run `make scripts`"
+        assert "Settings:" not in text and "%{" not in text
+
+
+def test_table_refuses_what_no_template_writes():
+    row = families()[0]
+    for algorithm, cell in (("rm", "full zero2"), ("sft", "lora zero2")):
+        with pytest.raises(ValueError, match=f'column {algorithm}: "{cell}" is not one of'):
+            script(algorithm, row | {algorithm: cell})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_launch_scripts_run(family: str, files: Path, tmp_path: Path):  # noqa: F811
-    """Each of the four: bash reads it, its source is named, its one-GPU flags are valid, one step runs with its flags on a tiny checkpoint."""
-    for algorithm in ALGORITHMS:
-        text, script = text_of(algorithm, family), f"train_{algorithm}.py"
-        subprocess.run(["bash", "-n", ROOT / "scripts" / f"{algorithm}_{family}.sh"], check=True)
-        assert re.search(r"# Settings: [^()]*\(.*(arXiv:|/)", text), "no source"
-        flags = flags_of(text[text.index("deepspeed train_") :], script)
+    """Each of the four: bash reads it, launcher and one-GPU command are right, one step runs with its flags on a tiny checkpoint."""
+    for algorithm in ALGORITHMS:  # PPO last: it wants the reward model
+        path = ROOT / "scripts" / f"{algorithm}_{family}.sh"
+        subprocess.run(["bash", "-n", path], check=True)
         kinds = (args.ModelArguments, args.DataArguments, args.LoraArguments, CONFIGS[algorithm])
-        small = args.parse(*kinds, argv=[*flags, *small_flags(text), "--use_cpu", "True"])
-        assert small[0].q_lora and small[2].use_lora and small[3].per_device_train_batch_size == 1
+        flags = check_launch(path.read_text(), kinds)
+        assert command(path.read_text())[1] == f"train_{algorithm}.py"
 
         name = "vlquery_json" if algorithm == "sft" else "plain_dpo"
         file = "conversations.json" if algorithm == "sft" else "pairs.json"
@@ -78,7 +115,7 @@ def test_launch_scripts_run(family: str, files: Path, tmp_path: Path):  # noqa: 
             argv += ["--eval_ratio", "0.25", "--eval_steps", "1"]
         if algorithm == "ppo":
             argv += ["--reward_adapter", str(tmp_path / "rm"), "--num_mini_batches", "1", "--response_length", "4"]
-        importlib.import_module(script.removesuffix(".py")).main(argv)
+        importlib.import_module(f"train_{algorithm}").main(argv)
         history = json.loads((out / "trainer_state.json").read_text())["log_history"]
         losses = [entry["loss"] for entry in history if "loss" in entry]
         assert losses and np.isfinite(losses).all()

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # Modules that are run with -m or as scripts: they import what they need, and nobody imports them.
-ENTRY_POINTS = {"data.check", "merge_lora", "train_sft", "train_dpo", "train_rm", "train_ppo"}
+ENTRY_POINTS = {"data.check", "scripts.generate", "merge_lora", "train_sft", "train_dpo", "train_rm", "train_ppo"}
 # Modules of base by layer; a layer does not import from those above.
 BASE = [
     {"corruption", "collator", "images", "packing", "processor"},
@@ -25,7 +25,7 @@ LATE = {("base.loading", "models")}
 
 def modules() -> dict[str, Path]:
     """Every module of the project but the tests: dotted name -> file."""
-    folders = ("common", "losses", "data", "base", "models", "eval", "benchmarks")
+    folders = ("common", "losses", "data", "base", "models", "scripts", "eval", "benchmarks")
     files = [*ROOT.glob("*.py"), *(f for folder in folders for f in (ROOT / folder).rglob("*.py"))]
     return {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f for f in files}
 
@@ -63,7 +63,7 @@ def imports(name: str) -> list[tuple[str, bool, int]]:
 def layer(name: str) -> int:
     """Place of a module in LAYERS."""
     package, _, rest = name.partition(".")
-    if name in ENTRY_POINTS or package in ("eval", "benchmarks"):
+    if name in ENTRY_POINTS or package in ("scripts", "eval", "benchmarks"):
         return LAYERS.index("top")
     if package != "base":
         return LAYERS.index(package)

@@ -1,42 +1,38 @@
-"""scripts/*.sh of papers' recipes: each read as it stands and run for a step on a tiny checkpoint."""
+"""scripts/published/*.sh, settings of papers and model cards: each read as it stands and run for a step on a tiny checkpoint."""
 
+import importlib
 import json
 import math
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
 import args
-import train_dpo
-import train_rm
 from tests import zoo
-from tests.test_launch_scripts import ROOT, TINY, flags_of, small_flags
+from tests.test_launch_scripts import CONFIGS, FAMILIES, ROOT, TINY, check_launch, command
+from tests.test_models import files  # noqa: F401  (a fixture)
 
-RECIPES = {
-    "rlhfv_ddpo_llava": "llava",
-    "rlhfv_rm_llava": "llava",
-    "mdpo_llava": "llava",
-    "rlaifv_dpo_llava": "llava",
-    "mpo_internvl": "internvl",
-}
+RECIPES = sorted((ROOT / "scripts" / "published").glob("*.sh"))
 
 
-@pytest.mark.parametrize("recipe, family", RECIPES.items())
-def test_recipe_runs(recipe: str, family: str, pairs_json, image_dir, tmp_path):
-    path = ROOT / "scripts" / f"{recipe}.sh"
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_runs(path: Path, files: Path, tmp_path: Path):  # noqa: F811
     subprocess.run(["bash", "-n", path], check=True)
     text = path.read_text()
-    assert re.search(r"# Settings: .*arXiv:", text, re.DOTALL)
-    algorithm = re.search(r"deepspeed train_(\w+)\.py", text)[1]
-    config, main = (args.RMConfig, train_rm.main) if algorithm == "rm" else (args.DPOConfig, train_dpo.main)
-    flags = flags_of(text[text.index("deepspeed train_") :], f"train_{algorithm}.py")
-    kinds = (args.ModelArguments, args.DataArguments, args.LoraArguments, config)
-    small = args.parse(*kinds, argv=[*flags, *small_flags(text), "--use_cpu", "True"])
-    assert small[0].q_lora and small[2].use_lora and small[3].per_device_train_batch_size == 1
+    assert re.search(r"# Settings: [^()]*\(.*(arXiv:|/)", text), "no source"
+    [family] = [family for family in FAMILIES if path.stem.endswith(f"_{family}")]
+    script = command(text)[1].removesuffix(".py")
+    algorithm = script.removeprefix("train_")
+    flags = check_launch(text, (args.ModelArguments, args.DataArguments, args.LoraArguments, CONFIGS[algorithm]))
+    assert flags[flags.index("--output_dir") + 1] == f"runs/published/{path.stem}"
 
-    local = f"--dataset_name plain_dpo --data_path {pairs_json} --image_root {image_dir} --output_dir {tmp_path} --data_ratio 1"
-    local += " --eval_ratio 0.25 --eval_steps 1" if algorithm == "rm" else ""
-    main([*flags, *TINY.split(), "--model_name_or_path", zoo.checkpoint(family), *local.split()])
+    dataset = ("vlquery_json", "conversations.json") if algorithm == "sft" else ("plain_dpo", "pairs.json")
+    local = f"--dataset_name {dataset[0]} --data_path {files}/{dataset[1]} --image_root {files} --output_dir {tmp_path}"
+    local += " --data_ratio 1" + (" --eval_ratio 0.25 --eval_steps 1" if algorithm == "rm" else "")
+    importlib.import_module(script).main(
+        [*flags, *TINY.split(), "--model_name_or_path", zoo.checkpoint(family), *local.split()]
+    )
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     assert math.isfinite(next(entry["loss"] for entry in history if "loss" in entry))

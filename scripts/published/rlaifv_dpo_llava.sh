@@ -3,12 +3,12 @@
 # Settings: RLAIF-V's (arXiv:2405.17220; RLHF-V/RLAIF-V, script/train/llava15_train.sh): 5e-7, beta 0.1, 2,672 steps.
 # Four GPUs with one pair each there.
 # One 24 GB GPU instead, in 4 bits:
-#   bash scripts/rlaifv_dpo_llava.sh --use_lora True --freeze_vision_tower True --q_lora True \
+#   LAUNCH=python bash scripts/published/rlaifv_dpo_llava.sh --deepspeed "" \
+#       --use_lora True --q_lora True --freeze_vision_tower True \
 #       --per_device_train_batch_size 1 --gradient_accumulation_steps 8 --learning_rate 1e-5
 set -euo pipefail
 
-deepspeed train_dpo.py \
-    --deepspeed ds_configs/zero3.json \
+${LAUNCH:-deepspeed} train_dpo.py --deepspeed ds_configs/zero2.json \
     --model_name_or_path llava-hf/llava-1.5-7b-hf \
     --dataset_name rlaifv \
     --max_length 2048 \
@@ -17,9 +17,7 @@ deepspeed train_dpo.py \
     --per_device_train_batch_size 1 --gradient_accumulation_steps 1 \
     --learning_rate 5e-7 --lr_scheduler_type cosine --warmup_steps 0.05 --weight_decay 0.01 \
     --max_steps 2672 \
-    --bf16 True \
-    --gradient_checkpointing True \
-    --logging_steps 10 \
+    --bf16 True --gradient_checkpointing True --logging_steps 10 \
     --save_steps 500 --save_total_limit 2 \
-    --output_dir runs/rlaifv_dpo_llava \
+    --output_dir runs/published/rlaifv_dpo_llava \
     "$@"

@@ -3,12 +3,11 @@
 # Settings: mDPO's (arXiv:2406.11839; luka-group/mDPO, bunny/config.yaml): LoRA 64/128, 1e-5, 3 epochs, beta2 0.98.
 # 32 pairs per step and device there; here 256 in all.
 # One 24 GB GPU instead, in 4 bits:
-#   bash scripts/mdpo_llava.sh --q_lora True \
+#   LAUNCH=python bash scripts/published/mdpo_llava.sh --q_lora True \
 #       --per_device_train_batch_size 1 --gradient_accumulation_steps 256
 set -euo pipefail
 
-deepspeed train_dpo.py \
-    --deepspeed ds_configs/zero2.json \
+${LAUNCH:-torchrun --nproc_per_node 8} train_dpo.py \
     --model_name_or_path llava-hf/llava-1.5-7b-hf \
     --dataset_name vlfeedback_paired --data_path data/vlfeedback --pairs best_worst --data_ratio 0.125 \
     --max_length 2048 \
@@ -17,9 +16,7 @@ deepspeed train_dpo.py \
     --per_device_train_batch_size 4 --gradient_accumulation_steps 8 \
     --learning_rate 1e-5 --lr_scheduler_type cosine --warmup_steps 0.1 --weight_decay 0.05 --adam_beta2 0.98 \
     --num_train_epochs 3 \
-    --bf16 True \
-    --gradient_checkpointing True \
-    --logging_steps 10 \
+    --bf16 True --gradient_checkpointing True --logging_steps 10 \
     --save_steps 500 --save_total_limit 2 \
-    --output_dir runs/mdpo_llava \
+    --output_dir runs/published/mdpo_llava \
     "$@"

@@ -1,0 +1,1 @@
+"""Launch scripts, and the program that writes most of them."""

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Supervised fine-tuning of LLaVA-OneVision 7B, 8 GPUs of 80 GB.
+# Settings: LLaVA-OneVision's (arXiv:2408.03326; LLaVA-VL/LLaVA-NeXT, scripts/train/finetune_onevision.sh),
+# 256 rows per step, with the tower frozen.
+# One 24 GB GPU instead, in 4 bits:
+#   LAUNCH=python bash scripts/published/sft_llava_onevision.sh --deepspeed "" --use_lora True --q_lora True \
+#       --per_device_train_batch_size 1 --gradient_accumulation_steps 256 --learning_rate 2e-4
+set -euo pipefail
+
+${LAUNCH:-deepspeed} train_sft.py --deepspeed ds_configs/zero2.json \
+    --model_name_or_path llava-hf/llava-onevision-qwen2-7b-ov-hf \
+    --dataset_name llava_instruct --data_path data/llava_v1_5_mix665k.json --image_root data \
+    --max_length 8192 \
+    --per_device_train_batch_size 1 --gradient_accumulation_steps 32 \
+    --learning_rate 1e-5 --lr_scheduler_type cosine --warmup_steps 0.03 --weight_decay 0 \
+    --num_train_epochs 1 \
+    --bf16 True --gradient_checkpointing True --logging_steps 10 \
+    --save_steps 500 --save_total_limit 2 \
+    --output_dir runs/published/sft_llava_onevision \
+    "$@"
