@@ -2,6 +2,8 @@
 
 import io
 import os
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ def load_image(image: ImageSource) -> Image.Image:
     """Decode one image to upright 8-bit RGB.
 
     Raises:
-        InputError: the file is missing, truncated or no image; names it.
+        InputError: the file is missing, truncated or not an image; names it.
     """
     file = image_file(image)
     try:
@@ -57,6 +59,26 @@ def upright_size(image: ImageSource) -> tuple[int, int]:
         raise _unreadable(file, error) from error
 
 
-def _unreadable(file: Any, error: Exception) -> InputError:
+def refuse_images(
+    image_processor: Any, images: Sequence[Sequence[ImageSource]], pictures: Sequence[Sequence[Image.Image]]
+) -> None:
+    """Raise an InputError for the first picture that the image processor does not take (too narrow, for some families).
+
+    Args:
+        images: as the rows name them, nested per row; `pictures` are the same, decoded.
+    """
+    for image, picture in zip(chain(*images), chain(*pictures), strict=True):
+        try:
+            image_processor(images=[picture], return_tensors="pt")
+        except ValueError as error:
+            file = image_file(image)
+            name = f"Image {file}" if isinstance(file, str) else "An image"
+            raise InputError(
+                f"{name} of {picture.width} x {picture.height} pixels is refused by the image processor ({error}): "
+                "crop it or drop the row."
+            ) from error
+
+
+def _unreadable(file: str | io.BytesIO | Image.Image, error: Exception) -> InputError:
     name = file if isinstance(file, str) else "image bytes in the row"
     return InputError(f"Cannot read {name} as an image ({error}): replace the file or drop the row.")

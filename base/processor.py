@@ -1,41 +1,25 @@
 """What every model family inherits on the data side: text with images -> token ids, labels and the model's image inputs.
 
-The family's own transformers processor expands image placeholders and prepares pixels. Everything that training adds stands here: the chat template
-is cut at the assistant's turns, the pieces are tokenised once each, and labels are right by construction.
+The family's own transformers processor expands image placeholders and prepares pixels. Everything that training adds stands here and in
+base/template.py: the chat template is cut at the assistant's turns, the pieces are tokenised once each, and labels are right by construction.
 """
 
-import functools
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any, ClassVar
 
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoProcessor, PreTrainedTokenizerBase
 
-from base.images import ImageSource, image_file, load_image, upright_size
+from base.image_tokens import ImageTokenCounter
+from base.images import ImageSource, load_image, refuse_images
+from base.template import ChatTemplate, Messages
 from common.errors import InputError
 from data.rows import IMAGE_MARK
 
-Messages = list[dict[str, Any]]
-
 IGNORE_INDEX = -100
-# Stand for a user's and an assistant's text while a template is rendered
-_QUESTION, _ANSWER = "\N{WORD JOINER}QUESTION\N{WORD JOINER}", "\N{WORD JOINER}ANSWER\N{WORD JOINER}"
-
-
-def _inserted(text: str, longer: str, token: str) -> str | None:
-    """What makes `longer` out of `text` by insertion in one place, if it holds the whole `token`."""
-    n = len(longer) - len(text)
-    for start in reversed(range(len(text) + 1)):  # the image first, the line break that belongs to it last
-        piece = longer[start : start + n]
-        if token in piece and longer[:start] == text[:start] and longer[start + n :] == text[start:]:
-            return piece
-    return None
 
 
 class VLProcessor:
@@ -63,9 +47,11 @@ class VLProcessor:
             raise InputError(f"{model_name_or_path} has no chat template: add chat_template.jinja to it.")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.unk_token or self.tokenizer.eos_token
-        self._read_template()
+        self.template = ChatTemplate(self.processor, self.tokenizer)
+        self.image_token, self.image_placeholder = self.template.image_token, self.template.image_placeholder
+        self.answer_end = self.template.answer_end
         self._lengths_only = False
-        self._image_tokens: dict[tuple[tuple[int, int], ...], int] = {}  # sizes of a prompt's images -> their tokens
+        self._image_tokens = ImageTokenCounter(self.template, self.tokenizer, self._expand)
         self.train()
 
     # -- the contract -------------------------------------------------------------------------------------------------
@@ -131,36 +117,39 @@ class VLProcessor:
             img_input_dict: the model's image inputs for the batch, per-token entries still as lists.
         """
         images = images if images is not None else [[] for _ in convs]
-        skeletons, answers = zip(
-            *(self._split(self._as_parts(c, len(i))) for c, i in zip(convs, images, strict=True)), strict=True
-        )
-        marker = self._unused_token(skeletons)
-        prompts, img_inputs = self.encode_prompts([marker.join(s) for s in skeletons], images)
+        parts = [self.as_parts(conv, len(row)) for conv, row in zip(convs, images, strict=True)]
+        skeletons, answers = zip(*map(self.template.split, parts), strict=True)
+        marker = self.template.unused_token(skeletons)
         marker_id = self.tokenizer.convert_tokens_to_ids(marker)
-        input_ids, labels, sources = [], [], []
-        for prompt, turns in zip(prompts, answers, strict=True):
-            ids, row_labels, source = (
-                [],
-                [],
-                [],
-            )  # source: which token of the skeleton each token stands for, -1 in answers
-            turn = 0
-            for t, token in enumerate(prompt):
-                if token != marker_id:
-                    ids.append(token)
-                    row_labels.append(IGNORE_INDEX)
-                    source.append(t)
-                    continue
-                answer = self._encode_answer(turns[turn])
-                turn += 1
-                ids += answer
-                trained = train_on == "all" or turn == len(turns)
-                row_labels += answer if trained else [IGNORE_INDEX] * len(answer)
-                source += [-1] * len(answer)
-            input_ids.append(ids)
-            labels.append(row_labels)
-            sources.append(source)
+        prompts, img_inputs = self.encode_prompts([marker.join(pieces) for pieces in skeletons], images)
+        filled = [self._fill_in(p, marker_id, a, train_on) for p, a in zip(prompts, answers, strict=True)]
+        input_ids, labels, sources = map(list, zip(*filled, strict=True))
         return {"input_ids": input_ids, "labels": labels, "img_input_dict": self.follow_tokens(img_inputs, sources)}
+
+    def _fill_in(
+        self, skeleton: list[int], marker_id: int, answers: Sequence[str], train_on: str
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Put the answers in the place of the markers.
+
+        Returns:
+            Token ids, labels, and which token of the skeleton each token is (-1 in answers), for `follow_tokens`.
+        """
+        ids: list[int] = []
+        labels: list[int] = []
+        sources: list[int] = []
+        remaining = list(answers)
+        for t, token in enumerate(skeleton):
+            if token != marker_id:
+                ids.append(token)
+                labels.append(IGNORE_INDEX)
+                sources.append(t)
+                continue
+            answer = self.template.encode_answer(remaining.pop(0))
+            trained = train_on == "all" or not remaining
+            ids += answer
+            labels += answer if trained else [IGNORE_INDEX] * len(answer)
+            sources += [-1] * len(answer)
+        return ids, labels, sources
 
     def __call__(
         self,
@@ -223,18 +212,15 @@ class VLProcessor:
         Raises:
             InputError: `images` is given and differs from the number of marks.
         """
-        return self._template(self._as_parts(messages, images), add_generation_prompt)
+        return self.template.render(self.as_parts(messages, images), add_generation_prompt)
+
+    def as_parts(self, messages: Messages, images: int | None) -> Messages:
+        """Hook: messages with contents as parts, image marks as image parts. See `ChatTemplate.as_parts`."""
+        return self.template.as_parts(messages, images)
 
     def encode_response(self, text: str) -> list[int]:
         """Token ids of an assistant's answer as they follow the generation prompt, end token included."""
-        return self._encode_answer(self._answer_lead + text)
-
-    def _encode_answer(self, text: str) -> list[int]:
-        ids = self.tokenizer(self._anchor + text, add_special_tokens=False).input_ids
-        if ids[: len(self._anchor_ids)] == self._anchor_ids:
-            return ids[len(self._anchor_ids) :] + self._answer_end_ids
-        # The answer's first characters merge with the anchor; in generation they cannot.
-        return self.tokenizer(text, add_special_tokens=False).input_ids + self._answer_end_ids
+        return self.template.encode_response(text)
 
     def encode_prompts(
         self, texts: Sequence[str], images: Sequence[Sequence[ImageSource]]
@@ -251,68 +237,38 @@ class VLProcessor:
             if (found := self.count_placeholders(text)) != len(row):
                 raise InputError(f"A prompt has {found} image placeholder(s) for {len(row)} image(s): {text[:200]!r}.")
         if self._lengths_only and all(images):
-            return [self._as_long_ids(text, row) for text, row in zip(texts, images, strict=True)], {}
-        pictures = [[load_image(i) for i in row] for row in images]
+            return [self._image_tokens.prompt_ids(text, row) for text, row in zip(texts, images, strict=True)], {}
+        return self._encode(texts, images, [[load_image(image) for image in row] for row in images])
+
+    def _encode(
+        self, texts: Sequence[str], images: Sequence[Sequence[ImageSource]], pictures: list[list[Image.Image]]
+    ) -> tuple[list[list[int]], dict[str, Any]]:
+        """`encode_prompts` with the images decoded; `images` name them in messages."""
         try:
             encoded = self.call_native(list(texts), pictures)
         except ValueError:
-            self._refuse_pictures(images, pictures)
+            refuse_images(self.image_processor, images, pictures)
             raise
         mask = encoded.pop("attention_mask").bool()
         ids = encoded.pop("input_ids")
-        encoded.pop("labels", None)  # PaliGemma's processor makes labels of its own
+        encoded.pop("labels", None)  # PaliGemma's processor makes labels, too
         img_inputs = {
             k: [v[b][mask[b]].tolist() for b in range(len(mask))] if k in self.per_token_keys else v
             for k, v in encoded.items()
         }
         return [ids[b][mask[b]].tolist() for b in range(len(mask))], img_inputs
 
+    def _expand(self, text: str, images: Sequence[ImageSource], pictures: list[Image.Image]) -> list[int]:
+        return self._encode([text], [images], [pictures])[0][0]
+
     @contextmanager
     def lengths_only(self) -> Iterator[None]:
-        """Within it, encoded prompts have the right number of tokens and no image inputs, and no image is decoded.
-
-        How many tokens images take depends on their sizes alone: each combination of sizes is expanded once, on blank images.
-        """
+        """Within it, encoded prompts have the right number of tokens and no image inputs, and no image is decoded."""
         self._lengths_only = True
         try:
             yield
         finally:
             self._lengths_only = False
-
-    def _as_long_ids(self, text: str, images: Sequence[ImageSource]) -> list[int]:
-        """The tokens of a prompt, with those of its images where the first of them stands, all alike."""
-        sizes = tuple(map(upright_size, images))
-        tokens = functools.partial(self.tokenizer, add_special_tokens=False)
-        if sizes not in self._image_tokens:
-            question = [{"type": "image"}] * len(sizes) + [{"type": "text", "text": "a"}]
-            short = self._template([{"role": "user", "content": question}], add_generation_prompt=True)
-            pictures, self._lengths_only = [Image.new("RGB", size) for size in sizes], False
-            try:
-                ((ids,), _) = self.encode_prompts([short], [pictures])
-            except InputError:
-                self._refuse_pictures([images], [pictures])
-                raise
-            finally:
-                self._lengths_only = True
-            self._image_tokens[sizes] = len(ids) - len(tokens(short).input_ids)
-        before, image, _ = text.partition(self.image_token)
-        filler = [-1] * self._image_tokens[sizes]
-        ids = tokens(text).input_ids
-        start = len(tokens(before).input_ids) if image else 0
-        return ids[:start] + filler + ids[start:]
-
-    def _refuse_pictures(self, images: Sequence[Sequence[ImageSource]], pictures: list[list[Image.Image]]) -> None:
-        """Raise an InputError for the first picture that the image processor does not take (too narrow, for some families)."""
-        for image, picture in zip(chain(*images), chain(*pictures), strict=True):
-            try:
-                self.image_processor(images=[picture], return_tensors="pt")
-            except ValueError as error:
-                file = image_file(image)
-                name = f"Image {file}" if isinstance(file, str) else "An image"
-                raise InputError(
-                    f"{name} of {picture.width} x {picture.height} pixels is refused by the image processor ({error}): "
-                    "crop it or drop the row."
-                ) from error
 
     def call_native(self, texts: list[str], images: list[list[Image.Image]]) -> dict[str, Any]:
         """Hook: the family's own processor on a right-padded batch; images are nested per row."""
@@ -359,7 +315,7 @@ class VLProcessor:
 
     def dummy_images(self) -> dict[str, torch.Tensor]:
         """Image inputs of one grey picture, for ranks whose rows have none: they run the vision tower all the same, or the others wait."""
-        text = self.render([{"role": "user", "content": "<image>\n."}], add_generation_prompt=True, images=1)
+        text = self.render([{"role": "user", "content": f"{IMAGE_MARK}\n."}], add_generation_prompt=True, images=1)
         return self.pad_img_inputs(self.encode_prompts([text], [[Image.new("RGB", (64, 64), "grey")]])[1])
 
     def pad(self, rows: Sequence[Sequence[Any]], value: Any) -> torch.Tensor:
@@ -368,112 +324,3 @@ class VLProcessor:
         return torch.nn.utils.rnn.pad_sequence(
             tensors, batch_first=True, padding_value=value, padding_side=self.tokenizer.padding_side
         )
-
-    # -- reading the template -------------------------------------------------------------------------------------------
-
-    def _template(self, messages: Messages, add_generation_prompt: bool = False) -> str:
-        try:
-            return self.processor.apply_chat_template(
-                messages, add_generation_prompt=add_generation_prompt, tokenize=False
-            )
-        except TemplateError as error:  # what a template says of roles or images that its model does not take
-            raise InputError(f"The chat template refuses a conversation: {error}.") from error
-
-    def _read_template(self) -> None:
-        """Find out, by rendering, what the template writes for an image, before an answer and after it."""
-        self.image_token = str(
-            getattr(self.processor, "image_token", None) or IMAGE_MARK
-        )  # InstructBLIP has an AddedToken
-        user = [{"role": "user", "content": [{"type": "text", "text": _QUESTION}]}]
-        answer = [*user, {"role": "assistant", "content": [{"type": "text", "text": _ANSWER}]}]
-        plain, prompt, full = (
-            self._template(user),
-            self._template(user, add_generation_prompt=True),
-            self._template(answer),
-        )
-        one = self._template([{"role": "user", "content": [{"type": "image"}, *user[0]["content"]]}])
-        placeholder = _inserted(plain, one, self.image_token)
-        if placeholder is None:  # templates that write more than the placeholder for an image, or less without one
-            two = self._template([{"role": "user", "content": [{"type": "image"}] * 2 + user[0]["content"]}])
-            placeholder = _inserted(one, two, self.image_token)
-        self.image_placeholder = placeholder or IMAGE_MARK
-        before, after = full.split(_ANSWER)
-        self._answer_lead = before[len(prompt) :] if before.startswith(prompt) else ""
-        # What stands between a user turn and an answer, in a rendered conversation and in a generation prompt: some templates differ.
-        self._headers = (before.removeprefix(plain), prompt.removeprefix(plain))
-        specials = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
-        special = "|".join(map(re.escape, specials))
-        end = re.match(rf"\s*((?:{special})+)", after)  # Cohere's turns end in two
-        # A template without an end token (LLaVA-1.5) gets the EOS token, which replaces the white space that it writes there.
-        self._template_has_end = end is not None
-        self._answer_tail = "" if end else after  # LLaVA-NeXT's template misprints its end token
-        self.answer_end = end.group(1) if end else self.tokenizer.eos_token
-        self._answer_end_ids = self.tokenizer.convert_tokens_to_ids(re.findall(special, self.answer_end))
-        # Tokenizers with a dummy prefix (SentencePiece) read the start of a text as the start of a word: tokenise answers behind the end of
-        # the generation prompt, as the model sees them. Others split the same way without it.
-        dummy_prefix = self.tokenizer.tokenize("a")[:1] in (["▁a"], ["▁"])
-        self._anchor = prompt.rstrip()[-1:] if dummy_prefix and prompt.rstrip()[-1:] not in (">", "") else ""
-        self._anchor_ids = self.tokenizer(self._anchor, add_special_tokens=False).input_ids if self._anchor else []
-
-    def _as_parts(self, messages: Messages, images: int | None) -> Messages:
-        """Messages with contents as parts; `<image>` marks (or the family's placeholder) become image parts.
-
-        When no mark stands anywhere, the images go in front of the first user turn.
-        """
-        marks = re.compile(rf"\n*(?:{re.escape(self.image_placeholder)}|{re.escape(IMAGE_MARK)})\n*")
-        converted = []
-        for message in messages:
-            content = message["content"]
-            if isinstance(content, str):
-                if message["role"] == "assistant":
-                    pieces = [content]
-                else:
-                    pieces = marks.split(content)
-                parts: list[dict[str, Any]] = []
-                for n, piece in enumerate(pieces):
-                    parts += [{"type": "image"}] * (n > 0) + [{"type": "text", "text": piece}] * bool(piece)
-                content = parts
-            converted.append({"role": message["role"], "content": [self._clean_part(p) for p in content]})
-        found = sum(p["type"] == "image" for m in converted for p in m["content"])
-        if images and found == 0:
-            first = next(m for m in converted if m["role"] == "user")
-            first["content"] = [{"type": "image"}] * images + first["content"]
-        elif images is not None and found != images:
-            raise InputError(
-                f"A conversation has {found} image mark(s) for {images} image(s): make their numbers equal."
-            )
-        return converted
-
-    @staticmethod
-    def _clean_part(part: dict[str, Any]) -> dict[str, Any]:
-        # datasets fills missing keys with None, and some templates test for the key alone.
-        return {"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]}
-
-    def _split(self, messages: Messages) -> tuple[list[str], list[str]]:
-        """Cut a conversation's text at its answers: n + 1 pieces of template around n answers (without end)."""
-        answers: list[str] = []
-        masked = []
-        for message in messages:
-            if message["role"] == "assistant":
-                answers.append("".join(p.get("text", "") for p in message["content"]))
-                message = {"role": "assistant", "content": [{"type": "text", "text": _ANSWER}]}
-            masked.append(message)
-        pieces = self._template(masked).split(_ANSWER)
-        for n in range(len(answers)):
-            # Earlier answers have another header in some templates: without the block of thoughts, for example. It stays.
-            if pieces[n].endswith(self._headers[0]):
-                pieces[n] = pieces[n].removesuffix(self._headers[0]) + self._headers[1]
-                answers[n] = self._answer_lead + answers[n]
-            after = pieces[n + 1].removeprefix(self._answer_tail).lstrip()
-            pieces[n + 1] = after.removeprefix(self.answer_end) if self._template_has_end else after
-        return [*pieces[:-1], ""] if not pieces[-1].strip() else pieces, answers
-
-    def _unused_token(self, skeletons: Sequence[Sequence[str]]) -> str:
-        """A special token that stands in none of the texts: it marks where the answers go while the native processor runs."""
-        for token_id, token in self.tokenizer.added_tokens_decoder.items():
-            if token.special and not (token.lstrip or token.rstrip) and token_id != self.tokenizer.bos_token_id:
-                if token.content not in (self.image_token, IMAGE_MARK) and not any(
-                    token.content in piece for s in skeletons for piece in s
-                ):
-                    return token.content
-        raise InputError("A conversation holds every special token of the tokenizer as text: remove them from the row.")

@@ -64,7 +64,7 @@ class QwenVLProcessor(VLProcessor):
         """Whether the prompt contains a picture."""
         return bool(self._picture.search(prompt)) or IMAGE_MARK in prompt
 
-    def _as_parts(self, messages: Messages, images: int | None) -> Messages:
+    def as_parts(self, messages: Messages, images: int | None) -> Messages:
         # The base class expects one fixed placeholder text; this family's contains a number.
         marked = [
             message | {"content": self._picture.sub(IMAGE_MARK, message["content"])}
@@ -72,7 +72,7 @@ class QwenVLProcessor(VLProcessor):
             else message
             for message in messages
         ]
-        return super()._as_parts(marked, images)
+        return super().as_parts(marked, images)
 
 
 core_mapper = ModelCoreMapper(model=QwenVLForRL, processor=QwenVLProcessor)
