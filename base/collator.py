@@ -13,24 +13,23 @@ import logging
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 
-from base.corruption import Corruption, corrupt_picture, diffuse
-from base.images import image_file, load_image
+from base import views
+from base.batch import DPOBatch, ImageFile, ImageInputs, PPOBatch, ResponseBatch, RMBatch, SFTBatch
+from base.corruption import Corruption, diffuse
+from base.images import image_file
 from base.packing import common_beginning, pack_rows, packed_length
 from base.processor import IGNORE_INDEX, VLProcessor
+from base.views import Pairs, Places, Row, View
 from common.errors import InputError
 from common.seeds import stable_seed
 from data.lengths import LengthCounts, LengthLimits, fit_row
-from data.pairs import ordered_pairs
+from data.pairs import PairMode, ordered_pairs
 from losses import changed_tokens
 
 logger = logging.getLogger(__name__)
-
-Row = dict[str, Any]
-Pairs = list[tuple[int, int]]  # (better, worse) response indices of a row
 
 
 class VLDataCollator:
@@ -96,8 +95,17 @@ class VLDataCollator:
         """Hook: tokens of a row as this collator lays it out."""
         raise NotImplementedError
 
+    def encode_prompts(self, features: Sequence[Row]) -> tuple[list[list[int]], ImageInputs]:
+        """Token ids of the rows' prompts, image tokens and generation prompt included, and their image inputs."""
+        images = [row["images"] for row in features]
+        texts = [
+            self.processor.render(row["prompt"], add_generation_prompt=True, images=len(row["images"]))
+            for row in features
+        ]
+        return self.processor.encode_prompts(texts, images)
+
     @staticmethod
-    def image_files(features: Sequence[Row]) -> list[Any]:
+    def image_files(features: Sequence[Row]) -> list[ImageFile]:
         """All images of the batch in order, as PIL.Image.open accepts them."""
         return [image_file(image) for row in features for image in row["images"]]
 
@@ -117,7 +125,7 @@ class VLSFTDataCollatorWithPadding(VLDataCollator):
         ids, labels = self._encode([row])[:2]
         return len(self._fit(ids[0], labels[0], LengthCounts(), "a row") or ids[0])
 
-    def _encode(self, features: Sequence[Row]) -> tuple[list[list[int]], list[list[int]], dict[str, Any]]:
+    def _encode(self, features: Sequence[Row]) -> tuple[list[list[int]], list[list[int]], ImageInputs]:
         encoded = self.processor.process_batch_conv(
             [r["messages"] for r in features], [r["images"] for r in features], self.train_on
         )
@@ -133,7 +141,7 @@ class VLSFTDataCollatorWithPadding(VLDataCollator):
         kept = fit_row(start, [ids[start:]], self.limits, counts, where)
         return ids[:start] + kept[0] if kept is not None else None
 
-    def __call__(self, features: Sequence[Row]) -> dict[str, Any]:
+    def __call__(self, features: Sequence[Row]) -> SFTBatch:
         processor = self.processor
         input_ids, labels, img_inputs = self._encode(features)
         for b, row in enumerate(features):
@@ -147,29 +155,25 @@ class VLSFTDataCollatorWithPadding(VLDataCollator):
             k: [v[: len(ids)] for v, ids in zip(vs, input_ids, strict=True)] if k in processor.per_token_keys else vs
             for k, vs in img_inputs.items()
         }
-        labels = processor.pad(labels, IGNORE_INDEX)
-        trained = (labels != IGNORE_INDEX).flatten()
+        padded_labels = processor.pad(labels, IGNORE_INDEX)
+        trained = (padded_labels != IGNORE_INDEX).flatten()
         return {
             "input_ids": processor.pad(input_ids, processor.tokenizer.pad_token_id),
             "attention_mask": processor.pad([[1] * len(i) for i in input_ids], 0),
-            "labels": labels,
+            "labels": padded_labels,
             # The first token of a row is never trained, so the position before a trained token is in the same row.
             "completion_index": trained.nonzero()[:, 0] - 1,
-            "completion_ids": labels.flatten()[trained],
+            "completion_ids": padded_labels.flatten()[trained],
             "img_path": self.image_files(features),
             "img_input_dict": processor.pad_img_inputs(img_inputs),
         }
 
 
 class VLDPODataCollatorWithPadding(VLDataCollator):
-    """Prompts with K ranked responses each -> the packed rows of base/packing.py, their pairs, and images.
+    """Prompts with K ranked responses each -> the packed rows of base/packing.py, their pairs, and images: `base.batch.DPOBatch`.
 
-    The batch: what `packing.pack_rows` returns; chosen, rejected (M,) long: the pairs, as response indices 0..R-1; `packed`: whether responses share
-    rows; img_path, img_input_dict; `rows`: (R,) long, the dataset row in the batch of every response; columns that losses ask for, (M,) or (R,).
-
-    What a loss needs beyond that (losses.NEEDS) is added to the same rows, or as further rows of the same forward pass, each with one image pass:
-    `corrupted_of`, `image_rejected_of`, `negative_of` (R,) give the response that repeats a response on v', on the row's second image, or that stands
-    ready for the policy's own tokens; -1 where there is none. `text_only` and `probe` are batches of their own, for passes without gradient.
+    What a loss needs beyond that (losses.NEEDS) is added to the same rows, or as further rows of the same forward pass (base/views.py), each with
+    one image pass. `text_only` and `probe` are batches by themselves, for passes without gradient.
     """
 
     def __init__(
@@ -177,7 +181,7 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
         processor: VLProcessor,
         limits: LengthLimits | None = None,
         share_prefix: bool = True,
-        pairs: str = "all",
+        pairs: PairMode = "all",
         score_margin: float | None = None,
         needs: Collection[str] = (),
         corruption: Corruption | None = None,
@@ -199,187 +203,135 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
         self.seed = seed
         self.epoch = 0  # the trainer sets it, so that every epoch draws anew
 
-    def __call__(self, features: Sequence[Row]) -> dict[str, Any]:
+    def __call__(self, features: Sequence[Row]) -> DPOBatch:
         self._check_columns(features)
-        pairs = [ordered_pairs(r["ranks"], r.get("scores"), self.pairs, self.score_margin) for r in features]
-        rows, negatives = self._with_negatives(features, pairs)
-        starts = np.cumsum([0, *(len(row["responses"]) for row in rows)])
-        chosen = [starts[b] + better for b, row in enumerate(pairs) for better, _ in row]
-        rejected = [starts[b] + worse for b, row in enumerate(pairs) for _, worse in row]
-        views = self._views(features, pairs)
-        batch = self.encode_rows([*rows, *(row for view, _ in views.values() for row in view)])
-        batch |= {
-            "chosen": torch.tensor(chosen, dtype=torch.long),
-            "rejected": torch.tensor(rejected, dtype=torch.long),
-        }
+        pairs = [ordered_pairs(row["ranks"], row.get("scores"), self.pairs, self.score_margin) for row in features]
+        better = [views.better_responses(row) for row in pairs]
+        rows = self._with_negatives(features, better)
+        corrupted, image_rejected = self._corrupted_rows(features, pairs), self._image_rejected_rows(features, better)
+        batch = DPOBatch(**self.encode_rows([*rows, *corrupted.rows, *image_rejected.rows]))
 
-        # Which response of the batch repeats which
-        R, next_response = len(batch["completion_ids"]), int(starts[-1])
-        for name, (_, kept) in views.items():
-            index = torch.full((R,), -1)
-            for b, responses in enumerate(kept):
-                for k in responses:
-                    index[starts[b] + k] = next_response
-                    next_response += 1
-            batch[f"{name}_of"] = index
+        places = Places(rows, len(batch["completion_ids"]))
+        batch["chosen"] = places.of([[k for k, _ in row] for row in pairs])
+        batch["rejected"] = places.of([[k for _, k in row] for row in pairs])
+        self._add_columns(batch, features, pairs, places)
+        if corrupted.rows:
+            copies = range(places.end, places.end + len(corrupted))
+            batch["corrupted_of"] = places.repeats(corrupted.repeated, copies)
+            if self.corruption == "diffusion":
+                batch["img_input_dict"] = self._diffused(batch["img_input_dict"], features, rows, corrupted)
+        if image_rejected.rows:  # the last rows of the batch
+            copies = range(places.num_responses - len(image_rejected), places.num_responses)
+            batch["image_rejected_of"] = places.repeats(image_rejected.repeated, copies)
         if "policy_negative" in self.needs:
-            batch["negative_of"] = torch.full((R,), -1)
-            for b, row_negatives in enumerate(negatives):
-                for k, negative in row_negatives.items():
-                    batch["negative_of"][starts[b] + k] = starts[b] + negative
-
-        if "corrupted" in views and self.corruption == "diffusion":
-            batch["img_input_dict"] = self._diffused(batch["img_input_dict"], features, rows, views)
-        if "policy_negative" in self.needs:
-            batch["probe"] = self._probe(features, pairs)
+            behind = [
+                range(len(row["responses"]), len(row["responses"]) + len(better[b])) for b, row in enumerate(features)
+            ]
+            batch["negative_of"] = places.repeats(better, places.of(behind))
+            batch["probe"] = self._probe(features, better)
         if "text_only" in self.needs:
-            batch["text_only"] = self.encode_rows([self._without_images(row) for row in features])
+            remove = self.processor.remove_image_placeholder
+            batch["text_only"] = self.encode_rows([views.without_images(row, remove) for row in features])
         if "changed_tokens" in self.needs:
-            batch |= self._changed(batch)
-
-        if all(row.get("reference_logps") is not None for row in features):
-            batch["reference_logps"] = self._reference(features, batch)
-        per_row = [b for b, row in enumerate(pairs) for _ in row]
-        if all(row.get("margin") is not None for row in features):  # one number per row, given to each of its pairs
-            batch["margin"] = torch.tensor([float(features[b]["margin"]) for b in per_row])
-        for column in ("scores", "severity"):  # one number per response
-            if all(row.get(column) is not None and None not in row[column] for row in features):
-                values = torch.full((R,), float("nan"))
-                for b, row in enumerate(features):
-                    values[starts[b] : starts[b] + len(row[column])] = torch.tensor([float(v) for v in row[column]])
-                batch[column] = values
+            batch["chosen_changed"], batch["rejected_changed"] = self._changed(batch)
         return batch
 
-    def _reference(self, features: Sequence[Row], batch: dict[str, Any]) -> torch.Tensor:
+    def _add_columns(self, batch: DPOBatch, features: Sequence[Row], pairs: Sequence[Pairs], places: Places) -> None:
+        """Fill the fields that stand in the data, where every row has them."""
+
+        def of_responses(column: str) -> torch.Tensor:
+            values = torch.full((places.num_responses,), float("nan"))
+            given = [float(value) for row in features for value in row[column]]
+            values[places.of([range(len(row[column])) for row in features])] = torch.tensor(given)
+            return values
+
+        if all(row.get("margin") is not None for row in features):  # one number per row, given to each of its pairs
+            of_pair = [float(row["margin"]) for row, row_pairs in zip(features, pairs, strict=True) for _ in row_pairs]
+            batch["margin"] = torch.tensor(of_pair)
+        if all(row.get("scores") is not None and None not in row["scores"] for row in features):
+            batch["scores"] = of_responses("scores")
+        if all(row.get("severity") is not None and None not in row["severity"] for row in features):
+            batch["severity"] = of_responses("severity")
+        if all(row.get("reference_logps") is not None for row in features):
+            batch["reference_logps"] = self._reference(features, batch)
+
+    def _reference(self, features: Sequence[Row], batch: DPOBatch) -> torch.Tensor:
         """The cached log-probs of the reference (base/reference_cache.py), (R, T), zero where padded."""
         mask = batch["completion_mask"]
         reference = torch.zeros(mask.shape)
         row_of = batch["rows"] % len(features)  # further rows repeat the batch's rows in order
         for b, row in enumerate(features):
-            own = mask & (row_of == b)[:, None]
-            reference[own] = torch.tensor(row["reference_logps"])
+            reference[mask & (row_of == b)[:, None]] = torch.tensor(row["reference_logps"])
         return reference
 
-    # -- what some losses need beyond the pairs ---------------------------------------------------------------------------
+    # -- what some losses need beyond the pairs (base/views.py) -------------------------------------------------------------
 
     def _check_columns(self, features: Sequence[Row]) -> None:
         for column in ("severity", "margin", "image_rejected"):
             for row in features if column in self.needs else ():
                 if not row.get(column) and row.get(column) != 0:
-                    raise InputError(
-                        f"{row.get('where') or 'A row'} has no {column}, which the loss reads: add it to the row."
-                    )
+                    where = row.get("where") or "A row"
+                    raise InputError(f"{where} has no {column}, which the loss reads: add it to the row.")
 
-    def _views(self, features: Sequence[Row], pairs: Sequence[Pairs]) -> dict[str, tuple[list[Row], list[list[int]]]]:
-        """Further rows: name -> (rows with another image, which responses of each original row they repeat)."""
-        views = {}
-        if self.needs & {"corrupted_image", "corrupted_image_per_token", "logit_shift"}:
-            kept = [
-                sorted({k for pair in row for k in (pair if "logit_shift" in self.needs else pair[:1])} or {0})
-                for row in pairs
-            ]
-            views["corrupted"] = (self._corrupted(features, kept), kept)
-        if "image_rejected" in self.needs:
-            kept = [sorted({better for better, _ in row} or {0}) for row in pairs]
-            rows = []
-            for row, responses in zip(features, kept, strict=True):
-                images = [row["image_rejected"], *row["images"][1:]]
-                rows.append(row | {"images": images, "responses": [row["responses"][k] for k in responses]})
-            views["image_rejected"] = (rows, kept)
-        return views
+    def _with_negatives(self, features: Sequence[Row], better: Sequence[Sequence[int]]) -> Sequence[Row]:
+        """The rows with a copy of each chosen response at their end, which the trainer replaces by the policy's tokens."""
+        if "policy_negative" not in self.needs:
+            return features
+        return [views.with_copies(row, responses) for row, responses in zip(features, better, strict=True)]
 
-    def _corrupted(self, features: Sequence[Row], kept: Sequence[Sequence[int]]) -> list[Row]:
-        """The rows with v' in the place of their images, and only the responses `kept`."""
-        if self.corruption == "swap" and len(features) < 2:
-            raise InputError("--corruption swap takes another row's image: use batches of two rows or more.")
-        pictures = [[load_image(image) for image in row["images"]] for row in features]
-        rows = []
-        for b, row in enumerate(features):
-            rng = np.random.default_rng(self._draw(row))
-            own = [corrupt_picture(picture, self.corruption, rng) for picture in pictures[b]]
-            if self.corruption == "swap":
-                others = next(
-                    (
-                        pictures[(b + n) % len(features)]
-                        for n in range(1, len(features))
-                        if pictures[(b + n) % len(features)]
-                    ),
-                    own,
-                )
-                own = [others[i % len(others)].resize(picture.size) for i, picture in enumerate(own)]
-            rows.append(row | {"images": own, "responses": [row["responses"][k] for k in kept[b]]})
-        return rows
+    def _corrupted_rows(self, features: Sequence[Row], pairs: Sequence[Pairs]) -> View:
+        """The rows on v', empty if no loss needs them; `logit_shift` reads the rejected responses, too."""
+        if not self.needs & {"corrupted_image", "corrupted_image_per_token", "logit_shift"}:
+            return View()
+        read = views.paired_responses if "logit_shift" in self.needs else views.better_responses
+        return self._corrupted(features, [read(row) for row in pairs])
+
+    def _image_rejected_rows(self, features: Sequence[Row], better: Sequence[Sequence[int]]) -> View:
+        return views.image_rejected_view(features, better) if "image_rejected" in self.needs else View()
+
+    def _corrupted(self, features: Sequence[Row], repeated: Sequence[Sequence[int]]) -> View:
+        return views.corrupted_view(features, repeated, self.corruption, [self._draw(row) for row in features])
 
     def _draw(self, *rows: Row) -> int:
         return stable_seed(self.seed, self.epoch, [(row["prompt"], row["responses"]) for row in rows])
 
     def _diffused(
-        self, img_inputs: dict[str, Any], features: Sequence[Row], rows: Sequence[Row], views: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Noise on the pixels of the corrupted view, which lie behind those of the original rows."""
+        self, img_inputs: ImageInputs, features: Sequence[Row], rows: Sequence[Row], corrupted: View
+    ) -> ImageInputs:
+        """Noise on the pixels of the corrupted rows, which lie behind those of `rows`."""
         if "pixel_values" not in img_inputs:
             return img_inputs
         pixels = img_inputs["pixel_values"]
-        if self.share_prefix and len(views) == 1:
+        if self.share_prefix and "image_rejected" not in self.needs:  # both parts have the same number of equal images
             first, last = len(pixels) // 2, len(pixels)
-        else:  # the other parts differ in size: count theirs
+        else:  # the parts differ in size: count theirs
             first = len(self.encode_rows(rows)["img_input_dict"]["pixel_values"])
-            last = first + len(self.encode_rows(views["corrupted"][0])["img_input_dict"]["pixel_values"])
+            last = first + len(self.encode_rows(corrupted.rows)["img_input_dict"]["pixel_values"])
         noisy = diffuse(pixels[first:last], self.diffusion_step, self._draw(*features))
         return img_inputs | {"pixel_values": torch.cat([pixels[:first], noisy, pixels[last:]])}
 
-    def _with_negatives(
-        self, features: Sequence[Row], pairs: Sequence[Pairs]
-    ) -> tuple[list[Row], list[dict[int, int]]]:
-        """The rows with a copy of each chosen response at their end, and for each row {response: its copy}.
-
-        The trainer puts the policy's own tokens into the copies.
-        """
-        if "policy_negative" not in self.needs:
-            return list(features), [{} for _ in features]
-        rows, copies = [], []
-        for row, row_pairs in zip(features, pairs, strict=True):
-            better = sorted({better for better, _ in row_pairs})
-            K = len(row["responses"])
-            rows.append(row | {"responses": [*row["responses"], *(row["responses"][k] for k in better)]})
-            copies.append({k: K + n for n, k in enumerate(better)})
-        return rows, copies
-
-    def _probe(self, features: Sequence[Row], pairs: Sequence[Pairs]) -> dict[str, Any]:
-        """The chosen responses on v', from which the policy's own tokens are read."""
-        kept = [sorted({better for better, _ in row} or {0}) for row in pairs]
-        probe = self.encode_rows(self._corrupted(features, kept))
+    def _probe(self, features: Sequence[Row], better: Sequence[Sequence[int]]) -> ResponseBatch:
+        """The chosen responses on v', from which the policy's tokens are read."""
+        probe = self.encode_rows(self._corrupted(features, better).rows)
         pixels = probe["img_input_dict"].get("pixel_values")
         if self.corruption == "diffusion" and pixels is not None:
             probe["img_input_dict"]["pixel_values"] = diffuse(pixels, self.diffusion_step, self._draw(*features))
         return probe
 
-    def _without_images(self, row: Row) -> Row:
-        remove = self.processor.remove_image_placeholder
-        prompt = []
-        for message in row["prompt"]:
-            content = message["content"]
-            if isinstance(content, str):
-                content = remove(content).strip("\n")
-            else:
-                content = [part for part in content if part["type"] != "image"]
-            prompt.append({"role": message["role"], "content": content})
-        return row | {"images": [], "prompt": prompt}
-
-    def _changed(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """chosen_changed, rejected_changed (M, T) bool: the segments in which the two answers of a pair differ."""
+    @staticmethod
+    def _changed(batch: DPOBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The segments in which the two answers of a pair differ: chosen, rejected (M, T) bool."""
         ids, mask = batch["completion_ids"], batch["completion_mask"]
         flags = torch.zeros((2, len(batch["chosen"]), ids.shape[1]), dtype=torch.bool)
         for m, (c, r) in enumerate(zip(batch["chosen"], batch["rejected"], strict=True)):
             for side, changed in enumerate(changed_tokens(ids[c][mask[c]].tolist(), ids[r][mask[r]].tolist())):
                 flags[side, m, : len(changed)] = torch.tensor(changed)
-        return {"chosen_changed": flags[0], "rejected_changed": flags[1]}
+        return flags[0], flags[1]
 
     # -----------------------------------------------------------------------------------------------------------------------
 
     def fit(self, row: Row, counts: LengthCounts, where: str) -> bool:
-        text = self.processor.render(row["prompt"], add_generation_prompt=True, images=len(row["images"]))
-        return self._fit(self.processor.encode_prompts([text], [row["images"]])[0][0], row, counts, where) is not None
+        return self._fit(self.encode_prompts([row])[0][0], row, counts, where) is not None
 
     def length(self, row: Row) -> int:
         """Of the packed row; without a shared prefix, of all its responses' rows together."""
@@ -390,21 +342,20 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
         responses = [self.processor.encode_response(r) for r in row["responses"]]
         return fit_row(len(prompt), responses, self.limits, counts, row.get("where") or where)
 
-    def encode_rows(self, features: Sequence[Row]) -> dict[str, Any]:
+    def encode_rows(self, features: Sequence[Row]) -> ResponseBatch:
         """Tokenise and lay out prompts with their responses; the part of the batch that RM and PPO share."""
         processor = self.processor
         rows = torch.tensor([b for b, row in enumerate(features) for _ in row["responses"]])
         if not self.share_prefix:
             features = [row | {"responses": [response]} for row in features for response in row["responses"]]
-        texts = [processor.render(r["prompt"], add_generation_prompt=True, images=len(r["images"])) for r in features]
-        prompts, img_inputs = processor.encode_prompts(texts, [r["images"] for r in features])
-        responses = [
-            self._fit(prompt, row, LengthCounts(), "a row of the batch")
-            for prompt, row in zip(prompts, features, strict=True)
-        ]
-        if None in responses:
-            raise InputError("A prompt is longer than the limits: call drop_overlong on the data first.")
-        # The policy's own tokens will stand in the place of some responses: nothing of those is shared.
+        prompts, img_inputs = self.encode_prompts(features)
+        responses = []
+        for prompt, row in zip(prompts, features, strict=True):
+            kept = self._fit(prompt, row, LengthCounts(), "a row of the batch")
+            if kept is None:
+                raise InputError("A prompt is longer than the limits: call drop_overlong on the data first.")
+            responses.append(kept)
+        # The policy's tokens will replace those of some responses, which therefore share nothing.
         shared = [0 if "policy_negative" in self.needs else common_beginning(row) for row in responses]
         sources = [
             [*range(len(prompt)), *[-1] * (packed_length(prompt, row, n) - len(prompt))]
@@ -422,8 +373,8 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
 class VLRMDataCollatorWithPadding(VLDPODataCollatorWithPadding):
     """The same batch, because a reward model ranks the responses that DPO pairs; and `source`, the data set of every row."""
 
-    def __call__(self, features: Sequence[Row]) -> dict[str, Any]:
-        return super().__call__(features) | {"source": [row.get("source") for row in features]}
+    def __call__(self, features: Sequence[Row]) -> RMBatch:
+        return RMBatch(**super().__call__(features), source=[row.get("source") for row in features])
 
 
 class VLPPODataCollator(VLDataCollator):
@@ -438,19 +389,14 @@ class VLPPODataCollator(VLDataCollator):
         self.share_prefix = share_prefix
 
     def fit(self, row: Row, counts: LengthCounts, where: str) -> bool:
-        return fit_row(len(self._encode([row])[0][0]), [], self.limits, counts, row.get("where") or where) is not None
+        prompt = self.encode_prompts([row])[0][0]
+        return fit_row(len(prompt), [], self.limits, counts, row.get("where") or where) is not None
 
     def length(self, row: Row) -> int:
-        return len(self._encode([row])[0][0])
+        return len(self.encode_prompts([row])[0][0])
 
-    def _encode(self, features: Sequence[Row]) -> tuple[list[list[int]], dict[str, Any]]:
-        texts = [
-            self.processor.render(r["prompt"], add_generation_prompt=True, images=len(r["images"])) for r in features
-        ]
-        return self.processor.encode_prompts(texts, [r["images"] for r in features])
-
-    def __call__(self, features: Sequence[Row]) -> dict[str, Any]:
-        prompts, img_inputs = self._encode(features)
+    def __call__(self, features: Sequence[Row]) -> PPOBatch:
+        prompts, img_inputs = self.encode_prompts(features)
         return {
             "rows": list(features),
             "prompts": prompts,
@@ -458,7 +404,7 @@ class VLPPODataCollator(VLDataCollator):
             "img_path": self.image_files(features),
         }
 
-    def per_token(self, img_inputs: dict[str, Any]) -> dict[str, list[Any]]:
+    def per_token(self, img_inputs: ImageInputs) -> dict[str, list[Any]]:
         """The image inputs that have one entry per token."""
         return {k: v for k, v in img_inputs.items() if k in self.processor.per_token_keys}
 
@@ -476,10 +422,10 @@ class VLPPODataCollator(VLDataCollator):
 
     def pack(
         self, prompts: Sequence[list[int]], responses: Sequence[Sequence[list[int]]], per_token: dict[str, list[Any]]
-    ) -> dict[str, Any]:
+    ) -> ResponseBatch:
         """Lay out prompts with the token ids of their K responses as DPO's rows; `img_input_dict` holds per-token entries only.
 
-        Without a shared prefix every response gets a row of its own, the first response of all prompts first.
+        Without a shared prefix every response gets a separate row, the first response of all prompts first.
         """
         if not self.share_prefix:
             K, B = len(responses[0]), len(prompts)

@@ -1,22 +1,58 @@
 """Corrupted images v′ for losses that ask how much the image matters. One draw per row and step, shared by policy and reference.
 
 crop: a random 1-20 % of the area, resized back (mDPO, 2406.11839). diffusion: Gaussian noise of a diffusion step on the normalised pixels
-(VCD, 2311.16922; POVID, CHiP and TPO use its schedule). black: no picture at all. patch: half of a 16 x 16 grid greyed out.
+(VCD, 2311.16922; POVID, CHiP and TPO use its schedule). black: a black picture. patch: half of a 16 x 16 grid greyed out.
 swap: another row's image.
 All keep the image's size, so that v′ has as many image tokens as v.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from common.errors import InputError
+
 Corruption = Literal["crop", "diffusion", "black", "patch", "swap"]
 
 
-def corrupt_picture(picture: Image.Image, corruption: Corruption, rng: np.random.Generator) -> Image.Image:
-    """An RGB picture corrupted at the pixel level, in its own size; "diffusion" and "swap" are done elsewhere and leave it as it is."""
+def corrupt_pictures(
+    pictures: Sequence[Sequence[Image.Image]], corruption: Corruption | None, seeds: Sequence[int]
+) -> list[list[Image.Image]]:
+    """The RGB pictures of a batch's rows, corrupted, each as large as before.
+
+    Args:
+        pictures: nested per row.
+        corruption: "diffusion" changes pixel values, not pictures (see `diffuse`), and leaves them as they are, as None does.
+        seeds: one per row.
+
+    Raises:
+        InputError: "swap" in a batch of one row.
+    """
+    if corruption == "swap":
+        return swap_pictures(pictures)
+    draws = map(np.random.default_rng, seeds)
+    return [
+        [corrupt_picture(picture, corruption, draw) for picture in row]
+        for row, draw in zip(pictures, draws, strict=True)
+    ]
+
+
+def swap_pictures(pictures: Sequence[Sequence[Image.Image]]) -> list[list[Image.Image]]:
+    """Each row with the pictures of the next row that has some, resized to replace its pictures."""
+    if len(pictures) < 2:
+        raise InputError("--corruption swap takes another row's image: use batches of two rows or more.")
+    swapped = []
+    for b, row in enumerate(pictures):
+        others = next(filter(None, [*pictures[b + 1 :], *pictures[:b]]), row)
+        swapped.append([others[i % len(others)].resize(picture.size) for i, picture in enumerate(row)])
+    return swapped
+
+
+def corrupt_picture(picture: Image.Image, corruption: Corruption | None, rng: np.random.Generator) -> Image.Image:
+    """One RGB picture with "crop", "black" or "patch"; others leave it as it is."""
     width, height = picture.size
     if corruption == "crop":
         share = rng.uniform(0.01, 0.2)

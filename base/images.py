@@ -12,13 +12,14 @@ from PIL import ExifTags, Image, ImageOps
 from common.errors import InputError
 from data.images import FORMATS
 
-ImageSource = str | os.PathLike | bytes | dict[str, Any] | Image.Image
+ImageSource = str | os.PathLike[str] | bytes | dict[str, Any] | Image.Image
+ImageFile = str | io.BytesIO | Image.Image
 
 
-def image_file(image: ImageSource) -> str | io.BytesIO | Image.Image:
+def image_file(image: ImageSource) -> ImageFile:
     """What `PIL.Image.open` accepts for an image of a row (path, bytes or {"bytes", "path"}); a PIL image stays one."""
     if isinstance(image, dict):
-        image = image["bytes"] if image.get("bytes") is not None else image["path"]
+        return image_file(image["bytes"] if image.get("bytes") is not None else image["path"])
     if isinstance(image, bytes):
         return io.BytesIO(image)
     return image if isinstance(image, Image.Image) else os.fspath(image)
@@ -79,6 +80,6 @@ def refuse_images(
             ) from error
 
 
-def _unreadable(file: str | io.BytesIO | Image.Image, error: Exception) -> InputError:
+def _unreadable(file: ImageFile, error: Exception) -> InputError:
     name = file if isinstance(file, str) else "image bytes in the row"
     return InputError(f"Cannot read {name} as an image ({error}): replace the file or drop the row.")

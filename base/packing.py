@@ -18,9 +18,11 @@ from collections.abc import Sequence
 
 import torch
 
+from base.batch import PackedBatch
+
 
 def common_beginning(responses: Sequence[Sequence[int]]) -> int:
-    """Number of tokens with which all K >= 2 responses begin; every response keeps at least one token of its own. 0 for K = 1."""
+    """Number of tokens with which all K >= 2 responses begin; every response keeps at least one token that is not shared. 0 for K = 1."""
     if len(responses) < 2:
         return 0
     same = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*responses, strict=False))
@@ -32,7 +34,7 @@ def pack_rows(
     responses: Sequence[Sequence[Sequence[int]]],
     pad_token_id: int,
     shared: Sequence[int] | None = None,
-) -> dict[str, torch.Tensor]:
+) -> PackedBatch:
     """Lay out B prompts with their responses, padded on the right.
 
     Args:
@@ -41,12 +43,7 @@ def pack_rows(
         shared: for each row how many first tokens its responses have in common, to be laid out once; none by default.
 
     Returns:
-        input_ids, segment_ids: (B, L) long.
-        completion_index: (R, T) long, R = sum of K_b: flat position b * L + t whose hidden state predicts the token; 0 where padded.
-        completion_ids: (R, T) long, the tokens of each response; 0 where padded.
-        completion_mask: (R, T) bool, True on real tokens.
-        With shared tokens only: scored, scored_as (N,), for the N = completion_mask.sum() response tokens in their order: bool, True at the first
-        of equal ones; and which of the True ones each token is. A shared token needs to go through lm_head once.
+        The fields of base.batch.PackedBatch but `packed`; `scored` and `scored_as` with shared tokens only.
     """
     shared = shared if shared is not None else [0] * len(prompts)
     B, L = len(prompts), max(map(packed_length, prompts, responses, shared))
@@ -57,9 +54,7 @@ def pack_rows(
     index = torch.zeros((R, T), dtype=torch.long)
     ids = torch.zeros((R, T), dtype=torch.long)
     mask = torch.zeros((R, T), dtype=torch.bool)
-    scored: list[bool] = []
-    scored_as: list[int] = []
-    r = count = 0
+    r = 0
     for b, (prompt, row, S) in enumerate(zip(prompts, responses, shared, strict=True)):
         P = len(prompt)
         start = P + S
@@ -70,19 +65,13 @@ def pack_rows(
             own = n - S
             input_ids[b, start : start + own] = torch.as_tensor(response[S:])
             segment_ids[b, start : start + own] = segment
-            index[r, : S + 1] = b * L + torch.arange(P - 1, P + S)  # the shared tokens and the first of its own
+            index[r, : S + 1] = b * L + torch.arange(P - 1, P + S)  # the shared tokens and the first behind them
             index[r, S + 1 : n] = b * L + torch.arange(start, start + own - 1)
             ids[r, :n] = torch.as_tensor(response)
             mask[r, :n] = True
             start += own
             r += 1
-            if segment == 1:
-                first = count
-            fresh = n if segment == 1 else own
-            scored += [False] * (n - fresh) + [True] * fresh
-            scored_as += [*range(first, first + n - fresh), *range(count, count + fresh)]
-            count += fresh
-    packed = {
+    packed: PackedBatch = {
         "input_ids": input_ids,
         "segment_ids": segment_ids,
         "completion_index": index,
@@ -90,8 +79,26 @@ def pack_rows(
         "completion_mask": mask,
     }
     if any(shared):
-        packed |= {"scored": torch.tensor(scored), "scored_as": torch.tensor(scored_as)}
+        packed["scored"], packed["scored_as"] = _scored_once(responses, shared)
     return packed
+
+
+def _scored_once(
+    responses: Sequence[Sequence[Sequence[int]]], shared: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The fields `scored` and `scored_as` of PackedBatch: what responses share is scored with the first of their row."""
+    scored: list[bool] = []
+    scored_as: list[int] = []
+    count = 0
+    for row, S in zip(responses, shared, strict=True):
+        first = count
+        for k, response in enumerate(row):
+            again = S if k else 0
+            fresh = len(response) - again
+            scored += [False] * again + [True] * fresh
+            scored_as += [*range(first, first + again), *range(count, count + fresh)]
+            count += fresh
+    return torch.tensor(scored), torch.tensor(scored_as)
 
 
 def packed_length(prompt: Sequence[int], responses: Sequence[Sequence[int]], shared: int = 0) -> int:
@@ -108,7 +115,7 @@ def packed_mask(segment_ids: torch.Tensor) -> torch.Tensor:
     L = segment_ids.shape[1]
     causal = torch.ones((L, L), dtype=torch.bool, device=segment_ids.device).tril()
     mask = (causal & ((key == 0) | (key == query)))[:, None]
-    mask.packed_layout = Layout(segment_ids)
+    mask.packed_layout = Layout(segment_ids)  # type: ignore[attr-defined]  # a mask that a family derives from it has none
     return mask
 
 

@@ -1,6 +1,6 @@
 """What every model family inherits on the data side: text with images -> token ids, labels and the model's image inputs.
 
-The family's own transformers processor expands image placeholders and prepares pixels. Everything that training adds stands here and in
+The family's transformers processor expands image placeholders and prepares pixels. Everything that training adds stands here and in
 base/template.py: the chat template is cut at the assistant's turns, the pieces are tokenised once each, and labels are right by construction.
 """
 
@@ -119,8 +119,7 @@ class VLProcessor:
         images = images if images is not None else [[] for _ in convs]
         parts = [self.as_parts(conv, len(row)) for conv, row in zip(convs, images, strict=True)]
         skeletons, answers = zip(*map(self.template.split, parts), strict=True)
-        marker = self.template.unused_token(skeletons)
-        marker_id = self.tokenizer.convert_tokens_to_ids(marker)
+        marker, marker_id = self.template.unused_token(skeletons)
         prompts, img_inputs = self.encode_prompts([marker.join(pieces) for pieces in skeletons], images)
         filled = [self._fill_in(p, marker_id, a, train_on) for p, a in zip(prompts, answers, strict=True)]
         input_ids, labels, sources = map(list, zip(*filled, strict=True))
@@ -155,7 +154,7 @@ class VLProcessor:
         self,
         texts: Sequence[str] | None = None,
         convs: Sequence[Messages] | None = None,
-        images: Sequence[Sequence[ImageSource] | ImageSource] | None = None,
+        images: Sequence[list[ImageSource] | tuple[ImageSource, ...] | ImageSource] | None = None,
         train_on: str = "all",
     ) -> dict[str, torch.Tensor]:
         """Tensors for `model(**inputs)` or, in inference mode, `model.generate(**inputs)`.
@@ -174,28 +173,23 @@ class VLProcessor:
         """
         if (texts is None) == (convs is None):
             raise ValueError("Give either texts or convs.")
-        count = len(texts if texts is not None else convs)
-        rows = (
-            [i if isinstance(i, list | tuple) else [i] for i in images]
-            if images is not None
-            else [[] for _ in range(count)]
-        )
+        rows = [list(i) if isinstance(i, list | tuple) else [i] for i in images or [[]] * len(texts or convs or [])]
         labels = None
         if convs is not None and self.mode == "train":
             encoded = self.process_batch_conv(convs, rows, train_on)
             input_ids, labels, img_inputs = encoded["input_ids"], encoded["labels"], encoded["img_input_dict"]
-        else:
-            if convs is not None:
-                texts = [
-                    self.render(c, add_generation_prompt=c[-1]["role"] != "assistant", images=len(i))
-                    for c, i in zip(convs, rows, strict=True)
-                ]
-            else:
-                texts = [
-                    t if not i or self.is_multimodal_prompt_valid(t) else self.format_multimodal_prompt(t, i)
-                    for t, i in zip(texts, rows, strict=True)
-                ]
-            input_ids, img_inputs = self.encode_prompts(texts, rows)
+        elif convs is not None:
+            prompts = [
+                self.render(conv, add_generation_prompt=conv[-1]["role"] != "assistant", images=len(row))
+                for conv, row in zip(convs, rows, strict=True)
+            ]
+            input_ids, img_inputs = self.encode_prompts(prompts, rows)
+        elif texts is not None:
+            prompts = [
+                text if not row or self.is_multimodal_prompt_valid(text) else self.format_multimodal_prompt(text, row)
+                for text, row in zip(texts, rows, strict=True)
+            ]
+            input_ids, img_inputs = self.encode_prompts(prompts, rows)
         batch = {
             "input_ids": self.pad(input_ids, self.tokenizer.pad_token_id),
             "attention_mask": self.pad([[1] * len(i) for i in input_ids], 0),
@@ -271,7 +265,7 @@ class VLProcessor:
             self._lengths_only = False
 
     def call_native(self, texts: list[str], images: list[list[Image.Image]]) -> dict[str, Any]:
-        """Hook: the family's own processor on a right-padded batch; images are nested per row."""
+        """Hook: call the family's transformers processor on a right-padded batch; images are nested per row."""
         bos = self.tokenizer.bos_token
         return dict(
             self.processor(

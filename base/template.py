@@ -32,7 +32,7 @@ class ChatTemplate:
     def __init__(self, native: ProcessorMixin, tokenizer: PreTrainedTokenizerBase) -> None:
         """
         Args:
-            native: the checkpoint's own processor, which renders the template.
+            native: the checkpoint's transformers processor, which renders the template.
         """
         self._native, self._tokenizer = native, tokenizer
         self.image_token = str(getattr(native, "image_token", None) or IMAGE_MARK)  # InstructBLIP has an AddedToken
@@ -130,8 +130,8 @@ class ChatTemplate:
             pieces[n + 1] = after.removeprefix(self.answer_end) if self._writes_end else after
         return [*pieces[:-1], ""] if not pieces[-1].strip() else pieces, answers
 
-    def unused_token(self, skeletons: Sequence[Sequence[str]]) -> str:
-        """A special token that stands in none of the pieces of `split`: it marks where the answers go while the native processor runs.
+    def unused_token(self, skeletons: Sequence[Sequence[str]]) -> tuple[str, int]:
+        """A special token, and its id, that stands in none of the pieces of `split`: it marks where the answers go while the native processor runs.
 
         Raises:
             InputError: the texts hold every special token.
@@ -141,7 +141,7 @@ class ChatTemplate:
             usable = token.special and not (token.lstrip or token.rstrip) and token.content not in taken
             if usable and token_id != self._tokenizer.bos_token_id:
                 if not any(token.content in piece for pieces in skeletons for piece in pieces):
-                    return token.content
+                    return token.content, token_id
         raise InputError("A conversation holds every special token of the tokenizer as text: remove them from the row.")
 
     def encode_response(self, text: str) -> list[int]:

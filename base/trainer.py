@@ -28,6 +28,7 @@ from trl.trainer.utils import disable_dropout_in_model, use_adapter
 
 from args import DPOConfig, RMConfig, VLConfig
 from base.adapters import REFERENCE_ADAPTER
+from base.batch import Batch
 from base.calibration import draw_calibration
 from base.callbacks import RunningDelta, SetEpoch
 from base.checkpoints import SafeCheckpoints
@@ -56,8 +57,6 @@ from losses import (
     sample_mean,
     update_running_mean,
 )
-
-Batch = dict[str, Any]
 
 logger = logging.getLogger(__name__)
 

@@ -176,9 +176,15 @@ def _last_answer_off(row: dict) -> dict:
 
 def _load_part(args: DataArguments, kind: Kind, data_args: DataArguments) -> _Part:
     rows, _ = load_rows(args, kind)
-    pairs = (data_args.pairs, data_args.score_margin) if kind == "preference" else (None, None)
+    preference = kind == "preference"
     verdicts = verify(
-        rows, kind, image_root_of(args), args.allow_outside_image_root, *pairs, num_proc=args.dataset_num_proc
+        rows,
+        kind,
+        image_root_of(args),
+        args.allow_outside_image_root,
+        pairs=data_args.pairs if preference else None,
+        score_margin=data_args.score_margin if preference else None,
+        num_proc=args.dataset_num_proc,
     )
     refused = refused_rows(rows, verdicts, args.dataset_name)
     good = np.array([problem is None for problem in verdicts.problem], dtype=bool)
@@ -272,7 +278,7 @@ def _with_image_bytes(rows: Dataset) -> Dataset:
 
 
 def _wrap_paths(row: dict) -> dict:
-    out = {"images": [{"bytes": None, "path": path} for path in row["images"]]}
+    out: dict[str, object] = {"images": [{"bytes": None, "path": path} for path in row["images"]]}
     if row.get("image_rejected") is not None:
         out["image_rejected"] = {"bytes": None, "path": row["image_rejected"]}
     return out
@@ -294,7 +300,7 @@ def per_name(data_args: DataArguments, path_field: str) -> Iterator[DataArgument
 def _aligned(value: str | None, length: int, flag: str, repeat: bool = False) -> list[str | None]:
     if value is None:
         return [None] * length
-    values = [part.strip() or None for part in value.split(",")] if length > 1 else [value]
+    values: list[str | None] = [part.strip() or None for part in value.split(",")] if length > 1 else [value]
     if repeat and len(values) == 1:
         return values * length
     if len(values) != length:

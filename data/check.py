@@ -71,13 +71,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     sections, refused, bad = [], [], 0
     for args in per_name(data_args, "data_path"):
         rows, kind = load_rows(args, check_args.kind)
-        pairs = (data_args.pairs, data_args.score_margin) if kind == "preference" else (None, None)
+        preference = kind == "preference"
         verdicts = verify(
             rows,
             kind,
             image_root_of(args),
             args.allow_outside_image_root,
-            *pairs,
+            pairs=data_args.pairs if preference else None,
+            score_margin=data_args.score_margin if preference else None,
             num_proc=args.dataset_num_proc,
             decode=check_args.decode_images,
         )
@@ -295,21 +296,22 @@ def _tokens(processor: VLProcessor, ids: Sequence[int], trained: Sequence[bool] 
     special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
     trained = trained or [False] * len(ids)
     out = []
-    for (is_special, is_trained, same), run_ids in itertools.groupby(
+    for (is_special, is_trained, _), run_ids in itertools.groupby(
         zip(ids, trained, strict=True), key=lambda t: (t[0] in special, t[1], t[0] if t[0] in special else None)
     ):
         tokens = [token for token, _ in run_ids]
         if is_special:
             times = f" × {len(tokens):,}" if len(tokens) > 1 else ""
-            text = f"<span class=special>{html.escape(tokenizer.convert_ids_to_tokens(same))}{times}</span>"
+            text = f"<span class=special>{html.escape(tokenizer.convert_ids_to_tokens(tokens)[0])}{times}</span>"
         else:
-            text = html.escape(tokenizer.decode(tokens, skip_special_tokens=False))
+            text = html.escape(str(tokenizer.decode(tokens, skip_special_tokens=False)))
         out.append(f"<span class=trained>{text}</span>" if is_trained else text)
     return "".join(out)
 
 
 def _of_images(processor: VLProcessor, ids: Sequence[int]) -> str:
-    count = list(ids).count(processor.tokenizer.convert_tokens_to_ids(processor.image_token))
+    image_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    count = sum(token == image_id for token in ids)
     return f", {count:,} of them for images" if count else ""
 
 

@@ -12,7 +12,7 @@ import os
 import stat
 import warnings
 from collections.abc import Mapping
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from PIL import Image
 
@@ -24,7 +24,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF
 _ENDS = 4096  # bytes read at each end of a file
 
 
-def check_image(image: object, image_root: str, allow_outside: bool, decode: bool = False) -> bytes:
+def check_image(image: str | Mapping[str, Any], image_root: str, allow_outside: bool, decode: bool = False) -> bytes:
     """Signature of an image (path or {"bytes", "path"}) that is whole as far as its header and end tell.
 
     Equal files have equal signatures whatever their names; different files with equal size, start and end share one, too.

@@ -1,7 +1,7 @@
 """Length limits: responses may be shortened at their end; prompts are never cut, so an image token is never lost.
 
 The functions see token counts and ids only, so that they hold for every family: what a prompt is (text and image
-tokens) is the processor's business. A limit that is None does not limit.
+tokens) is up to the processor. A limit that is None does not limit.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,9 @@ class LengthLimits:
         for name in ("max_length", "max_prompt_length", "max_target_length"):
             limit = getattr(self, name)
             if limit is not None and limit < 1:
-                raise InputError(f"--{name} is a number of tokens above 0, not {limit}: leave it out for no limit.")
+                raise InputError(
+                    f"--{name} must be a number of tokens above 0, not {limit}: leave it out for no limit."
+                )
         if (
             self.max_length is not None
             and self.max_prompt_length is not None

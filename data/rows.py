@@ -48,7 +48,7 @@ _KIND_FEATURES: dict[str, dict] = {
     "prompt": {"prompt": _MESSAGES, "reference": Value("string")},
 }
 # What tells a kind from the others, and what may be missing.
-REQUIRED: dict[str, tuple[str, ...]] = {
+REQUIRED: dict[Kind, tuple[str, ...]] = {
     "conversation": ("messages",),
     "preference": ("prompt", "responses", "ranks"),
     "prompt": ("prompt",),

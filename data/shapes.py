@@ -398,7 +398,7 @@ def save_initial_model(directory: Path, seed: int) -> None:
         image_token_index=tokenizer.image_token_id,
         image_seq_length=(SIZE // CELL) ** 2,
         vision_feature_layer=-1,  # LLaVA-1.5 takes the last layer but one; of two layers, both are needed
-        initializer_range=spread,
+        initializer_range=spread,  # type: ignore[call-arg]  # a config keeps every keyword
     )
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)

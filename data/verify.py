@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset, Features, Value
@@ -49,7 +49,7 @@ def verify(
     """
     image_bytes = not isinstance(rows.features["images"].feature, Value)
     batch_size = 100 if image_bytes else 1000
-    kwargs = {
+    kwargs: dict[str, Any] = {
         "kind": kind,
         "image_root": image_root,
         "allow_outside": allow_outside,

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 ENTRY_POINTS = {"data.check", "scripts.generate", "merge_lora", "train_sft", "train_dpo", "train_rm", "train_ppo"}
 # Modules of base by layer; a layer does not import from those above.
 BASE = [
-    {"collator", "corruption", "image_tokens", "images", "packing", "processor", "template"},
+    {"batch", "collator", "corruption", "image_tokens", "images", "packing", "processor", "template", "views"},
     {"adapters", "fast_lora", "features", "heads", "loading", "logps", "model", "packed_attention", "reward", "value"},
     {"calibration", "callbacks", "checkpoints", "ppo_trainer", "reference_cache", "resume", "rewards", "rollout", "samples", "trainer"},
 ]  # fmt: skip

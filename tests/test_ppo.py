@@ -262,7 +262,7 @@ def to_alone(trainer, r):
 
     def build(i: int, answer: list[int]):
         row = r.rows[r.prompt_of[i]]
-        prompts, img_inputs = collator._encode([row])
+        prompts, img_inputs = collator.encode_prompts([row])
         source = [[*range(len(prompts[0])), *[-1] * len(answer)]]
         inputs = processor.pad_img_inputs(processor.follow_tokens(img_inputs, source))
         ids = torch.tensor([prompts[0] + answer])

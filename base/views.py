@@ -1,0 +1,108 @@
+"""Further rows that losses ask for (losses.NEEDS): responses of the batch on other images, without images, or a second time.
+
+Functions from rows to rows. The collator encodes a view's rows behind the rows of the batch, for the same forward pass.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from base.corruption import Corruption, corrupt_pictures
+from base.images import load_image
+
+Row = dict[str, Any]
+Pairs = Sequence[tuple[int, int]]  # (better, worse) response indices of a row
+
+
+@dataclass(frozen=True)
+class View:
+    """One further row for each row of the batch, with some of its responses: `repeated` has their indices 0..K-1."""
+
+    rows: Sequence[Row] = ()
+    repeated: Sequence[Sequence[int]] = ()
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], images: Sequence[Sequence[Any]], repeated: Sequence[Sequence[int]]) -> "View":
+        """The rows with other images and the responses `repeated` only."""
+        further = [
+            row | {"images": list(others), "responses": [row["responses"][k] for k in responses]}
+            for row, others, responses in zip(rows, images, repeated, strict=True)
+        ]
+        return cls(further, repeated)
+
+    def __len__(self) -> int:
+        """Responses of all rows of the view."""
+        return sum(map(len, self.repeated))
+
+
+def better_responses(pairs: Pairs) -> list[int]:
+    """The responses of a row that are chosen in a pair; the first one for a row without pairs, so that its view has one."""
+    return sorted({better for better, _ in pairs} or {0})
+
+
+def paired_responses(pairs: Pairs) -> list[int]:
+    """The responses of a row that are in a pair; the first one for a row without pairs."""
+    return sorted({k for pair in pairs for k in pair} or {0})
+
+
+def corrupted_view(
+    rows: Sequence[Row], repeated: Sequence[Sequence[int]], corruption: Corruption | None, seeds: Sequence[int]
+) -> View:
+    """The rows with corrupted images: v' in place of v.
+
+    Raises:
+        InputError: an image cannot be read, or there is no other row to swap images with.
+    """
+    pictures = [[load_image(image) for image in row["images"]] for row in rows]
+    return View.of(rows, corrupt_pictures(pictures, corruption, seeds), repeated)
+
+
+def image_rejected_view(rows: Sequence[Row], repeated: Sequence[Sequence[int]]) -> View:
+    """The rows with their column `image_rejected` in place of the first image."""
+    return View.of(rows, [[row["image_rejected"], *row["images"][1:]] for row in rows], repeated)
+
+
+def without_images(row: Row, remove_image_placeholder: Callable[[str], str]) -> Row:
+    """The row as a text-only one."""
+    prompt = []
+    for message in row["prompt"]:
+        content = message["content"]
+        if isinstance(content, str):
+            content = remove_image_placeholder(content).strip("\n")
+        else:
+            content = [part for part in content if part["type"] != "image"]
+        prompt.append({"role": message["role"], "content": content})
+    return row | {"images": [], "prompt": prompt}
+
+
+def with_copies(row: Row, responses: Sequence[int]) -> Row:
+    """The row with some of its responses a second time, at its end."""
+    return row | {"responses": [*row["responses"], *(row["responses"][k] for k in responses)]}
+
+
+class Places:
+    """Where responses stand among all R of a batch: those of the rows come first, row after row."""
+
+    def __init__(self, rows: Sequence[Row], num_responses: int) -> None:
+        self.num_responses = num_responses
+        counts = [len(row["responses"]) for row in rows]
+        self.starts = [0, *accumulate(counts)]  # of each row's first response; the last one is of what follows the rows
+
+    @property
+    def end(self) -> int:
+        """Place of the first response behind those of the rows."""
+        return self.starts[-1]
+
+    def of(self, responses: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Places (n,) long of n responses, given as indices 0..K-1 for each row."""
+        places = [start + k for start, row in zip(self.starts, responses, strict=False) for k in row]
+        return torch.tensor(places, dtype=torch.long)
+
+    def repeats(self, responses: Sequence[Sequence[int]], copies: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """For each response of the batch the place of its copy, -1 where it has none: (R,) long."""
+        index = torch.full((self.num_responses,), -1)
+        index[self.of(responses)] = torch.as_tensor(copies)
+        return index
