@@ -1,7 +1,8 @@
 """What collators hand to trainers: the fields of every kind of batch, with their shapes.
 
-A batch is a plain dict, so that a family's collator can replace a field: `padded_batch["img_input_dict"] = dict(pixel_values=...)`. The classes
-below say which keys it has and what they hold; `total=False`, because some fields are there only when a loss or the data asks for them.
+A batch is a plain dict, so that a family's collator can replace a field:
+`padded_batch["img_input_dict"] = dict(pixel_values=...)`. The classes below say which keys it has and what they hold;
+`total=False`, because some fields are there only when a loss or the data asks for them.
 
     B rows of at most L tokens      R responses of at most T tokens      M pairs      N tokens that are scored
 """
@@ -84,7 +85,7 @@ class RMBatch(DPOBatch, total=False):
 
 
 class PPOBatch(ImageBatch, total=False):
-    """Prompts, not padded: responses do not exist yet. Entries of `img_input_dict` per token are one list per prompt."""
+    """Prompts, not padded: there are no responses yet. Entries of `img_input_dict` per token are a list per prompt."""
 
     rows: list[dict[str, Any]]  # (B,), the rows of the data set
     prompts: list[list[int]]  # (B,) token ids, image tokens included

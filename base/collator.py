@@ -1,11 +1,12 @@
-"""Rows -> batches. Images are decoded and tokenised here, that is, in data-loader workers.
+"""Rows -> batches, whose fields stand in base/batch.py. Images are decoded here, that is, in data-loader workers.
 
 A family overrides a collator only where its image inputs need more than its processor gives:
 
     class LlavaDPODataCollatorWithPadding(VLDPODataCollatorWithPadding):
         def __call__(self, features):
             padded_batch = super().__call__(features)
-            padded_batch["img_input_dict"] = dict(pixel_values=...)  # from padded_batch["img_path"], one image after the other
+            # from padded_batch["img_path"], one image after the other
+            padded_batch["img_input_dict"] = dict(pixel_values=...)
             return padded_batch
 """
 
@@ -50,7 +51,7 @@ class VLDataCollator:
         """Leave out the rows whose prompt does not fit the limits (or raise, with --overlong error), and count.
 
         Returns:
-            The rows that stay, and the counts of `LengthCounts` for the log and run.json. Without limits nothing is read.
+            The rows that stay, and the counts of `LengthCounts` for log and run.json. Without limits no row is read.
         """
         if dataset is None or self.limits == LengthLimits(overlong=self.limits.overlong):
             return dataset, {}
@@ -76,7 +77,7 @@ class VLDataCollator:
         raise NotImplementedError
 
     def with_lengths(self, dataset: Dataset, column: str, num_proc: int | None = None) -> Dataset:
-        """Add the tokens that each row takes in a batch, image tokens included, for `--train_sampling_strategy group_by_length`."""
+        """Add the number of tokens that each row takes in a batch, for `--train_sampling_strategy group_by_length`."""
 
         def count(row: Row) -> dict[str, int]:
             with self.processor.lengths_only():
@@ -111,7 +112,7 @@ class VLDataCollator:
 
 
 class VLSFTDataCollatorWithPadding(VLDataCollator):
-    """Conversations -> input_ids, attention_mask, labels (B, L); completion_index, completion_ids (N,) of the trained tokens; images."""
+    """Conversations -> token ids, labels and images: `base.batch.SFTBatch`."""
 
     def __init__(self, processor: VLProcessor, limits: LengthLimits | None = None, train_on: str = "all") -> None:
         super().__init__(processor, limits)
@@ -170,10 +171,11 @@ class VLSFTDataCollatorWithPadding(VLDataCollator):
 
 
 class VLDPODataCollatorWithPadding(VLDataCollator):
-    """Prompts with K ranked responses each -> the packed rows of base/packing.py, their pairs, and images: `base.batch.DPOBatch`.
+    """Prompts with K ranked responses each -> packed rows, their pairs and images: `base.batch.DPOBatch`.
 
-    What a loss needs beyond that (losses.NEEDS) is added to the same rows, or as further rows of the same forward pass (base/views.py), each with
-    one image pass. `text_only` and `probe` are batches by themselves, for passes without gradient.
+    What a loss needs beyond that (losses.NEEDS) is added to the same rows, or as further rows of the same forward pass
+    (base/views.py), whose images go through the vision tower as well. `text_only` and `probe` are separate batches, for
+    passes without gradient.
     """
 
     def __init__(
@@ -191,7 +193,9 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
         """
         Args:
             needs: keys of losses.NEEDS that the batch provides for.
-            corruption: how v' is made; `diffusion_step` of 1000 is how noisy. With `seed`, the epoch and the row it gives the draw.
+            share_prefix: whether the responses of a prompt share one row.
+            corruption: how v' is made; the draw depends on `seed`, epoch and row.
+            diffusion_step: how noisy v' is with corruption "diffusion", of 1000.
         """
         super().__init__(processor, limits)
         self.share_prefix = share_prefix
@@ -264,7 +268,7 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
             reference[mask & (row_of == b)[:, None]] = torch.tensor(row["reference_logps"])
         return reference
 
-    # -- what some losses need beyond the pairs (base/views.py) -------------------------------------------------------------
+    # -- what some losses need beyond the pairs (base/views.py) --------------------------------------------------------
 
     def _check_columns(self, features: Sequence[Row]) -> None:
         for column in ("severity", "margin", "image_rejected"):
@@ -274,7 +278,7 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
                     raise InputError(f"{where} has no {column}, which the loss reads: add it to the row.")
 
     def _with_negatives(self, features: Sequence[Row], better: Sequence[Sequence[int]]) -> Sequence[Row]:
-        """The rows with a copy of each chosen response at their end, which the trainer replaces by the policy's tokens."""
+        """The rows with copies of the chosen responses at their end; the trainer puts the policy's tokens there."""
         if "policy_negative" not in self.needs:
             return features
         return [views.with_copies(row, responses) for row, responses in zip(features, better, strict=True)]
@@ -328,7 +332,7 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
                 flags[side, m, : len(changed)] = torch.tensor(changed)
         return flags[0], flags[1]
 
-    # -----------------------------------------------------------------------------------------------------------------------
+    # -- rows ----------------------------------------------------------------------------------------------------------
 
     def fit(self, row: Row, counts: LengthCounts, where: str) -> bool:
         return self._fit(self.encode_prompts([row])[0][0], row, counts, where) is not None
@@ -371,18 +375,14 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
 
 
 class VLRMDataCollatorWithPadding(VLDPODataCollatorWithPadding):
-    """The same batch, because a reward model ranks the responses that DPO pairs; and `source`, the data set of every row."""
+    """DPO's batch, because a reward model ranks the responses that DPO pairs, with `source`: `base.batch.RMBatch`."""
 
     def __call__(self, features: Sequence[Row]) -> RMBatch:
         return RMBatch(**super().__call__(features), source=[row.get("source") for row in features])
 
 
 class VLPPODataCollator(VLDataCollator):
-    """Prompts -> token ids and images. Responses do not exist yet: the trainer samples them and calls `pack`.
-
-    The batch: rows (the dataset's rows), prompts (their token ids), img_path, img_input_dict (per-token entries still one list per
-    prompt).
-    """
+    """Prompts -> token ids and images: `base.batch.PPOBatch`. The trainer samples responses and calls `pack`."""
 
     def __init__(self, processor: VLProcessor, limits: LengthLimits | None = None, share_prefix: bool = True) -> None:
         super().__init__(processor, limits)
@@ -423,7 +423,9 @@ class VLPPODataCollator(VLDataCollator):
     def pack(
         self, prompts: Sequence[list[int]], responses: Sequence[Sequence[list[int]]], per_token: dict[str, list[Any]]
     ) -> ResponseBatch:
-        """Lay out prompts with the token ids of their K responses as DPO's rows; `img_input_dict` holds per-token entries only.
+        """Lay out prompts with the token ids of their K responses as DPO's rows.
+
+        The batch has no `rows` and no `img_path`, and its `img_input_dict` holds per-token entries only.
 
         Without a shared prefix every response gets a separate row, the first response of all prompts first.
         """

@@ -1,9 +1,12 @@
-"""Corrupted images v′ for losses that ask how much the image matters. One draw per row and step, shared by policy and reference.
+"""Corrupted images v′ for losses that ask how much the image matters.
 
-crop: a random 1-20 % of the area, resized back (mDPO, 2406.11839). diffusion: Gaussian noise of a diffusion step on the normalised pixels
-(VCD, 2311.16922; POVID, CHiP and TPO use its schedule). black: a black picture. patch: half of a 16 x 16 grid greyed out.
-swap: another row's image.
-All keep the image's size, so that v′ has as many image tokens as v.
+crop: a random 1-20 % of the area, resized back (mDPO, 2406.11839).
+diffusion: Gaussian noise of a diffusion step on the normalised pixels (VCD, 2311.16922; POVID, CHiP and TPO use its
+schedule).
+black: a black picture. patch: half of a 16 x 16 grid greyed out. swap: another row's image.
+
+There is one draw per row and step, shared by policy and reference. All keep the image's size, so that v′ has as many
+image tokens as v.
 """
 
 from collections.abc import Sequence
@@ -25,7 +28,7 @@ def corrupt_pictures(
 
     Args:
         pictures: nested per row.
-        corruption: "diffusion" changes pixel values, not pictures (see `diffuse`), and leaves them as they are, as None does.
+        corruption: "diffusion" and None leave the pictures as they are; noise is added to pixel values, by `diffuse`.
         seeds: one per row.
 
     Raises:

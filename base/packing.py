@@ -6,10 +6,12 @@
     positions    prompt 0..P-1; every response restarts at P
     log-prob     a response's first token is predicted at the prompt's last position, the others at the position before
 
-A VLM's prompt is long (576 to 3,000 image tokens) and its responses short, so the prompt is computed once per row instead of once per response.
+A VLM's prompt is long (576 to 3,000 image tokens) and its responses short, so the prompt is computed once per row
+instead of once per response.
 A row with one response is an ordinary causal row: the plain layout is this layout with K = 1.
 
-Segment 0 is what all responses of the row share: the prompt and, where they begin alike (RLHF-V's edited answers), their common beginning too.
+Segment 0 is what all responses of the row share: the prompt and, where they begin alike (RLHF-V's edited answers),
+their common beginning too.
 Its tokens then belong to every response, at one and the same position.
 """
 
@@ -22,7 +24,10 @@ from base.batch import PackedBatch
 
 
 def common_beginning(responses: Sequence[Sequence[int]]) -> int:
-    """Number of tokens with which all K >= 2 responses begin; every response keeps at least one token that is not shared. 0 for K = 1."""
+    """Number of tokens with which all K >= 2 responses begin; 0 for K = 1.
+
+    Every response keeps at least one token that is not shared.
+    """
     if len(responses) < 2:
         return 0
     same = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*responses, strict=False))
@@ -86,7 +91,7 @@ def pack_rows(
 def _scored_once(
     responses: Sequence[Sequence[Sequence[int]]], shared: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The fields `scored` and `scored_as` of PackedBatch: what responses share is scored with the first of their row."""
+    """`scored` and `scored_as` of PackedBatch: what responses share is scored with the first of their row."""
     scored: list[bool] = []
     scored_as: list[int] = []
     count = 0
@@ -115,12 +120,13 @@ def packed_mask(segment_ids: torch.Tensor) -> torch.Tensor:
     L = segment_ids.shape[1]
     causal = torch.ones((L, L), dtype=torch.bool, device=segment_ids.device).tril()
     mask = (causal & ((key == 0) | (key == query)))[:, None]
-    mask.packed_layout = Layout(segment_ids)  # type: ignore[attr-defined]  # a mask that a family derives from it has none
+    # A mask that a family derives from this one has no layout.
+    mask.packed_layout = Layout(segment_ids)  # type: ignore[attr-defined]
     return mask
 
 
 class Layout:
-    """The segments of packed rows as attention by segments needs them (base/packed_attention.py); carried by their mask."""
+    """The segments of packed rows as base/packed_attention.py needs them; an attribute of their mask."""
 
     def __init__(self, segment_ids: torch.Tensor) -> None:
         """
@@ -143,7 +149,7 @@ class Layout:
 
 
 def same_span(inside: torch.Tensor) -> torch.Tensor:
-    """Pairs of tokens that stand in one unbroken run of `inside`, an image for example: (B, L) bool -> (B, 1, L, L) bool."""
+    """Pairs of tokens in one unbroken run of `inside`, an image for example: (B, L) bool -> (B, 1, L, L) bool."""
     first = inside & ~torch.nn.functional.pad(inside, (1, -1))
     number = first.cumsum(dim=1) * inside  # (B, L): 1, 2, ... in the runs, 0 between them
     return (inside[:, :, None] & (number[:, :, None] == number[:, None, :]))[:, None]
@@ -159,7 +165,7 @@ def offset_in_segment(segment_ids: torch.Tensor) -> torch.Tensor:
 
 
 def packed_positions(segment_ids: torch.Tensor) -> torch.Tensor:
-    """Positions of a packed row: segment 0 counts from 0, every response goes on from its length. (B, L) -> (B, L) long."""
+    """Positions of a packed row: segment 0 counts from 0, every response from its length. (B, L) -> (B, L) long."""
     shared_length = (segment_ids == 0).sum(dim=1, keepdim=True)  # (B, 1)
     return offset_in_segment(segment_ids) + torch.where(segment_ids == 0, 0, shared_length)
 

@@ -1,7 +1,8 @@
-"""What every model family inherits on the data side: text with images -> token ids, labels and the model's image inputs.
+"""What every model family inherits on the data side: text with images -> token ids, labels and image inputs.
 
-The family's transformers processor expands image placeholders and prepares pixels. Everything that training adds stands here and in
-base/template.py: the chat template is cut at the assistant's turns, the pieces are tokenised once each, and labels are right by construction.
+The family's transformers processor expands image placeholders and prepares pixels. Everything that training adds stands
+here and in base/template.py: the chat template is cut at the assistant's turns, the pieces are tokenised once each, and
+labels are right by construction.
 """
 
 import os
@@ -23,11 +24,15 @@ IGNORE_INDEX = -100
 
 
 class VLProcessor:
-    """Tokeniser, chat template and image processor of one checkpoint, in training (right-padded) or inference (left-padded) mode."""
+    """Tokeniser, chat template and image processor of one checkpoint.
+
+    It is in training mode, which pads on the right, or in inference mode, which pads on the left.
+    """
 
     # The template for checkpoints that ship none. Families set it.
     default_chat_template: ClassVar[str | None] = None
-    # Outputs of the native processor with one entry per token, and what a response's tokens get (None: the token before's).
+    # Outputs of the native processor with one entry per token, and what a response's tokens get
+    # (None: the value of the token before).
     per_token_keys: ClassVar[dict[str, int | None]] = {"token_type_ids": 0, "mm_token_type_ids": 0}
 
     def __init__(self, model_name_or_path: str, **kwargs: Any) -> None:
@@ -113,8 +118,8 @@ class VLProcessor:
             train_on: the labels cover "all" assistant turns or the "last" one.
 
         Returns:
-            input_ids and labels: lists of token-id lists, labels -100 everywhere but on the assistant's text and its end token;
-            img_input_dict: the model's image inputs for the batch, per-token entries still as lists.
+            input_ids and labels: lists of token-id lists, labels -100 everywhere but on the assistant's text and its
+            end token; img_input_dict: the model's image inputs for the batch, per-token entries still as lists.
         """
         images = images if images is not None else [[] for _ in convs]
         parts = [self.as_parts(conv, len(row)) for conv, row in zip(convs, images, strict=True)]
@@ -161,12 +166,13 @@ class VLProcessor:
 
         Args:
             texts: rendered prompts; a prompt that has images but no placeholder gets its placeholders in front.
-            convs: conversations instead of texts. In training mode the result has labels; in inference mode a conversation that ends with a
-                user turn is followed by the generation prompt.
+            convs: conversations instead of texts. In training mode the result has labels; in inference mode a
+                conversation that ends with a user turn is followed by the generation prompt.
             images: per text or conversation a list of paths, bytes or PIL images (or a single one).
 
         Returns:
-            input_ids, attention_mask (B, L), labels (B, L) in training mode on conversations, and the family's image inputs.
+            input_ids, attention_mask (B, L), labels (B, L) in training mode on conversations, and the family's image
+            inputs.
 
         Raises:
             InputError: image placeholders and images differ in number.
@@ -198,7 +204,7 @@ class VLProcessor:
             batch["labels"] = self.pad(labels, IGNORE_INDEX)
         return {**batch, **self.pad_img_inputs(img_inputs)}
 
-    # -- text -----------------------------------------------------------------------------------------------------------
+    # -- text ----------------------------------------------------------------------------------------------------------
 
     def render(self, messages: Messages, add_generation_prompt: bool = False, images: int | None = None) -> str:
         """The chat template's text for `messages`, image placeholders not yet expanded.
@@ -283,7 +289,7 @@ class VLProcessor:
         """Number of images that a rendered prompt stands for."""
         return text.count(self.image_token)
 
-    # -- batches --------------------------------------------------------------------------------------------------------
+    # -- batches -------------------------------------------------------------------------------------------------------
 
     def follow_tokens(self, img_inputs: dict[str, Any], sources: Sequence[Sequence[int]]) -> dict[str, Any]:
         """Make per-token image inputs follow a new token order.
@@ -308,12 +314,15 @@ class VLProcessor:
         return {k: self.pad(v, 0) if k in self.per_token_keys else v for k, v in img_inputs.items()}
 
     def dummy_images(self) -> dict[str, torch.Tensor]:
-        """Image inputs of one grey picture, for ranks whose rows have none: they run the vision tower all the same, or the others wait."""
+        """Image inputs of one grey picture, for ranks whose rows have none.
+
+        They run the vision tower all the same, because the other ranks wait for it.
+        """
         text = self.render([{"role": "user", "content": f"{IMAGE_MARK}\n."}], add_generation_prompt=True, images=1)
         return self.pad_img_inputs(self.encode_prompts([text], [[Image.new("RGB", (64, 64), "grey")]])[1])
 
     def pad(self, rows: Sequence[Sequence[Any]], value: Any) -> torch.Tensor:
-        """Pad B lists (of numbers, or of equal-shaped lists) to one (B, L, ...) tensor on the tokenizer's padding side."""
+        """Pad B lists (of numbers, or of equal-shaped lists) to a (B, L, ...) tensor, on the side of the mode."""
         tensors = [torch.as_tensor(row) for row in rows]
         return torch.nn.utils.rnn.pad_sequence(
             tensors, batch_first=True, padding_value=value, padding_side=self.tokenizer.padding_side

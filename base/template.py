@@ -1,7 +1,7 @@
 """A checkpoint's chat template: what it writes for an image, before an answer and after it, found out by rendering it.
 
-Conversations are cut at the assistant's turns, so that the template's text and the answers are tokenised once each and labels cover the answers
-exactly.
+Conversations are cut at the assistant's turns, so that the template's text and the answers are tokenised once each and
+labels cover the answers exactly.
 """
 
 import re
@@ -24,8 +24,9 @@ class ChatTemplate:
     """The chat template of one checkpoint.
 
     Attributes:
-        image_token: what the native processor replaces by an image's tokens; it stands once per image in a rendered text.
-        image_placeholder: all that the template writes for one image, `<|vision_start|><|image_pad|><|vision_end|>` for example.
+        image_token: what the native processor replaces by an image's tokens, once per image in a rendered text.
+        image_placeholder: all that the template writes for one image, `<|vision_start|><|image_pad|><|vision_end|>`
+            for example.
         answer_end: the token, or tokens, behind an answer.
     """
 
@@ -41,21 +42,22 @@ class ChatTemplate:
         plain, prompt = self.render([user]), self.render([user], add_generation_prompt=True)
         before, after = self.render([user, answer]).split(_ANSWER)
         self.image_placeholder = self._read_image_placeholder(plain)
-        # What a generation prompt leaves for the model to write before its answer, an empty block of thoughts for example.
+        # What a generation prompt leaves to the model to write first: an empty block of thoughts, for example.
         self._answer_lead = before[len(prompt) :] if before.startswith(prompt) else ""
-        # What stands between a user turn and an answer, in a rendered conversation and in a generation prompt: some templates differ.
+        # What stands between a user turn and an answer, in a rendered conversation and in a generation prompt: in some
+        # templates it is not the same.
         self._headers = (before.removeprefix(plain), prompt.removeprefix(plain))
 
         added = "|".join(map(re.escape, sorted(tokenizer.get_added_vocab(), key=len, reverse=True)))
         end = re.match(rf"\s*((?:{added})+)", after)  # Cohere's turns end in two
-        # A template without an end token (LLaVA-1.5) gets the EOS token, which replaces the white space that it writes there.
+        # A template without an end token (LLaVA-1.5) gets the EOS token in place of the white space at the end.
         self._writes_end = end is not None
         self._answer_tail = "" if end else after  # LLaVA-NeXT's template misprints its end token
         self.answer_end: str = end.group(1) if end else tokenizer.eos_token
         self._answer_end_ids = tokenizer.convert_tokens_to_ids(re.findall(added, self.answer_end))
 
-        # Tokenizers with a dummy prefix (SentencePiece) read the start of a text as the start of a word: tokenise answers behind the end of
-        # the generation prompt, as the model sees them. Others split the same way without it.
+        # Tokenizers with a dummy prefix (SentencePiece) read the start of a text as the start of a word: tokenise
+        # answers behind the end of the generation prompt, as the model sees them. Others split the same way without it.
         dummy_prefix = tokenizer.tokenize("a")[:1] in (["▁a"], ["▁"])
         self._anchor = prompt.rstrip()[-1:] if dummy_prefix and prompt.rstrip()[-1:] not in (">", "") else ""
         self._anchor_ids = tokenizer(self._anchor, add_special_tokens=False).input_ids if self._anchor else []
@@ -122,7 +124,7 @@ class ChatTemplate:
             masked.append(message)
         pieces = self.render(masked).split(_ANSWER)
         for n in range(len(answers)):
-            # Earlier answers have another header in some templates: without the block of thoughts, for example. It stays.
+            # Earlier answers have another header in some templates (without the block of thoughts): it stays.
             if pieces[n].endswith(self._headers[0]):
                 pieces[n] = pieces[n].removesuffix(self._headers[0]) + self._headers[1]
                 answers[n] = self._answer_lead + answers[n]
@@ -131,7 +133,9 @@ class ChatTemplate:
         return [*pieces[:-1], ""] if not pieces[-1].strip() else pieces, answers
 
     def unused_token(self, skeletons: Sequence[Sequence[str]]) -> tuple[str, int]:
-        """A special token, and its id, that stands in none of the pieces of `split`: it marks where the answers go while the native processor runs.
+        """A special token, and its id, that stands in none of the pieces of `split`.
+
+        It marks where the answers go while the native processor runs.
 
         Raises:
             InputError: the texts hold every special token.
@@ -145,7 +149,10 @@ class ChatTemplate:
         raise InputError("A conversation holds every special token of the tokenizer as text: remove them from the row.")
 
     def encode_response(self, text: str) -> list[int]:
-        """Token ids of an answer behind a generation prompt: what the template lets the model write first, the text, the end token."""
+        """Token ids of an answer behind a generation prompt, end token included.
+
+        The text follows what the template lets the model write first, such as an empty block of thoughts.
+        """
         return self.encode_answer(self._answer_lead + text)
 
     def encode_answer(self, text: str) -> list[int]:

@@ -1,6 +1,7 @@
-"""Further rows that losses ask for (losses.NEEDS): responses of the batch on other images, without images, or a second time.
+"""Further rows that losses ask for (losses.NEEDS): responses on other images, without images, or a second time.
 
-Functions from rows to rows. The collator encodes a view's rows behind the rows of the batch, for the same forward pass.
+These are functions from rows to rows. The collator encodes a view's rows behind the rows of the batch,
+for the same forward pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +40,7 @@ class View:
 
 
 def better_responses(pairs: Pairs) -> list[int]:
-    """The responses of a row that are chosen in a pair; the first one for a row without pairs, so that its view has one."""
+    """The responses of a row that are chosen in a pair; the first one for a row without pairs, for its view."""
     return sorted({better for better, _ in pairs} or {0})
 
 

@@ -14,7 +14,7 @@ from common.errors import InputError
 
 @dataclass(frozen=True)
 class LengthLimits:
-    """`--max_length` (prompt + one response), `--max_prompt_length` and `--max_target_length`, in tokens; `--overlong`."""
+    """`--max_length` (prompt + one response), `--max_prompt_length`, `--max_target_length` in tokens; `--overlong`."""
 
     max_length: int | None = None
     max_prompt_length: int | None = None
@@ -64,7 +64,7 @@ class LengthCounts:
 
 @dataclass(frozen=True)
 class Fit:
-    """`responses` within the limits, or None, the `reason` why the row cannot be used, and the `kind` that counts it."""
+    """`responses` within the limits; or None, the `reason` why the row cannot be used, and how it is counted."""
 
     responses: list[list[int]] | None
     reason: str | None = None
@@ -76,7 +76,8 @@ def fit(prompt_tokens: int, responses: Sequence[Sequence[int]], limits: LengthLi
 
     Args:
         prompt_tokens: tokens of the prompt, image tokens included.
-        responses: (K, any) token ids, end token included. A shortened response loses its end token: it did not end there.
+        responses: (K, any) token ids, end token included. A shortened response loses its end token, because it does not
+            end there.
         limits: `max_length` bounds prompt + one response, also when K responses share one packed row.
     """
     longest_prompt = min(

@@ -11,7 +11,7 @@ from datasets import Dataset, Features, Value
 from data.files import code_state
 from data.images import check_image
 from data.pairs import ordered_pairs
-from data.rows import BadRow, Kind, Message, Row, SkippedRow, first_user_text
+from data.rows import IMAGE_MARK, BadRow, Kind, Message, Row, SkippedRow, first_user_text
 
 _VERDICT = Features(
     {"problem": Value("string"), "skipped": Value("bool"), "group": Value("int64"), "content": Value("int64")}
@@ -134,7 +134,7 @@ def _verify_row(
     messages: list[Message] = row["messages" if kind == "conversation" else "prompt"]  # type: ignore[assignment]
     shown = b"".join(signatures[: len(row["images"])])  # type: ignore[arg-type]
     # Neither spaces nor the place of the image makes another question.
-    asked = " ".join(first_user_text(messages).replace("<image>", " ").split())
+    asked = " ".join(first_user_text(messages).replace(IMAGE_MARK, " ").split())
     texts = [messages, row.get("responses"), row.get("ranks"), row.get("reference")]
     return _key(shown, asked), _key(b"".join(signatures), json.dumps(texts))
 

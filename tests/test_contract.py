@@ -8,10 +8,12 @@ import pytest
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
+import losses
 import models
 import train_dpo
 import train_rm
 import train_sft
+from base.batch import DPOBatch, PPOBatch, ResponseBatch, RMBatch, SFTBatch
 from base.collator import (
     VLDPODataCollatorWithPadding,
     VLPPODataCollator,
@@ -121,3 +123,35 @@ def test_every_field_has_a_class(llava):
         assert isinstance(mapper.model.default_lora_target, list)
         assert mapper.model.prepare_default_generation_kwargs()["do_sample"] is False
         assert mapper.model.__name__ == "LlavaForConditionalGeneration"
+
+
+def test_every_field_of_a_batch_is_in_base_batch(llava, rows_with_columns):
+    """base.batch names all keys that the collators set, and none that they never set."""
+    mapper = models.core_mapper_for(llava)
+    processor = mapper.processor(llava)
+    rows = [row | {"responses": [f"Yes, {answer}" for answer in row["responses"]]} for row in rows_with_columns]
+    needs = set(losses.NEEDS)
+    dpo = mapper.dpo_collator(processor, needs=needs - {"policy_negative"}, corruption="black")(rows)
+    dpo |= mapper.dpo_collator(processor, needs=needs, corruption="black")(rows)
+    one = mapper.dpo_collator(processor)(rows)
+    cached = [
+        row | {"reference_logps": [0.0] * int(one["completion_mask"][one["rows"] == b].sum())}
+        for b, row in enumerate(rows)
+    ]
+    dpo |= mapper.dpo_collator(processor)(cached)
+    assert dpo.keys() == DPOBatch.__annotations__.keys()
+    rm = mapper.reward_collator(processor)(rows)
+    assert rm.keys() <= RMBatch.__annotations__.keys() == dpo.keys() | {"source"}
+    assert mapper.ppo_collator(processor)(rows).keys() == PPOBatch.__annotations__.keys()
+    talks = [row | {"messages": [*row["prompt"], {"role": "assistant", "content": "A star."}]} for row in rows]
+    assert mapper.sft_collator(processor)(talks).keys() == SFTBatch.__annotations__.keys()
+    for batch in (dpo["text_only"], dpo["probe"], one):
+        assert batch.keys() & ResponseBatch.__annotations__.keys() >= {"rows", "packed", "img_path", "img_input_dict"}
+
+
+@pytest.fixture
+def rows_with_columns(preference_rows, image_dir) -> list[dict]:
+    return [
+        row | {"severity": [0.0, 1.0], "scores": [2.0, 1.0], "margin": 0.5, "image_rejected": str(image_dir / "3.png")}
+        for row in preference_rows[:2]
+    ]
