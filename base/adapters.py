@@ -1,14 +1,41 @@
-"""Several LoRA adapters on one base: which of them computes now."""
+"""Several LoRA adapters on one base: the roles they have, and which of them computes now."""
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-REFERENCE_ADAPTER = "ref"  # name of the frozen copy of an adapter that training continues (TRL's name)
+
+@dataclass(frozen=True)
+class Role:
+    """Who computes in a pass: Role.POLICY, Role.VALUE, Role.REFERENCE, or Role.reward(n), the n-th reward adapter.
+
+    Attributes:
+        adapter: name of the role's adapter in peft, and of the folder of its weights below a checkpoint (the policy's are the checkpoint itself).
+    """
+
+    adapter: str
+
+    POLICY: ClassVar["Role"]
+    VALUE: ClassVar["Role"]
+    REFERENCE: ClassVar["Role"]
+
+    @classmethod
+    def reward(cls, n: int) -> Self:
+        """The n-th reward adapter."""
+        return cls(f"reward_{n}")
+
+
+Role.POLICY = Role("default")  # peft's name of a first adapter
+# Not "value": peft matches by name, and BERT has a layer of that name.
+Role.VALUE = Role("value_function")
+# Only where training continues an adapter, of which this is a frozen copy (TRL's name); else the reference is the base.
+Role.REFERENCE = Role("ref")
+REFERENCE_ADAPTER = Role.REFERENCE.adapter
 
 
 def _switches(model: nn.Module) -> list[nn.Module]:
@@ -38,6 +65,6 @@ def adapter_now(model: nn.Module) -> str | None:
     return None if layer is None or layer._disable_adapters else layer.active_adapters[0]
 
 
-def _recompute_with_same_adapter(model: nn.Module) -> tuple[Any, Any]:
-    # Gradient checkpointing runs layers again during backward, when another adapter is active than in their forward.
+def recompute_with_same_adapter(model: nn.Module) -> tuple[Any, Any]:
+    """`context_fn` of gradient checkpointing: layers run again during backward, when another adapter is active than in their forward."""
     return contextlib.nullcontext(), adapter_active(model, adapter_now(model))

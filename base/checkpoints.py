@@ -66,7 +66,7 @@ class Preemption(TrainerCallback):
             self.stopped = control.should_save = control.should_training_stop = True
 
 
-def _ignore_sigterm(then: Callable[[int], None] | None, worker: int) -> None:
+def ignore_sigterm(then: Callable[[int], None] | None, worker: int) -> None:
     """Data-loader workers outlive the SIGTERM that the whole process group gets: the last step needs them."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if then is not None:
@@ -116,7 +116,7 @@ class SafeCheckpoints(Trainer):
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()
         for part in {id(x): x for x in (loader, getattr(loader, "base_dataloader", loader))}.values():
-            part.worker_init_fn = functools.partial(_ignore_sigterm, part.worker_init_fn)
+            part.worker_init_fn = functools.partial(ignore_sigterm, part.worker_init_fn)
         return loader
 
     # -- saving ----------------------------------------------------------------------------------------------------------

@@ -9,14 +9,14 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 
-def slim_features(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Drop the encoder's inner states from image features: they would live as long as the update."""
+def pooled_features(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What `encode_images` returned without the encoder's inner states, which would live as long as the features do."""
     outputs = inputs.get("mm_encoder_outputs")
     if outputs is None:
         return inputs
     keep = ("pooler_output", "deepstack_features", "visual_indicator_features")  # what language models read
-    slim = {m: type(o)(**{k: o[k] for k in keep if k in o}) for m, o in outputs.items()}
-    return inputs | {"mm_encoder_outputs": slim}
+    pooled = {modality: type(o)(**{k: o[k] for k in keep if k in o}) for modality, o in outputs.items()}
+    return inputs | {"mm_encoder_outputs": pooled}
 
 
 def sum_of_tensors(value: Any) -> Any:
@@ -27,25 +27,24 @@ def sum_of_tensors(value: Any) -> Any:
     return sum(sum_of_tensors(v) for v in values)
 
 
-def tile_images(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Image inputs of several batches, one after the other (or of one batch several times).
+def join_image_inputs(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Image inputs (pixels, or features of `encode_images`) of several batches as those of one: image after image, batch after batch."""
+    return _joined("", list(parts)) if len(parts) > 1 else dict(*parts)
 
-    Of features only what the language model reads is kept.
-    """
 
-    def joined(name: str, values: list[Any]) -> Any:
-        first = values[0]
-        if isinstance(first, Tensor):
-            wide = [max(v.shape[d] for v in values) for d in range(1, first.ndim)]
-            # Tokens of InstructBLIP's Q-Former: padded to the longest, as its processor does
-            gaps = [[g for d in range(v.ndim - 1, 0, -1) for g in (0, wide[d - 1] - v.shape[d])] for v in values]
-            return torch.cat([F.pad(v, gap) if any(gap) else v for v, gap in zip(values, gaps, strict=True)])
-        if isinstance(first, ModelOutput):
-            return type(first)(**{k: joined(k, [v[k] for v in values]) for k in first})
-        if isinstance(first, dict):
-            return {k: joined(k, [v[k] for v in values]) for k in first}
-        if name == "pooler_output":  # one tensor per image
-            return [t for v in values for t in v]
-        return [joined(name, [v[i] for v in values]) for i in range(len(first))]  # one entry per layer
-
-    return joined("", list(parts)) if len(parts) > 1 else dict(parts[0])
+def _joined(name: str, values: list[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, Tensor):
+        wide = [max(v.shape[d] for v in values) for d in range(1, first.ndim)]
+        # Tokens of InstructBLIP's Q-Former: padded to the longest, as its processor does
+        gaps = [[g for d in range(v.ndim - 1, 0, -1) for g in (0, wide[d - 1] - v.shape[d])] for v in values]
+        return torch.cat([F.pad(v, gap) if any(gap) else v for v, gap in zip(values, gaps, strict=True)])
+    if isinstance(first, ModelOutput):
+        return type(first)(**{k: _joined(k, [v[k] for v in values]) for k in first})
+    if isinstance(first, dict):
+        return {k: _joined(k, [v[k] for v in values]) for k in first}
+    if name != "pooler_output" and isinstance(first, list | tuple):  # one entry per layer
+        return [_joined(name, list(layer)) for layer in zip(*values, strict=True)]
+    if isinstance(first, list | tuple):  # one tensor per image
+        return [tensor for v in values for tensor in v]
+    raise TypeError(f"{name} of type {type(first).__name__} cannot be joined.")

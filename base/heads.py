@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
-from base.adapters import _recompute_with_same_adapter
+from base.adapters import recompute_with_same_adapter
 from base.loading import base_model_path, load_model, load_weights
 from common.errors import InputError
 
@@ -40,7 +40,7 @@ def scalar_head(backbone: nn.Module) -> nn.Linear:
     return head
 
 
-def _file(folder: str, name: str) -> Path | None:
+def checkpoint_file(folder: str, name: str) -> Path | None:
     """A file of a checkpoint folder or hub repository, or None."""
     if os.path.isdir(folder):
         path = Path(folder) / name
@@ -55,7 +55,7 @@ def load_head(folder: str, name: str, backbone: nn.Module) -> nn.Linear:
     Raises:
         InputError: the file is missing, or the head is of another size.
     """
-    path = _file(folder, name)
+    path = checkpoint_file(folder, name)
     if path is None:
         script = "train_rm.py" if name == REWARD_HEAD else "train_ppo.py"
         raise InputError(f"{folder} has no {name}: give the output folder of {script}, or train a reward model first.")
@@ -72,7 +72,7 @@ def load_head(folder: str, name: str, backbone: nn.Module) -> nn.Linear:
 
 def head_metadata(folder: str, name: str = REWARD_HEAD) -> dict[str, str]:
     """What was saved beside a head: `base`, the fingerprint of the checkpoint that its adapter was trained on."""
-    path = _file(folder, name)
+    path = checkpoint_file(folder, name)
     if path is None:
         return {}
     with safe_open(path, "pt") as file:
@@ -84,11 +84,11 @@ def checkpoint_fingerprint(model_name_or_path: str) -> str | None:
 
     Two checkpoints of one family differ, and so does one that was trained on in place; loading in another dtype or quantised does not matter.
     """
-    index = _file(model_name_or_path, "model.safetensors.index.json")
+    index = checkpoint_file(model_name_or_path, "model.safetensors.index.json")
     names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index else ["model.safetensors"]
     digest = hashlib.sha256()
     for name in names:
-        path = _file(model_name_or_path, name)
+        path = checkpoint_file(model_name_or_path, name)
         if path is None:
             return None
         with open(path, "rb") as file:
@@ -105,7 +105,8 @@ def checkpoint_fingerprint(model_name_or_path: str) -> str | None:
     return digest.hexdigest()[:32]
 
 
-def _part(state_dict: dict[str, Tensor] | None, prefix: str) -> dict[str, Tensor] | None:
+def sub_state_dict(state_dict: dict[str, Tensor] | None, prefix: str) -> dict[str, Tensor] | None:
+    """The entries below `prefix`, named as the part itself names them."""
     if state_dict is None:
         return None
     return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
@@ -170,7 +171,7 @@ class HeadModel(nn.Module):
         """As transformers', safe with several adapters in one forward."""
         settings = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
         if isinstance(self.backbone, PeftModel):
-            settings["context_fn"] = functools.partial(_recompute_with_same_adapter, self.backbone)
+            settings["context_fn"] = functools.partial(recompute_with_same_adapter, self.backbone)
         self.core.activation_checkpointing_enable(activation_checkpointing_kwargs=settings, **kwargs)
 
     def apply_head(self, head: nn.Linear, hidden: Tensor) -> Tensor:
@@ -183,7 +184,7 @@ class HeadModel(nn.Module):
         Args:
             state_dict: of this whole module, gathered by the caller (ZeRO-3).
         """
-        self._save_backbone(save_directory, _part(state_dict, "backbone."), **kwargs)
+        self._save_backbone(save_directory, sub_state_dict(state_dict, "backbone."), **kwargs)
         weight = self.head.weight if state_dict is None else state_dict["head.weight"]
         save_head(self.backbone, weight, save_directory, self.head_name)
 
@@ -200,7 +201,7 @@ class HeadModel(nn.Module):
         """Load a full checkpoint with its head, or a LoRA adapter with its head on the base that adapter_config.json names.
 
         Args:
-            kwargs: go to models.load_model.
+            kwargs: go to base.loading.load_model.
 
         Raises:
             InputError: the head or weights are missing, or the adapter was trained on another base than the one it names.

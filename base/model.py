@@ -20,7 +20,7 @@ from transformers import GenerationMixin
 from transformers.utils import ModelOutput
 
 from base import packed_attention, packing  # noqa: F401  (packed_attention replaces transformers' sdpa)
-from base.features import slim_features, sum_of_tensors
+from base.features import pooled_features, sum_of_tensors
 from base.logps import token_logps
 from common.errors import InputError
 
@@ -114,10 +114,14 @@ class VLModelMixin:
 
     # -- vision -------------------------------------------------------------------------------------------------------
 
-    def vision_trains(self) -> bool:
-        """Whether anything outside the language model (vision tower, projector, ...) receives gradients."""
+    def vision_parameters(self) -> dict[str, nn.Parameter]:
+        """Everything outside the language model (vision tower, projector, ...), by name."""
         text = {id(p) for m in (self.get_decoder(), self.get_output_embeddings()) for p in m.parameters()}
-        return any(p.requires_grad and id(p) not in text for p in self.parameters())
+        return {name: p for name, p in self.named_parameters() if id(p) not in text}
+
+    def vision_trains(self) -> bool:
+        """Whether any of `vision_parameters` receives gradients."""
+        return any(p.requires_grad for p in self.vision_parameters().values())
 
     def encode_images(self, img_inputs: dict[str, Any]) -> dict[str, Any]:
         """Run the vision tower once; return the keyword arguments that stand for `img_inputs` in forward and generate.
@@ -232,7 +236,7 @@ def _with_completions(native_forward: Any) -> Any:
             # and no others: ranks with images have none for those.
             text = {k: kwargs.pop(k) for k in TEXT_INPUTS if k in kwargs}
             kwargs = text | self.encode_images(kwargs)
-            nothing = 0.0 * sum_of_tensors(slim_features(self.encode_images(dummy_images)))
+            nothing = 0.0 * sum_of_tensors(pooled_features(self.encode_images(dummy_images)))
         hidden = self.last_hidden_state(*args, **kwargs).flatten(0, 1)[completion_index]  # (N, D)
         if dummy_images:
             hidden = hidden + nothing.to(hidden.dtype)

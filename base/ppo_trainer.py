@@ -26,69 +26,38 @@ Departures from TRL's former PPO (1.10), besides those of losses.py:
     6. Image placeholders are never sampled. With --top_p below 1 sampling leaves out the tail, while log-probs are those of the whole vocabulary.
 """
 
-import functools
-import logging
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
-from transformers import GenerationConfig, LogitsProcessorList, TrainerCallback, TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_callback import ExportableState
 from trl.models.utils import prepare_deepspeed, unwrap_model_for_generation
 
 import losses
 from args import PPOConfig
-from base.adapters import adapter_active
-from base.checkpoints import _ignore_sigterm
-from base.features import slim_features, tile_images
+from base.adapters import Role, adapter_active
+from base.features import pooled_features
 from base.packing import last_token_positions, scatter_to_responses
-from base.reward import score_rows
-from base.rewards import Reward, call_reward_fn
-from base.rollout import BatchSizes, PromptBatches, Rollouts, SeededSampling, cut_after_end, mini_batches
-from base.samples import write_samples
-from base.trainer import VLHeadTrainer, disable_dropout
-from base.value import POLICY, REFERENCE, VALUE_ADAPTER, VLModelWithValueHead
+from base.ppo_batches import mini_batches
+from base.ppo_metrics import rollout_metrics, sequence_kl, token_metrics, warn_of_collapse
+from base.rewards import AdapterReward, FunctionReward, ModelReward, Reward
+from base.rollout import Advantages, Evaluated, Images, Prompts, Sampled, Scored
+from base.samples import Sample, write_samples
+from base.sampling import Sampler, end_token_ids, plain_generation_config
+from base.trainer import disable_dropout
+from base.update_loop import UpdateLoop
+from base.value import VLModelWithValueHead
 from common.errors import InputError
 from common.seeds import stable_seed
 from common.tensors import to_device
 
-logger = logging.getLogger(__name__)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# State that a checkpoint carries besides weights and optimizer
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class PPOState(TrainerCallback, ExportableState):
-    """KL coefficient, first entropy and length, and metrics not yet logged: saved in trainer_state.json with every checkpoint."""
-
-    def __init__(self, kl_coef: float = 0.0) -> None:
-        self.kl_coef = kl_coef
-        self.first: dict[str, float] = {}
-        self.warned: list[str] = []
-        self.pending: dict[str, list[float]] = {}  # name -> sum, count on this device
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": dict(vars(self))}
-
-    def restore(self, saved: dict[str, Any]) -> None:
-        vars(self).update(saved["attributes"])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Trainer
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class VLPPOTrainer(VLHeadTrainer):
+class VLPPOTrainer(UpdateLoop):
     """PPO. One step of the trainer (of --logging_steps, --save_steps, the learning-rate schedule, ...) is one update."""
 
     def __init__(
@@ -106,28 +75,23 @@ class VLPPOTrainer(VLHeadTrainer):
             rewards: at least one.
             ref_model: frozen copy of the policy; None with LoRA, where the reference is the base.
         """
-        self.sizes = BatchSizes.of(args)
         if ref_model is None and not hasattr(model.backbone, "peft_config"):
             raise ValueError("Full fine-tuning needs ref_model, a frozen copy of the initial policy.")
-        for m in (model, ref_model, *(r.model for r in rewards)):
-            if m is not None:
-                disable_dropout(m)
+        models_of_rewards = [reward for reward in rewards if isinstance(reward, ModelReward)]
+        for m in (model, *([ref_model] if ref_model is not None else []), *(r.model for r in models_of_rewards)):
+            disable_dropout(m)
         super().__init__(model, args, *rest, **kwargs)
-        self.model_accepts_loss_kwargs = True
         self.rewards = list(rewards)
-        self.ref_model = self._prepare_frozen(ref_model)
-        for reward in self.rewards:
-            if reward.model is not None:
-                reward.model = self.accelerator.unwrap_model(self._prepare_frozen(reward.model))
-        self.ppo_state = PPOState(args.kl_coef)
-        self.add_callback(self.ppo_state)
-        self.own_vision = {r.hat for r in self.rewards if r.hat is not None and model.own_vision(r.hat)}
-        if self._on_any_process(model.value_has_own_vision()):
-            self.own_vision.add("value")
+        self.ref_model = self._prepare_frozen(ref_model) if ref_model is not None else None
+        for reward in models_of_rewards:
+            reward.model = self.accelerator.unwrap_model(self._prepare_frozen(reward.model))
+        self.sampler = Sampler(args, self.data_collator, end_token_ids(self.data_collator.processor, model.core))
+        adapters = [reward.role for reward in self.rewards if isinstance(reward, AdapterReward)]
+        self.roles_with_own_vision = [
+            role for role in (Role.VALUE, *adapters) if self._on_any_process(model.has_own_vision(role))
+        ]
 
-    def _prepare_frozen(self, model: nn.Module | None) -> nn.Module | None:
-        if model is None:
-            return None
+    def _prepare_frozen(self, model: nn.Module) -> nn.Module:
         model.requires_grad_(False)
         model.eval()
         if self.is_deepspeed_enabled:
@@ -139,265 +103,186 @@ class VLPPOTrainer(VLHeadTrainer):
         model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         return model.core if isinstance(model, VLModelWithValueHead) else model
 
+    def update(self, micro_batches: Sequence[dict[str, Any]], seed: int, places: Sequence[list[int]]) -> None:
+        """One update; called by UpdateLoop."""
+        # 1. rollout
+        sampled = self.rollout(micro_batches, seed, places)
+        # 2. score
+        scored = self.score(sampled)
+        # 3. log-probs, reference log-probs, values
+        evaluated = self.evaluate_tokens(scored)
+        # 4. token rewards, 5. advantages
+        rollouts = self.estimate_advantages(evaluated)
+        # 6. optimise
+        sums = self.optimise(rollouts)
+        # 7. metrics
+        self.log_metrics(rollouts, sums)
+        self._write_samples(rollouts)
+
     # -- 1. rollout ------------------------------------------------------------------------------------------------------
 
-    def rollout(
-        self, micro_batches: Sequence[dict[str, Any]], seed: int, places: Sequence[list[int]]
-    ) -> list[Rollouts]:
-        """Encode the images of every micro batch once and sample answers.
-
-        Args:
-            micro_batches: of the collator.
-            seed: of this rollout phase.
-            places: for each micro batch the place of its prompts among all prompts of the phase, on all devices.
-        """
+    @torch.no_grad()
+    def rollout(self, micro_batches: Sequence[dict[str, Any]], seed: int, places: Sequence[list[int]]) -> list[Sampled]:
+        """Encode the images of every micro batch once and sample answers. For the arguments see `UpdateLoop.update`."""
         self.model.eval()
-        device, K = self.args.device, self.args.rollouts_per_prompt
-        rollouts = []
-        for batch, place in zip(micro_batches, places, strict=True):
-            images = to_device(self.data_collator.processor.pad_img_inputs(batch["img_input_dict"]), device)
-            rollouts.append(
-                Rollouts(batch["rows"], batch["prompts"], batch["img_input_dict"], {"": self._encode(images)}, place)
-            )
-        per_call = max(1, self.args.local_rollout_forward_batch_size // (self.sizes.micro_prompts * K))
-        if self._on_any_process(len({len(row["images"]) for r in rollouts for row in r.rows}) > 1):
-            per_call = 1  # some families lay out the images of a batch by its fullest row
-        with self._generation_model() as core, self.phase("rollout", len(rollouts)) as bar:
-            for start in range(0, len(rollouts), per_call):
-                group = rollouts[start : start + per_call]
-                answers = self._generate(core, group, seed)
-                for r, of_prompts in zip(group, answers, strict=True):
-                    self._pack(r, of_prompts)
+        prompts = [
+            Prompts(b["rows"], b["prompts"], b["img_input_dict"], self._encode(b["img_input_dict"]), place)
+            for b, place in zip(micro_batches, places, strict=True)
+        ]
+        at_once = max(1, self.args.local_rollout_forward_batch_size // self.args.per_device_train_batch_size)
+        if self._on_any_process(len({len(row["images"]) for p in prompts for row in p.rows}) > 1):
+            at_once = 1  # some families lay out the images of a batch by its fullest row
+        sampled = []
+        with self._generating_model() as core, self.phase("rollout", len(prompts)) as bar:
+            for start in range(0, len(prompts), at_once):
+                group = prompts[start : start + at_once]
+                images = [self._images_to_read(core, p) for p in group]
+                with self.accelerator.autocast():
+                    answers = self.sampler.sample(core, group, images, seed)
+                for p, of_prompts in zip(group, answers, strict=True):
+                    end_ids = self.sampler.end_ids
+                    sampled.append(Sampled.of(p, of_prompts, self.data_collator, end_ids, self.args.device))
                 bar.update(len(group))
-        return rollouts
+        return sampled
 
-    def _encode(self, images: dict[str, Any], model: nn.Module | None = None) -> dict[str, Any]:
-        """Features while the vision side is frozen, else pixels. Entries per token are left to `pack`."""
-        inputs = self.image_inputs(model if model is not None else self.model, {"img_input_dict": images})
+    def _encode(self, img_inputs: dict[str, Any]) -> Images:
+        """Features while the vision side is frozen, else pixels: of the policy, and of every role with a vision side of its own."""
+        model = self.accelerator.unwrap_model(self.model)
+        images = {Role.POLICY: self._encode_with(model, img_inputs)}
+        for role in self.roles_with_own_vision:
+            if role == Role.VALUE and model.value_backbone is not None:
+                images[role] = self._encode_with(model.value_backbone, img_inputs)
+            else:
+                with adapter_active(model.backbone, role.adapter):
+                    images[role] = self._encode_with(model, img_inputs)
+        return images
+
+    def _encode_with(self, model: nn.Module, img_inputs: dict[str, Any]) -> dict[str, Any]:
+        """Image inputs without their entries per token, which are laid out with the answers."""
+        inputs = self.image_inputs(model, {"img_input_dict": self._padded_images(img_inputs)})
         per_token = self.data_collator.processor.per_token_keys
-        return slim_features({k: v for k, v in inputs.items() if k not in per_token})
+        return pooled_features({k: v for k, v in inputs.items() if k not in per_token})
+
+    def _padded_images(self, img_inputs: dict[str, Any]) -> dict[str, Any]:
+        return to_device(self.data_collator.processor.pad_img_inputs(img_inputs), self.args.device)
 
     @contextmanager
-    def _generation_model(self) -> Iterator[nn.Module]:
+    def _generating_model(self) -> Iterator[nn.Module]:
         """The adapter's model, its weights gathered unless told otherwise, without the checkpoint's own sampling settings."""
         gather = self.args.ds3_gather_for_generation
-        with unwrap_model_for_generation(
-            self.model_wrapped, self.accelerator, gather_deepspeed3_params=gather
-        ) as model:
-            core = model.core
-            owners = [m for m in core.modules() if isinstance(getattr(m, "generation_config", None), GenerationConfig)]
-            before = [m.generation_config for m in owners]
-            try:
-                for m in owners:
-                    m.generation_config = GenerationConfig()
-                yield core
-            finally:
-                for m, config in zip(owners, before, strict=True):
-                    m.generation_config = config
+        with (
+            unwrap_model_for_generation(self.model_wrapped, self.accelerator, gather_deepspeed3_params=gather) as model,
+            plain_generation_config(model.core),
+        ):
+            yield model.core
 
-    @property
-    def end_ids(self) -> list[int]:
-        """Tokens that end an answer: the template's end of turn, and the checkpoint's own end tokens."""
-        processor, core = self.data_collator.processor, self.base_model(self.model)
-        ids = {processor.encode_response("")[-1]}
-        own = core.generation_config.eos_token_id if core.generation_config is not None else None
-        return sorted(ids | set(own if isinstance(own, list) else [own] if own is not None else []))
-
-    @torch.no_grad()
-    def _generate(self, core: nn.Module, group: Sequence[Rollouts], seed: int) -> list[list[list[list[int]]]]:
-        """Answers of each micro batch: [micro batch][prompt][answer] -> token ids, up to and with the end token."""
-        args, K, collator = self.args, self.args.rollouts_per_prompt, self.data_collator
-        prompts = [p for r in group for _ in range(K) for p in r.prompts]  # every micro batch K times
-        tokens = [collator.per_token(r.img_inputs) for r in group for _ in range(K)]
-        uniforms = torch.cat(
-            [
-                torch.rand(K, args.response_length, generator=torch.Generator().manual_seed(stable_seed(seed, place)))
-                for r in group
-                for place in r.places
-            ]
-        )  # (prompts, K) rows of uniforms, prompt by prompt
-        order, first = [], 0
-        for r in group:
-            order += [first + b * K + k for k in range(K) for b in range(len(r.prompts))]
-            first += len(r.prompts) * K
-        inputs = collator.pad_for_generation(prompts, {k: [v for t in tokens for v in t[k]] for k in tokens[0]})
-        images = [self._images_to_read(core, r) for r in group]
-        inputs = to_device(inputs, args.device) | tile_images([i for i in images for _ in range(K)])
-        sampling = SeededSampling(uniforms[order].to(args.device), args.temperature, args.top_p)
-        end_ids = self._end_ids
-        with self.accelerator.autocast():
-            sequences = core.generate(
-                **inputs,
-                do_sample=False,  # the processor samples
-                max_new_tokens=args.response_length,
-                eos_token_id=end_ids,
-                pad_token_id=collator.processor.tokenizer.pad_token_id,
-                use_cache=True,
-                logits_processor=LogitsProcessorList([sampling]),
-                **core.rollout_cache,
-                # Weights that are shared out need all ranks at every token, until the longest answer of all ranks has ended.
-                synced_gpus=is_deepspeed_zero3_enabled() and args.world_size > 1 and not args.ds3_gather_for_generation,
-            )
-        length = inputs["input_ids"].shape[1]
-        if sequences.shape[1] > length and torch.equal(sequences[:, :length], inputs["input_ids"]):
-            sequences = sequences[:, length:]  # given embeddings, generate returns new tokens only
-        generated = iter(cut_after_end(row, end_ids) for row in sequences.tolist())
-        answers = []
-        for r in group:
-            rounds = [[next(generated) for _ in r.prompts] for _ in range(K)]
-            answers.append([[rounds[k][b] for k in range(K)] for b in range(len(r.prompts))])
-        return answers
-
-    def _images_to_read(self, core: nn.Module, r: Rollouts) -> dict[str, Any]:
-        """What generation reads of a micro batch's images: features. Where the tower trains it runs here, on every rank as often."""
+    def _images_to_read(self, core: nn.Module, prompts: Prompts) -> dict[str, Any]:
+        """What generation reads of a micro batch's images: features. Where the vision side trains, the tower runs here, once on every rank."""
         if not core.vision_trains():
-            return r.images[""]
-        images = to_device(self.data_collator.processor.pad_img_inputs(r.img_inputs), self.args.device)
+            return prompts.images[Role.POLICY]
+        images = self._padded_images(prompts.img_inputs)
         with self.accelerator.autocast():
             if self.args.world_size > 1 and images.get("pixel_values") is None:
-                core.encode_images(self._prepare_inputs(self.dummy_images))
-            features = slim_features(core.encode_images(images))
+                core.encode_images(to_device(self.dummy_images, self.args.device))
+            features = pooled_features(core.encode_images(images))
         return {k: v for k, v in features.items() if k not in self.data_collator.processor.per_token_keys}
-
-    def _pack(self, rollouts: Rollouts, answers: list[list[list[int]]]) -> None:
-        """Lay out prompts and answers once for all passes."""
-        K, B = self.args.rollouts_per_prompt, len(rollouts.prompts)
-        per_token = self.data_collator.per_token(rollouts.img_inputs)
-        rollouts.batch = to_device(self.data_collator.pack(rollouts.prompts, answers, per_token), self.args.device)
-        if self.data_collator.share_prefix:
-            order = [(b, k) for b in range(B) for k in range(K)]
-        else:
-            order = [(b, k) for k in range(K) for b in range(B)]
-            rollouts.images = {hat: tile_images([images] * K) for hat, images in rollouts.images.items()}
-        rollouts.prompt_of = [b for b, _ in order]
-        tokenizer = self.data_collator.processor.tokenizer
-        rollouts.texts = [tokenizer.decode(answers[b][k], skip_special_tokens=True).strip() for b, k in order]
-        rollouts.ended = torch.tensor([answers[b][k][-1] in self._end_ids for b, k in order], device=self.args.device)
 
     # -- 2. score --------------------------------------------------------------------------------------------------------
 
-    def score(self, rollouts: Sequence[Rollouts]) -> None:
-        """Fill `parts` and `scores`: the weighted sum of all rewards, minus the penalty for a missing end, clipped.
+    def score(self, sampled: Sequence[Sampled]) -> list[Scored]:
+        """The weighted sum of all rewards, minus the penalty for a missing end, clipped.
 
         Raises:
             InputError: a reward is not finite; names the rows.
         """
-        args = self.args
+        parts: list[dict[str, Tensor]] = [{} for _ in sampled]
         for reward in self.rewards:
-            with self.phase(f"reward {reward.name}", len(rollouts)) as bar:
-                if reward.function is not None:
-                    parts = call_reward_fn(reward.name, reward.function, rollouts)
-                else:
-                    parts = []
-                    for r in rollouts:
-                        parts.append(self._score_by_model(reward, r))
-                        bar.update()
-            for r, part in zip(rollouts, parts, strict=True):
-                r.parts[reward.name] = part.to(args.device).float()
-                self._check_finite(f"Reward {reward.name}", r.parts[reward.name], r)
-        for r in rollouts:
-            total = sum(reward.weight * r.parts[reward.name] for reward in self.rewards)
-            total = losses.penalize_missing_eos(total, r.ended, args.missing_eos_penalty)
-            r.scores = total if args.reward_clip is None else total.clamp(-args.reward_clip, args.reward_clip)
+            for r, part, values in zip(sampled, parts, self._values_of(reward, sampled), strict=True):
+                part[reward.name] = values.to(self.args.device).float()
+                self._check_finite(f"Reward {reward.name}", part[reward.name], r)
+        return [
+            Scored(**vars(r), parts=part, scores=self._total(r, part)) for r, part in zip(sampled, parts, strict=True)
+        ]
+
+    def _total(self, r: Sampled, parts: dict[str, Tensor]) -> Tensor:
+        clip = self.args.reward_clip
+        total = sum(reward.weight * parts[reward.name] for reward in self.rewards)
+        total = losses.penalize_missing_eos(total, r.ended, self.args.missing_eos_penalty)
+        return total if clip is None else total.clamp(-clip, clip)
 
     @torch.no_grad()
-    def _score_by_model(self, reward: Reward, r: Rollouts) -> Tensor:
-        if reward.hat is not None:
-            batch = r.batch
-            inputs = self._inputs(r, reward.hat)
-            return self.model_wrapped(
-                **inputs, completion_index=last_token_positions(batch["segment_ids"]), hat=reward.hat
-            )
-        K = self.args.rollouts_per_prompt
-        texts: list[list[str]] = [[] for _ in r.rows]
-        for p, text in zip(r.prompt_of, r.texts, strict=True):
-            texts[p].append(text)
-        rows = [row | {"responses": of_row} for row, of_row in zip(r.rows, texts, strict=True)]
-        with self.accelerator.autocast():
-            scores = score_rows(
-                reward.model,
-                reward.processor,
-                rows,
-                len(rows),
-                self.data_collator.share_prefix,
-                dummy_images=reward.dummy_images if self.args.world_size > 1 else None,
-            )
-        taken = [0] * len(rows)
-        flat = []
-        for p in r.prompt_of:
-            flat.append(scores[p][taken[p]])
-            taken[p] += 1
-        assert taken == [K] * len(rows)
-        return torch.tensor(flat)
+    def _values_of(self, reward: Reward, sampled: Sequence[Sampled]) -> list[Tensor]:
+        """One reward of every answer, (R,) per micro batch."""
+        values = []
+        with self.phase(f"reward {reward.name}", len(sampled)) as bar:
+            if isinstance(reward, FunctionReward):
+                return reward.score(sampled)
+            for r in sampled:
+                if isinstance(reward, AdapterReward):
+                    last = last_token_positions(r.batch["segment_ids"])
+                    value = self.model_wrapped(**self._inputs(r, reward.role), completion_index=last, role=reward.role)
+                else:
+                    dummy_images = reward.dummy_images if self.args.world_size > 1 else None
+                    with self.accelerator.autocast():
+                        value = reward.score(r, self.data_collator.share_prefix, dummy_images)
+                values.append(value)
+                bar.update()
+        return values
 
     @staticmethod
-    def _check_finite(what: str, values: Tensor, r: Rollouts) -> None:
+    def _check_finite(what: str, values: Tensor, r: Sampled) -> None:
         bad = (~values.isfinite()).reshape(len(r.texts), -1).any(1).nonzero()[:, 0].tolist()
         if bad:
             raise InputError(
-                f"{what} is not finite for {', '.join(r.where(i) for i in bad[:5])}: mend the reward or the row."
+                f"{what} is not finite for {', '.join(r.where(i) for i in bad[:5])}: fix the reward or the row."
             )
 
     # -- 3. log-probs, reference log-probs, values ------------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate_tokens(self, rollouts: Sequence[Rollouts]) -> None:
-        """Fill logps, values, entropy (policy) and ref_logps (reference), (R, T) each."""
-        with self.phase("log-probs and values", len(rollouts)) as bar:
-            for r in rollouts:
-                r.logps, r.values, r.entropy = self.policy_pass(self.model_wrapped, r)
-                r.ref_logps = self._reference_pass(r)
+    def evaluate_tokens(self, scored: Sequence[Scored]) -> list[Evaluated]:
+        """Log-probs, values and entropies of the policy, and log-probs of the reference."""
+        evaluated = []
+        with self.phase("log-probs and values", len(scored)) as bar:
+            for r in scored:
+                logps, values, entropy = self.policy_pass(self.model_wrapped, r)
+                ref_logps = self._reference_pass(r)
+                evaluated.append(Evaluated(**vars(r), logps=logps, ref_logps=ref_logps, values=values, entropy=entropy))
                 bar.update()
+        return evaluated
 
-    def policy_pass(self, model: nn.Module, r: Rollouts) -> tuple[Tensor, Tensor, Tensor]:
+    def policy_pass(self, model: nn.Module, r: Sampled) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs at the sampling temperature, values and entropies of all answer tokens, (R, T) each."""
-        mask = r.mask
         out = model(
-            **self._inputs(r, POLICY),
+            **self._inputs(r, Role.POLICY),
             **self._tokens(r),
-            hat=POLICY,
+            role=Role.POLICY,
             with_entropy=True,
-            value_inputs=self._inputs(r, "value") if "value" in self.own_vision else None,
+            value_inputs=self._inputs(r, Role.VALUE) if Role.VALUE in r.images else None,
         )
-        return tuple(scatter_to_responses(x, mask) for x in (out.logps, out.state_values, out.entropy))
+        return tuple(scatter_to_responses(x, r.mask) for x in (out.logps, out.state_values, out.entropy))
 
-    def _reference_pass(self, r: Rollouts) -> Tensor:
+    def _reference_pass(self, r: Sampled) -> Tensor:
+        inputs = {**self._inputs(r, Role.REFERENCE), **self._tokens(r)}
         if self.ref_model is None:
-            logps = self.model_wrapped(**self._inputs(r, REFERENCE), **self._tokens(r), hat=REFERENCE)
+            logps = self.model_wrapped(**inputs, role=Role.REFERENCE)
         else:
-            logps = self.ref_model(**self._inputs(r, REFERENCE), **self._tokens(r)).logps
+            logps = self.ref_model(**inputs).logps
         return scatter_to_responses(logps, r.mask)
 
-    def _tokens(self, r: Rollouts) -> dict[str, Any]:
+    def _tokens(self, r: Sampled) -> dict[str, Any]:
         return {
             "completion_index": r.batch["completion_index"][r.mask],
             "completion_ids": r.batch["completion_ids"][r.mask],
             "temperature": self.args.temperature,
         }
 
-    def _inputs(self, r: Rollouts, hat: str) -> dict[str, Any]:
-        """Arguments of a forward under a hat: the packed row and the features that belong to the hat's vision side."""
-        core = self.base_model(self.model)
-        key = hat if hat in self.own_vision else ""
-        if key not in r.images:
-            r.images[key] = self._own_features(r, hat)
+    def _inputs(self, r: Sampled, role: Role) -> dict[str, Any]:
+        """Arguments of a forward in a role: the packed row, and the images as the role's vision side sees them."""
         batch = r.batch
-        images = {**r.images[key], **batch["img_input_dict"]}
+        images = {**r.images.get(role, r.images[Role.POLICY]), **batch["img_input_dict"]}
+        core = self.base_model(self.model)
         return core.packed_inputs(batch["input_ids"], batch["segment_ids"], images, batch["packed"])
-
-    def _own_features(self, r: Rollouts, hat: str) -> dict[str, Any]:
-        """Features of a hat with vision weights of its own, once per update."""
-        model = self.accelerator.unwrap_model(self.model)
-        images = to_device(self.data_collator.processor.pad_img_inputs(r.img_inputs), self.args.device)
-        if hat == "value" and model.value_backbone is not None:
-            features = self._encode(images, model.value_backbone)
-        else:
-            with adapter_active(model.backbone, VALUE_ADAPTER if hat == "value" else hat):
-                features = self._encode(images)
-        per_token = self.data_collator.processor.per_token_keys
-        features = {k: v for k, v in features.items() if k not in per_token}
-        copies = 1 if self.data_collator.share_prefix else self.args.rollouts_per_prompt
-        return tile_images([features] * copies)
 
     # -- 4. token rewards, 5. advantages -----------------------------------------------------------------------------------
 
@@ -418,26 +303,34 @@ class VLPPOTrainer(VLHeadTrainer):
         start = self.accelerator.process_index * len(values)
         return whitened[start : start + len(values)]
 
-    def _rewards_and_advantages(self, rollouts: Sequence[Rollouts]) -> None:
+    def estimate_advantages(self, evaluated: Sequence[Evaluated]) -> list[Advantages]:
+        """Token rewards and advantages of the whole update at once.
+
+        Raises:
+            InputError: an advantage is not finite; names the rows.
+        """
         T = self.args.response_length
 
         def wide(tensors: Sequence[Tensor]) -> Tensor:
             return torch.cat([nn.functional.pad(t, (0, T - t.shape[1])) for t in tensors])
 
-        mask = wide([r.mask for r in rollouts])  # (all R, response_length), so that devices can be joined
-        scores = torch.cat([r.scores for r in rollouts])
-        logps, ref_logps = wide([r.logps for r in rollouts]), wide([r.ref_logps for r in rollouts])
+        mask = wide([r.mask for r in evaluated])  # (all R, response_length), so that devices can be joined
+        scores = torch.cat([r.scores for r in evaluated])
+        logps, ref_logps = wide([r.logps for r in evaluated]), wide([r.ref_logps for r in evaluated])
         rewards = self.token_rewards(scores, logps, ref_logps, mask)
-        advantages, returns = self.advantages(rewards, wide([r.values for r in rollouts]), mask)
-        sizes = [len(r.texts) for r in rollouts]
-        for r, a, g in zip(rollouts, advantages.split(sizes), returns.split(sizes), strict=True):
-            r.advantages, r.returns = a[:, : r.mask.shape[1]], g[:, : r.mask.shape[1]]
-            self._check_finite("The advantage", r.advantages, r)
+        advantages, returns = self.advantages(rewards, wide([r.values for r in evaluated]), mask)
+        sizes = [len(r.texts) for r in evaluated]
+        result = []
+        for r, a, g in zip(evaluated, advantages.split(sizes), returns.split(sizes), strict=True):
+            length = r.mask.shape[1]
+            result.append(Advantages(**vars(r), advantages=a[:, :length], returns=g[:, :length]))
+            self._check_finite("The advantage", result[-1].advantages, r)
+        return result
 
     # -- 6. optimise -------------------------------------------------------------------------------------------------------
 
     def policy_and_value_loss(
-        self, logps: Tensor, values: Tensor, r: Rollouts
+        self, logps: Tensor, values: Tensor, r: Advantages
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Clipped losses of every token, (R, T) each, and per-token statistics."""
         args = self.args
@@ -445,259 +338,84 @@ class VLPPOTrainer(VLHeadTrainer):
         value_loss, value_clipped = losses.clipped_value_loss(values, r.values, r.returns, args.cliprange_value)
         return policy_loss, value_loss, {"policy_clipped": policy_clipped, "value_clipped": value_clipped}
 
-    def optimise(self, rollouts: Sequence[Rollouts]) -> dict[str, Tensor | float]:
-        """num_ppo_epochs passes over the rollouts; returns sums over tokens of all steps for the metrics."""
-        args, accelerator, model = self.args, self.accelerator, self.model_wrapped
+    def optimise(self, rollouts: Sequence[Advantages]) -> dict[str, Tensor]:
+        """num_ppo_epochs passes over the rollouts; returns (sum, number of tokens) over all steps for the metrics."""
+        args, model = self.args, self.model_wrapped
         model.train()
-        stats: dict[str, list[Tensor]] = {}
-        total = args.num_ppo_epochs * self.sizes.micro_batches
-        with self.phase("optimise", total) as bar:
+        sums: dict[str, list[Tensor]] = defaultdict(list)
+        with self.phase("optimise", args.num_ppo_epochs * self.sizes.micro_batches) as bar:
             for ppo_epoch in range(args.num_ppo_epochs):
                 parts = mini_batches(self.sizes, args.process_index, args.seed, self.state.global_step, ppo_epoch)
                 for m, part in enumerate(parts):
-                    tokens = accelerator.reduce(sum(rollouts[i].mask.sum() for i in part), reduction="sum")
-                    for n, i in enumerate(part):
-                        last = n == len(part) - 1
-                        accelerator.gradient_state._set_sync_gradients(last)
-                        with self._sync_context(model, last):
-                            self._micro_step(model, rollouts[i], tokens, stats, first=ppo_epoch == 0 and m == 0)
+                    tokens = self.accelerator.reduce(sum(rollouts[i].mask.sum() for i in part), reduction="sum")
+                    for i in part:
+                        with self.accumulating(model, last=i == part[-1]):
+                            of_step = self._micro_step(model, rollouts[i], tokens, first=ppo_epoch == 0 and m == 0)
+                        for name, values in of_step.items():
+                            sums[name].append(values)
                         bar.update()
-                    grad_norm = self._clip_grad_norm(model) if args.max_grad_norm > 0 else None
-                    self._grad_norm = self._get_grad_norm(model, grad_norm=grad_norm)
-                    self.optimizer.step()
-                    model.zero_grad()
-        return {name: torch.stack(values).sum(0) for name, values in stats.items()}
+                    self.optimizer_step(model)
+        return {name: torch.stack(values).sum(0) for name, values in sums.items()}
 
-    def _sync_context(self, model: nn.Module, last: bool) -> Any:
-        return nullcontext() if last or self.is_deepspeed_enabled else self.accelerator.no_sync(model)
-
-    def _micro_step(
-        self, model: nn.Module, r: Rollouts, tokens: Tensor, stats: dict[str, list[Tensor]], first: bool
-    ) -> None:
-        args, mask = self.args, r.mask
+    def _micro_step(self, model: nn.Module, r: Advantages, tokens: Tensor, first: bool) -> dict[str, Tensor]:
+        """Forward and backward of a micro batch; `tokens` is their number in the whole mini batch."""
         with self.compute_loss_context_manager():
             logps, values, entropy = self.policy_pass(model, r)
             policy_loss, value_loss, flags = self.policy_and_value_loss(logps, values, r)
         # Mean over the tokens of the whole mini batch; DDP and DeepSpeed divide by the number of devices.
         scale = self.accelerator.num_processes / tokens
-        policy_sum, value_sum = (torch.where(mask, x, 0).sum() for x in (policy_loss, value_loss))
-        kwargs = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-        self.accelerator.backward(scale * (policy_sum + args.vf_coef * value_sum), **kwargs)
+        policy_sum, value_sum = (torch.where(r.mask, x, 0).sum() for x in (policy_loss, value_loss))
+        self.backward(scale * (policy_sum + self.args.vf_coef * value_sum))
         with torch.no_grad():
-            ratio = torch.exp(logps - r.logps)
-            sums = {
-                "loss/policy_avg": policy_sum,
-                "loss/value_avg": value_sum,
-                "policy/approxkl_avg": losses.approx_kl_per_token(logps, r.logps)[mask].sum(),
-                "policy/clipfrac_avg": flags["policy_clipped"][mask].sum(),
-                "policy/entropy_avg": entropy[mask].sum(),
-                "val/clipfrac_avg": flags["value_clipped"][mask].sum(),
-                "val/ratio": ratio[mask].sum(),
-                "val/ratio_var": ((ratio[mask] - 1) ** 2).sum(),
-            }
-            if (
-                first
-            ):  # before the first optimizer step of the update policy and sampler are the same: 0 and 0, up to rounding
-                sums["first/approxkl"] = losses.approx_kl_per_token(logps, r.logps)[mask].sum()
-                sums["first/ratio_deviation"] = (ratio[mask] - 1).abs().sum()
-            for name, value in sums.items():
-                stats.setdefault(name, []).append(torch.stack([value.detach().float(), mask.sum().float()]))
+            return token_metrics(r, logps, entropy, policy_loss, value_loss, flags, first)
 
     # -- 7. metrics --------------------------------------------------------------------------------------------------------
 
-    def log_metrics(self, rollouts: Sequence[Rollouts], stats: dict[str, Tensor]) -> None:
+    def log_metrics(self, rollouts: Sequence[Advantages], sums: dict[str, Tensor]) -> None:
         """Store TRL's metrics, warn of a collapsed policy, and move the KL coefficient."""
-        state = self.ppo_state
-        kl = torch.cat([torch.where(r.mask, r.logps - r.ref_logps, 0).sum(1) for r in rollouts])  # (all R,)
-        penalty = torch.cat(
-            [
-                torch.where(r.mask, losses.kl_per_token(r.logps, r.ref_logps, self.args.kl_estimator), 0).sum(1)
-                for r in rollouts
-            ]
-        )
-        scores = torch.cat([r.scores for r in rollouts])
-        lengths = torch.cat([r.mask.sum(1) for r in rollouts]).float()
-        entropy = torch.cat([r.entropy[r.mask] for r in rollouts])
-        metrics = {
-            "objective/kl": kl,
-            "objective/entropy": torch.cat([-torch.where(r.mask, r.logps, 0).sum(1) for r in rollouts]),
-            "objective/non_score_reward": -state.kl_coef * penalty,
-            "objective/rlhf_reward": scores - state.kl_coef * penalty,
-            "objective/scores": scores,
-            "objective/kl_coef": torch.full((1,), state.kl_coef),
-            "val/response_length": lengths,
-            "val/ended": torch.cat([r.ended for r in rollouts]).float(),
-        }
+        args, state = self.args, self.ppo_state
+        metrics = rollout_metrics(rollouts, state.kl_coef, args.kl_estimator)
         if len(self.rewards) > 1:
             metrics |= {f"reward/{w.name}": torch.cat([r.parts[w.name] for r in rollouts]) for w in self.rewards}
         self.model.train()
         self.store_metrics(metrics)
-        for name, sums in stats.items():
-            self._metrics["train"][name].append(sums)
-        loss = stats["loss/policy_avg"] + self.args.vf_coef * stats["loss/value_avg"]
-        loss[1] = stats["loss/policy_avg"][1]
-        self._metrics["train"]["loss"].append(loss)
-        self._tr_loss += loss[0] / loss[1]
-        # What is compared with a limit must be the same number on every device.
-        means = torch.stack([kl.sum(), entropy.sum(), lengths.sum(), torch.tensor(float(len(kl)), device=kl.device),
-                             torch.tensor(float(len(entropy)), device=kl.device)])  # fmt: skip
-        kl_sum, entropy_sum, length_sum, rollout_count, token_count = self.accelerator.reduce(means, "sum").tolist()
-        self._warn_of_collapse({"entropy": entropy_sum / token_count, "length": length_sum / rollout_count})
-        if self.args.target_kl is not None:
-            state.kl_coef = losses.adaptive_kl_coef(
-                state.kl_coef, kl_sum / rollout_count, self.args.target_kl, self.args.kl_horizon, int(rollout_count)
-            )
+        self.store_sums(sums)
+        loss = sums["loss/policy_avg"] + args.vf_coef * sums["loss/value_avg"]
+        loss[1] = sums["loss/policy_avg"][1]
+        self.store_sums({"loss": loss})
+        self.add_loss(loss[0] / loss[1])
+        entropy = torch.cat([r.entropy[r.mask] for r in rollouts])
+        kl, count = self._mean_everywhere(metrics["objective/kl"])
+        length, _ = self._mean_everywhere(metrics["val/response_length"])
+        warn_of_collapse(state, self.state.global_step + 1, entropy=self._mean_everywhere(entropy)[0], length=length)
+        if args.target_kl is not None:
+            state.kl_coef = losses.adaptive_kl_coef(state.kl_coef, kl, args.target_kl, args.kl_horizon, count)
 
-    def _warn_of_collapse(self, now: dict[str, float]) -> None:
-        """Entropy below 5 %, or answers below 20 %, of the first update's."""
-        state = self.ppo_state
-        for name, limit in (("entropy", 0.05), ("length", 0.2)):
-            first = state.first.setdefault(name, now[name])
-            if now[name] < limit * first and name not in state.warned:
-                state.warned.append(name)
-                logger.warning(
-                    "Update %d: the policy has collapsed, mean %s %.3g is below %.0f %% of the first update's %.3g. "
-                    "Raise --kl_coef or lower --learning_rate.",
-                    self.state.global_step + 1, name, now[name], 100 * limit, first,
-                )  # fmt: skip
+    def _mean_everywhere(self, values: Tensor) -> tuple[float, int]:
+        """Mean and number over all devices: what is compared with a limit must be the same on every one."""
+        here = torch.stack([values.sum(), values.new_tensor(float(values.numel()))])
+        total, count = self.accelerator.reduce(here, reduction="sum").tolist()
+        return total / count, int(count)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            logs["episode"] = self.state.global_step * self.sizes.update_rollouts
-        super().log(logs, start_time)
-
-    # -- the loop ----------------------------------------------------------------------------------------------------------
-
-    def _run_epoch(self, model: nn.Module, epoch: int, train_dataloader: DataLoader, trial: Any = None,
-                   ignore_keys_for_eval: Any = None, start_time: float | None = None,
-                   resume_from_checkpoint: str | None = None, epochs_trained: int = 0, **_: Any) -> None:  # fmt: skip
-        """One pass over the prompts; called by Trainer.train, which has prepared model, optimizer and state."""
-        if self.state.global_step >= self.state.max_steps:  # resumed from the checkpoint of the last update
-            self.control.should_training_stop = True
-            return
-        args, sizes, order = self.args, self.sizes, train_dataloader.batch_sampler
-        order.epoch, order.first_update = epoch, self.state.global_step - epoch * order.updates
-        if resume_from_checkpoint is not None and epoch == epochs_trained:
-            self._load_rng_state(resume_from_checkpoint)
-        self._end_ids = self.end_ids
-        micro_batches = iter(train_dataloader)
-        for update in range(order.first_update, order.updates):
-            self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
-            seed = stable_seed(args.seed, "rollout", self.state.global_step)
-            local = sizes.micro_prompts * sizes.micro_batches
-            starts = range(args.process_index * local, (args.process_index + 1) * local, sizes.micro_prompts)
-            places = [[*range(s, s + sizes.micro_prompts)] for s in starts]
-
-            # 1. rollout
-            rollouts = self.rollout([next(micro_batches) for _ in starts], seed, places)
-            # 2. score
-            self.score(rollouts)
-            # 3. log-probs, reference log-probs, values
-            self.evaluate_tokens(rollouts)
-            # 4. token rewards, 5. advantages
-            self._rewards_and_advantages(rollouts)
-            # 6. optimise
-            stats = self.optimise(rollouts)
-            # 7. metrics
-            self.log_metrics(rollouts, stats)
-
-            learning_rate = self._get_learning_rate()
-            if not self.accelerator.optimizer_step_was_skipped:
-                self.lr_scheduler.step()
-            self.state.global_step += 1
-            self.state.epoch = epoch + (update + 1) / order.updates
-            self._write_samples(rollouts)
-            del rollouts
-            self.control = self.callback_handler.on_step_end(args, self.state, self.control)
-            self._maybe_log_save_evaluate(
-                self._tr_loss,
-                self._grad_norm,
-                model,
-                trial,
-                epoch,
-                ignore_keys_for_eval,
-                start_time,
-                learning_rate=learning_rate,
-            )
-            if self.control.should_epoch_stop or self.control.should_training_stop:
-                break
-        self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
-        self._maybe_log_save_evaluate(
-            self._tr_loss, self._grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time
-        )
-
-    @contextmanager
-    def phase(self, name: str, total: int) -> Iterator[Any]:
-        """A progress bar that names the phase."""
-        bar = tqdm(
-            total=total,
-            desc=f"update {self.state.global_step + 1}/{self.state.max_steps}: {name}",
-            unit="micro batch",
-            leave=False,
-            disable=self.args.disable_tqdm or not self.is_world_process_zero(),
-        )
-        with bar:
-            yield bar
-
-    def _write_samples(self, rollouts: Sequence[Rollouts]) -> None:
-        every = self.args.num_sample_generations and max(1, self.state.max_steps // self.args.num_sample_generations)
-        if not every or not self.is_world_process_zero() or (self.state.global_step - 1) % every:
+    def _write_samples(self, rollouts: Sequence[Advantages]) -> None:
+        step, tables = self.state.global_step, self.args.num_sample_generations
+        every = tables and max(1, self.state.max_steps // tables)
+        if not every or not self.is_world_process_zero() or step % every:
             return
         samples = [
-            {
-                "images": r.rows[p]["images"],
-                "prompt": r.rows[p]["prompt"],
-                "response": r.texts[i],
-                "reward": r.scores[i].item(),
-                "kl": torch.where(r.mask[i], r.logps[i] - r.ref_logps[i], 0).sum().item(),
-            }
+            Sample(r.rows[b]["images"], r.rows[b]["prompt"], text, score, kl)
             for r in rollouts
-            for i, p in enumerate(r.prompt_of)
-        ][:16]
-        write_samples(samples, Path(self.args.output_dir), self.state.global_step, self.callback_handler.callbacks)
+            for b, text, score, kl in zip(
+                r.prompt_of, r.texts, r.scores.tolist(), sequence_kl([r]).tolist(), strict=True
+            )
+        ]
+        write_samples(samples[:16], Path(self.args.output_dir), step + 1, self.callback_handler.callbacks)
 
-    # -- what Trainer asks for ------------------------------------------------------------------------------------------------
-
-    def get_train_dataloader(self) -> DataLoader:
-        order = PromptBatches(len(self.train_dataset), self.sizes, self.args.process_index, self.args.seed)
-        return DataLoader(
-            self.train_dataset,
-            batch_sampler=order,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            worker_init_fn=functools.partial(_ignore_sigterm, None),
-        )
-
-    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[int, ...]:
-        """Count in updates: (epochs, updates per epoch, prompts, rollouts, rollouts per update, updates per epoch, updates)."""
-        updates = dataloader.batch_sampler.updates
-        max_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
-        rollouts = self.sizes.update_rollouts
-        epochs = math.ceil(max_steps / updates)
-        return epochs, updates, len(self.train_dataset), max_steps * rollouts, rollouts, updates, max_steps
-
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        result = super()._init_training_state(*args, **kwargs)
-        saved = self.state.stateful_callbacks.get(PPOState.__name__)
-        if saved is not None:
-            self.ppo_state.restore(saved)
-        for name, sums in self.ppo_state.pending.items():
-            self._metrics["train"][name].append(torch.tensor(sums, device=self.args.device))
-        return result
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        # Sums over all devices: only one device's state is written.
-        pending = {
-            name: self.accelerator.reduce(torch.stack(sums).sum(0), reduction="sum") / self.accelerator.num_processes
-            for name, sums in self._metrics["train"].items()
-        }
-        self.ppo_state.pending = {name: sums.tolist() for name, sums in pending.items()}
-        super()._save_checkpoint(*args, **kwargs)
+    # -- evaluation --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def evaluate(
-        self, eval_dataset: Dataset | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+        self, eval_dataset: Dataset | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Sample one answer set per evaluation prompt, always with the same random numbers; mean score, KL, length.
 
@@ -705,17 +423,14 @@ class VLPPOTrainer(VLHeadTrainer):
         """
         data = eval_dataset if eval_dataset is not None else self.eval_dataset
         size, world, rank = self.sizes.micro_prompts, self.accelerator.num_processes, self.accelerator.process_index
-        self._end_ids = self.end_ids
         starts = list(range(0, len(data), size))
         starts += starts[: -len(starts) % world]  # every device makes the same number of passes
         sums = torch.zeros(4, device=self.args.device)
         for n in range(rank, len(starts), world):
             places = [*range(starts[n], min(starts[n] + size, len(data)))]
             batch = self.data_collator([data[i] for i in places])
-            rollouts = self.rollout([batch], stable_seed(self.args.seed, "eval"), [places])
-            self.score(rollouts)
-            self.evaluate_tokens(rollouts)
-            r = rollouts[0]
+            sampled = self.rollout([batch], stable_seed(self.args.seed, "eval"), [places])
+            (r,) = self.evaluate_tokens(self.score(sampled))
             if n < math.ceil(len(data) / size):  # not one of the repeated ones
                 kl = torch.where(r.mask, r.logps - r.ref_logps, 0).sum()
                 sums += torch.stack([r.scores.sum(), kl, r.mask.sum().float(), kl.new_tensor(len(r.texts))])

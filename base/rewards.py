@@ -1,4 +1,4 @@
-"""The terms of PPO's score: reward adapters on the policy's base, reward models of their own, and functions in a user's file."""
+"""The terms of PPO's score: reward adapters on the policy's base, reward models with a base of their own, functions in a user's file."""
 
 import functools
 import importlib.util
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from args import PPOConfig
+from base.adapters import Role
 from base.heads import check_same_base, head_metadata
 from base.loading import core_mapper_for
-from base.reward import VLRewardModel
-from base.rollout import Rollouts
+from base.processor import VLProcessor
+from base.reward import VLRewardModel, score_rows
+from base.rollout import Sampled
 from base.value import VLModelWithValueHead
 from common.errors import InputError
 
@@ -24,26 +26,81 @@ RewardFunction = Callable[..., Sequence[float]]
 
 @dataclass
 class Reward:
-    """One term of the score: an adapter on the policy's base (`hat`), a model of its own, or a function."""
+    """One term of the score; see the three kinds below."""
 
     name: str
-    weight: float = 1.0
-    hat: str | None = None
-    model: VLRewardModel | None = None
-    processor: Any = None
-    function: RewardFunction | None = None
+    weight: float
+
+
+@dataclass
+class AdapterReward(Reward):
+    """A reward model that is an adapter on the policy's base."""
+
+    role: Role
+
+
+@dataclass
+class ModelReward(Reward):
+    """A reward model with a base of its own, which answers are tokenised anew for."""
+
+    model: VLRewardModel
+    processor: VLProcessor
 
     @functools.cached_property
     def dummy_images(self) -> dict[str, Any]:
         """Image inputs of one grey picture, as this model's processor makes them."""
         return self.processor.dummy_images()
 
+    def score(self, sampled: Sampled, share_prefix: bool, dummy_images: dict[str, Any] | None) -> Tensor:
+        """(R,). For the arguments see `score_rows`."""
+        texts = sampled.by_prompt(sampled.texts)
+        rows = [row | {"responses": of_row} for row, of_row in zip(sampled.rows, texts, strict=True)]
+        scores = score_rows(self.model, self.processor, rows, len(rows), share_prefix, dummy_images)
+        return torch.tensor([scores[b][k] for b, k in sampled.order])
+
+
+@dataclass
+class FunctionReward(Reward):
+    """A function in a user's file."""
+
+    function: RewardFunction
+
+    def score(self, sampled: Sequence[Sampled]) -> list[Tensor]:
+        """Call the function once for all answers of an update on this device; (R,) per micro batch.
+
+        It gets the keyword arguments images, prompts, responses (one entry per answer: the row's image list, its messages, the answer's
+        text) and, as far as it takes them, the data's other columns.
+
+        Raises:
+            InputError: it does not return one number for each answer.
+        """
+        rows = [(r.rows[p], text) for r in sampled for p, text in zip(r.prompt_of, r.texts, strict=True)]
+        arguments = {
+            "images": [row["images"] for row, _ in rows],
+            "prompts": [row["prompt"] for row, _ in rows],
+            "responses": [text for _, text in rows],
+        }
+        parameters = inspect.signature(self.function).parameters
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        others = (c for c in rows[0][0] if c not in ("images", "prompt", "responses"))
+        columns = [c for c in others if takes_all or c in parameters]
+        values = list(self.function(**arguments, **{c: [row.get(c) for row, _ in rows] for c in columns}))
+        if len(values) != len(rows):
+            raise InputError(
+                f"Reward {self.name} returned {len(values)} numbers for {len(rows)} answers: return one each."
+            )
+        try:
+            scores = torch.tensor([float(v) for v in values])
+        except (TypeError, ValueError) as error:
+            raise InputError(f"Reward {self.name} must return numbers: {error}.") from error
+        return list(scores.split([len(r.texts) for r in sampled]))
+
 
 def load_reward_fn(spec: str) -> RewardFunction:
     """`file.py:name` -> the function.
 
     Raises:
-        InputError: no such file or function, or the file does not run.
+        InputError: the file or the function does not exist, or the file does not run.
     """
     file, colon, name = spec.rpartition(":")
     if not colon or not Path(file).is_file():
@@ -79,51 +136,21 @@ def load_rewards(model: VLModelWithValueHead, base: str, freeze_vision_tower: bo
         model.add_value_function(folders[0] if args.init_value_from_reward else None)
         if freeze_vision_tower:
             model.freeze_vision_side()
-    rewards = []
+    rewards: list[Reward] = []
+
+    def add(kind: type[Reward], name: str, **what: Any) -> None:
+        n = len(rewards)
+        weight = args.reward_weights[n] if args.reward_weights else 1.0
+        taken = any(name == other.name for other in rewards)
+        rewards.append(kind(name=f"{name}_{n}" if taken else name, weight=weight, **what))
+
     for folder in args.reward_adapter:
-        rewards.append(Reward(Path(folder).name, hat=model.add_reward_adapter(folder, base)))
+        add(AdapterReward, Path(folder).name, role=model.add_reward_adapter(folder, base))
     for path in args.reward_model_name_or_path:
-        own = core_mapper_for(path)
+        family = core_mapper_for(path)
         dtype = torch.bfloat16 if args.bf16 else torch.float32
-        rewards.append(
-            Reward(
-                Path(path).name,
-                model=own.reward_model.from_pretrained(path, dtype=dtype),
-                processor=own.processor(path),
-            )
-        )
+        reward_model = family.reward_model.from_pretrained(path, dtype=dtype)
+        add(ModelReward, Path(path).name, model=reward_model, processor=family.processor(path))
     for spec in args.reward_fn:
-        rewards.append(Reward(spec.rpartition(":")[2], function=load_reward_fn(spec)))
-    for n, reward in enumerate(rewards):
-        if any(reward.name == other.name for other in rewards[:n]):
-            reward.name = f"{reward.name}_{n}"
-        reward.weight = args.reward_weights[n] if args.reward_weights else 1.0
+        add(FunctionReward, spec.rpartition(":")[2], function=load_reward_fn(spec))
     return rewards
-
-
-def call_reward_fn(name: str, function: RewardFunction, rollouts: Sequence[Rollouts]) -> list[Tensor]:
-    """Call a user's function once for all answers of an update on this device; (R,) per micro batch.
-
-    It gets the keyword arguments images, prompts, responses (one entry per answer: the row's image list, its messages, the answer's text) and, as
-    far as it takes them, the data's other columns.
-
-    Raises:
-        InputError: another number of rewards than answers, or one that is no finite number.
-    """
-    rows = [(r.rows[p], text) for r in rollouts for p, text in zip(r.prompt_of, r.texts, strict=True)]
-    arguments = {
-        "images": [row["images"] for row, _ in rows],
-        "prompts": [row["prompt"] for row, _ in rows],
-        "responses": [text for _, text in rows],
-    }
-    parameters = inspect.signature(function).parameters
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    columns = [c for c in rows[0][0] if c not in ("images", "prompt", "responses") and (takes_all or c in parameters)]
-    values = list(function(**arguments, **{c: [row.get(c) for row, _ in rows] for c in columns}))
-    if len(values) != len(rows):
-        raise InputError(f"Reward {name} returned {len(values)} numbers for {len(rows)} answers: return one each.")
-    try:
-        scores = torch.tensor([float(v) for v in values])
-    except (TypeError, ValueError) as error:
-        raise InputError(f"Reward {name} must return numbers: {error}.") from error
-    return list(scores.split([len(r.texts) for r in rollouts]))

@@ -10,23 +10,20 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from base.adapters import adapter_active
+from base.adapters import Role, adapter_active
 from base.heads import (
     REWARD_HEAD,
     VALUE_HEAD,
     HeadModel,
-    _file,
-    _part,
     check_same_base,
+    checkpoint_file,
     freeze_lm_head,
     head_metadata,
     load_head,
+    sub_state_dict,
 )
 from base.loading import load_model, load_weights
 from common.errors import InputError
-
-# Adapter name, and folder of its weights beside the policy's. Not "value": peft matches by name, and BERT has a layer of that name.
-VALUE_ADAPTER = "value_function"
 
 
 @dataclass
@@ -44,14 +41,11 @@ class PolicyOutput(ModelOutput):
     state_values: Tensor | None = None
 
 
-POLICY, REFERENCE = "policy", "reference"
-
-
 class VLModelWithValueHead(HeadModel):
     """The policy with its value function and, on the same base, reference and reward models as adapters.
 
-    With LoRA the policy is the adapter "default", the value function the adapter "value_function" (or the policy's trunk) with a head, the reference
-    the base with no adapter (or the adapter "ref"), and a reward model an adapter with a head: one base in memory wears all hats. With full
+    With LoRA one base in memory serves every role: the policy is an adapter, the value function another one (or the policy's trunk) with a head,
+    the reference the base without an adapter (or a frozen one), and a reward model an adapter with a head; `Role` names the adapters. With full
     fine-tuning the value function has the policy's trunk or a backbone of its own.
     """
 
@@ -71,7 +65,7 @@ class VLModelWithValueHead(HeadModel):
     @property
     def separate_value(self) -> bool:
         """Whether the value function has weights of its own besides the head."""
-        return self.value_backbone is not None or VALUE_ADAPTER in getattr(self.backbone, "peft_config", {})
+        return self.value_backbone is not None or Role.VALUE.adapter in getattr(self.backbone, "peft_config", {})
 
     def add_value_function(self, init_from: str | None = None) -> None:
         """Give the value function weights of its own: a second adapter, or with full fine-tuning a second backbone.
@@ -81,16 +75,13 @@ class VLModelWithValueHead(HeadModel):
         """
         if isinstance(self.backbone, PeftModel):
             if init_from is None:
-                config = copy.copy(self.backbone.peft_config["default"])
+                config = copy.copy(self.backbone.peft_config[Role.POLICY.adapter])
                 config.modules_to_save = None
                 config.inference_mode = False
-                self.backbone.add_adapter(VALUE_ADAPTER, config)
+                self.backbone.add_adapter(Role.VALUE.adapter, config)
             else:
-                self.backbone.load_adapter(init_from, adapter_name=VALUE_ADAPTER, is_trainable=True)
-            self.backbone.set_adapter("default")
-            for name, parameter in self.backbone.named_parameters():
-                if f".{VALUE_ADAPTER}." in name:
-                    parameter.requires_grad_(True)
+                self.backbone.load_adapter(init_from, adapter_name=Role.VALUE.adapter, is_trainable=True)
+            self._activate_policy()
         else:
             path = init_from or self.core.config.name_or_path
             self.value_backbone = load_model(path, dtype=next(self.backbone.parameters()).dtype)
@@ -98,8 +89,15 @@ class VLModelWithValueHead(HeadModel):
         if init_from is not None:
             self.head = load_head(init_from, REWARD_HEAD, self.backbone).to(self.device)
 
-    def add_reward_adapter(self, folder: str, base: str) -> str:
-        """Hang a reward model's adapter and head on the policy's base; return the name of the hat.
+    def _activate_policy(self) -> None:
+        """Make the policy's adapter the active one after another was added."""
+        self.backbone.set_adapter(Role.POLICY.adapter)
+        for name, parameter in self.backbone.named_parameters():
+            if f".{Role.VALUE.adapter}." in name:  # set_adapter froze it
+                parameter.requires_grad_(True)
+
+    def add_reward_adapter(self, folder: str, base: str) -> Role:
+        """Hang a reward model's adapter and head on the policy's base; return its role.
 
         Raises:
             InputError: the folder holds no adapter or no head, or was trained on another base than `base`.
@@ -108,42 +106,36 @@ class VLModelWithValueHead(HeadModel):
             raise InputError(
                 "--reward_adapter needs --use_lora True: the policy's own weights move, so give --reward_model_name_or_path."
             )
-        if _file(folder, "adapter_config.json") is None:
+        if checkpoint_file(folder, "adapter_config.json") is None:
             raise InputError(
                 f"{folder} has no adapter_config.json: a reward model of its own goes to --reward_model_name_or_path."
             )
         head = load_head(folder, REWARD_HEAD, self.backbone)
         check_same_base(folder, head_metadata(folder), base)
-        name = f"reward_{len(self.reward_heads)}"
-        self.backbone.load_adapter(folder, adapter_name=name, is_trainable=False)
-        self.backbone.set_adapter("default")
-        for parameter_name, parameter in self.backbone.named_parameters():
-            if f".{VALUE_ADAPTER}." in parameter_name:  # set_adapter froze it
-                parameter.requires_grad_(True)
-        self.reward_heads[name] = head.requires_grad_(False).to(self.device)
-        return name
+        role = Role.reward(len(self.reward_heads))
+        self.backbone.load_adapter(folder, adapter_name=role.adapter, is_trainable=False)
+        self._activate_policy()
+        self.reward_heads[role.adapter] = head.requires_grad_(False).to(self.device)
+        return role
 
     def freeze_vision_side(self) -> None:
         """Freeze tower and projector, so that image features stay what they are for the whole run."""
-        for backbone in (self.backbone, self.value_backbone):
-            if backbone is not None:
-                for _, parameter in _vision_side(backbone):
+        for core in (self.core, self.value_backbone):
+            if core is not None:
+                for parameter in core.vision_parameters().values():
                     parameter.requires_grad_(False)
 
-    def own_vision(self, hat: str) -> bool:
-        """Whether a reward adapter changes the vision side: then it needs features of its own."""
-        return any(f".{hat}." in name for name, _ in _vision_side(self.backbone))
-
-    def value_has_own_vision(self) -> bool:
-        """Whether the value function's vision side differs from the policy's (ZeRO-3: this rank's part): then it needs features of its own."""
-        if self.value_backbone is None:
-            return isinstance(self.backbone, PeftModel) and self.own_vision(VALUE_ADAPTER)
+    def has_own_vision(self, role: Role) -> bool:
+        """Whether a role's vision side differs from the policy's (ZeRO-3: this rank's part): then it needs image features of its own."""
+        vision = self.core.vision_parameters()
+        if role != Role.VALUE or self.value_backbone is None:
+            return role != Role.POLICY and any(f".{role.adapter}." in name for name in vision)
 
         def here(p: nn.Parameter) -> Tensor:
             return getattr(p, "ds_tensor", p).detach().cpu()
 
-        mine = dict(_vision_side(self.backbone))
-        return any(not torch.equal(here(mine[name]), here(p)) for name, p in _vision_side(self.value_backbone))
+        others = self.value_backbone.vision_parameters()
+        return any(not torch.equal(here(vision[name]), here(p)) for name, p in others.items())
 
     # -- passes ------------------------------------------------------------------------------------------------------------
 
@@ -151,34 +143,34 @@ class VLModelWithValueHead(HeadModel):
         self,
         completion_index: Tensor,
         completion_ids: Tensor | None = None,
-        hat: str = POLICY,
+        role: Role = Role.POLICY,
         temperature: float = 1.0,
         with_entropy: bool = False,
         value_inputs: dict[str, Any] | None = None,
         **inputs: Any,
     ) -> Any:
-        """One pass under one hat. Every pass goes through here, because DDP and DeepSpeed only see what does.
+        """One pass in one role. Every pass goes through here, because DDP and DeepSpeed only see what does.
 
         Args:
-            completion_index, completion_ids: (N,) flat positions that predict the tokens, and the tokens. For a reward hat: (R,) last tokens.
-            hat: POLICY gives PolicyOutput; REFERENCE log-probs (N,); the name of a reward adapter rewards (R,).
+            completion_index, completion_ids: (N,) flat positions that predict the tokens, and the tokens. For a reward: (R,) last tokens.
+            role: Role.POLICY gives PolicyOutput, values included; Role.REFERENCE log-probs (N,); Role.reward(n) rewards (R,).
             value_inputs: instead of `inputs` for the value function, if its vision side differs.
         """
         tokens = {"completion_index": completion_index, "completion_ids": completion_ids, "temperature": temperature}
-        if hat == REFERENCE:
-            ref = "ref" if "ref" in self.backbone.peft_config else None
+        if role == Role.REFERENCE:
+            ref = Role.REFERENCE.adapter if Role.REFERENCE.adapter in self.backbone.peft_config else None
             with adapter_active(self.backbone, ref):
                 return self.backbone(**inputs, **tokens).logps
-        if hat != POLICY:
-            with adapter_active(self.backbone, hat):
+        if role != Role.POLICY:
+            with adapter_active(self.backbone, role.adapter):
                 hidden = self.backbone(**inputs, completion_index=completion_index).hidden
-            return self.apply_head(self.reward_heads[hat], hidden)
+            return self.apply_head(self.reward_heads[role.adapter], hidden)
         policy = self.backbone(**inputs, **tokens, with_entropy=with_entropy)
         value_inputs = value_inputs if value_inputs is not None else inputs
         if self.value_backbone is not None:
             hidden = self.value_backbone(**value_inputs, completion_index=completion_index).hidden
         elif self.separate_value:
-            with adapter_active(self.backbone, VALUE_ADAPTER):
+            with adapter_active(self.backbone, Role.VALUE.adapter):
                 hidden = self.backbone(**value_inputs, completion_index=completion_index).hidden
         else:
             hidden = policy.hidden
@@ -193,8 +185,8 @@ class VLModelWithValueHead(HeadModel):
 
     def _save_backbone(self, save_directory: str, state_dict: dict[str, Tensor] | None, **kwargs: Any) -> None:
         if isinstance(self.backbone, PeftModel):
-            mine = ["default", VALUE_ADAPTER] if self.separate_value else ["default"]
-            kwargs["selected_adapters"] = mine  # not those of reference and reward
+            trained = [Role.POLICY, Role.VALUE] if self.separate_value else [Role.POLICY]
+            kwargs["selected_adapters"] = [role.adapter for role in trained]  # not those of reference and reward
         super()._save_backbone(save_directory, state_dict, **kwargs)
 
     def save_pretrained(self, save_directory: str, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:
@@ -202,33 +194,28 @@ class VLModelWithValueHead(HeadModel):
         super().save_pretrained(save_directory, state_dict, **kwargs)
         if self.value_backbone is not None:
             self.value_backbone.save_pretrained(
-                os.path.join(save_directory, VALUE_ADAPTER), state_dict=_part(state_dict, "value_backbone."), **kwargs
+                os.path.join(save_directory, Role.VALUE.adapter),
+                state_dict=sub_state_dict(state_dict, "value_backbone."),
+                **kwargs,
             )
 
     def load_checkpoint(self, folder: str) -> None:
         super().load_checkpoint(folder)
-        value_folder = os.path.join(folder, VALUE_ADAPTER)
+        value_folder = os.path.join(folder, Role.VALUE.adapter)
         if self.value_backbone is not None:
             load_weights(self.value_backbone, value_folder)
         elif self.separate_value:
-            load_weights(self.backbone, value_folder, VALUE_ADAPTER)
+            load_weights(self.backbone, value_folder, Role.VALUE.adapter)
 
     @classmethod
     def from_pretrained(cls, model_name_or_path: str, **kwargs: Any) -> Self:
         """Load the output folder of train_ppo.py: the policy, and the value function with its head."""
         model = super().from_pretrained(model_name_or_path, **kwargs)
-        value_folder = os.path.join(model_name_or_path, VALUE_ADAPTER)
+        value_folder = os.path.join(model_name_or_path, Role.VALUE.adapter)
         if os.path.isdir(value_folder):
             if isinstance(model.backbone, PeftModel):
-                model.backbone.load_adapter(value_folder, adapter_name=VALUE_ADAPTER)
-                model.backbone.set_adapter("default")
+                model.backbone.load_adapter(value_folder, adapter_name=Role.VALUE.adapter)
+                model.backbone.set_adapter(Role.POLICY.adapter)
             else:
                 model.value_backbone = load_model(value_folder, dtype=next(model.backbone.parameters()).dtype)
         return model
-
-
-def _vision_side(backbone: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Parameters outside the language model, with their names."""
-    core = backbone.get_base_model() if isinstance(backbone, PeftModel) else backbone
-    text = {id(p) for m in (core.get_decoder(), core.get_output_embeddings()) for p in m.parameters()}
-    return [(name, p) for name, p in core.named_parameters() if id(p) not in text]

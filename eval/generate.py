@@ -27,6 +27,7 @@ from transformers.utils import ModelOutput
 
 from args import run
 from base.collator import VLDPODataCollatorWithPadding
+from base.features import join_image_inputs, pooled_features
 from base.loading import base_model_path, load_model
 from base.packing import scatter_to_responses
 from base.processor import VLProcessor
@@ -195,7 +196,7 @@ class Answerer:
                 }
                 self.tower_runs += 1
             shared.append(self._features[item["digest"]])
-        joined = join_features(shared)
+        joined = join_image_inputs([pooled_features(inputs) for inputs in shared])
         per_token = {
             k: [i["inputs"][k] for i in encoded] for k in self.processor.per_token_keys if k in encoded[0]["inputs"]
         }
@@ -248,35 +249,6 @@ def processor_for(model: str, adapter: str | None = None) -> VLProcessor:
     names = ("processor_config.json", "preprocessor_config.json")
     saved = (path for path in (adapter, model) if path and any((Path(path) / name).is_file() for name in names))
     return core_mapper_for(model).processor(next(saved, base_model_path(model)))
-
-
-def join_features(parts: list[dict]) -> dict:
-    """The outputs of `encode_images` of several rows, as if they had been encoded as one batch."""
-    if not parts:
-        return {}
-    joined: dict = {}
-    for key, first in parts[0].items():
-        values = [part[key] for part in parts]
-        if isinstance(first, torch.Tensor):
-            joined[key] = torch.cat(values)
-        elif key == "mm_encoder_outputs":
-            joined[key] = {modality: _join_outputs([v[modality] for v in values]) for modality in first}
-        else:
-            raise TypeError(f"encode_images returned {key} of type {type(first).__name__}, which cannot be joined")
-    return joined
-
-
-def _join_outputs(outputs: list) -> object:
-    """Only pooled and deepstack features are read from pre-encoded outputs (transformers' generate relies on it, too)."""
-    fields: dict = {"pooler_output": _concatenate([o.pooler_output for o in outputs])}
-    if getattr(outputs[0], "deepstack_features", None) is not None:
-        layers = zip(*(o.deepstack_features for o in outputs), strict=True)
-        fields["deepstack_features"] = [_concatenate(list(layer)) for layer in layers]
-    return type(outputs[0])(**fields)
-
-
-def _concatenate(values: list) -> object:
-    return torch.cat(values) if isinstance(values[0], torch.Tensor) else [item for v in values for item in v]
 
 
 def generation_settings(args: argparse.Namespace, answerer: Answerer) -> tuple[dict, dict]:

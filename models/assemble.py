@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
 from args import LoraArguments, ModelArguments, VLConfig
-from base.adapters import REFERENCE_ADAPTER
+from base.adapters import Role
 from base.fast_lora import use_fast_lora
 from base.loading import base_model_path, load_model
 from base.resume import checkpoint_to_resume
@@ -124,8 +124,8 @@ def load_reference(policy: torch.nn.Module, plan: LoadPlan, training_args: VLCon
     if not isinstance(policy, PeftModel):
         return _load(plan)
     if plan.is_adapter:
-        policy.load_adapter(plan.checkpoint, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
-        policy.set_adapter("default")
+        policy.load_adapter(plan.checkpoint, adapter_name=Role.REFERENCE.adapter, is_trainable=False)
+        policy.set_adapter(Role.POLICY.adapter)
     return None
 
 

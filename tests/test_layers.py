@@ -16,7 +16,8 @@ ENTRY_POINTS = {"data.check", "scripts.generate", "merge_lora", "train_sft", "tr
 BASE = [
     {"batch", "collator", "corruption", "image_tokens", "images", "packing", "processor", "template", "views"},
     {"adapters", "fast_lora", "features", "heads", "loading", "logps", "model", "packed_attention", "reward", "value"},
-    {"calibration", "callbacks", "checkpoints", "ppo_trainer", "reference_cache", "resume", "rewards", "rollout", "samples", "trainer"},
+    {"calibration", "callbacks", "checkpoints", "ppo_batches", "ppo_metrics", "ppo_trainer", "reference_cache", "resume",
+     "rewards", "rollout", "samples", "sampling", "trainer", "update_loop"},
 ]  # fmt: skip
 LAYERS = ["common", "losses", "args", "data", *range(len(BASE)), "models", "top"]
 # The one look-up of plug-ins: a checkpoint's family is found when it is loaded.

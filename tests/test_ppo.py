@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,15 @@ from datasets import Dataset
 import args
 import train_ppo
 import train_sft
-from base.adapters import adapter_active, adapter_now
+from base.adapters import Role, adapter_active, adapter_now
 from base.loading import load_model
+from base.ppo_batches import BatchSizes, PromptBatches, mini_batches
+from base.ppo_metrics import warn_of_collapse
 from base.reward import VLRewardModel, score_rows
-from base.rollout import BatchSizes, PromptBatches, SeededSampling, cut_after_end, mini_batches
-from base.value import VALUE_ADAPTER, VLModelWithValueHead
+from base.rollout import Sampled
+from base.sampling import SeededSampling, cut_after_end
+from base.update_loop import PPOState
+from base.value import VLModelWithValueHead
 from common.errors import InputError
 from data import DataSplits
 from models import core_mapper_for
@@ -155,31 +160,27 @@ def ppo_trainer(checkpoint: str, rows: list[dict], out: Path, flags: str):
 
 def rolled_out(trainer, rows: list[dict], size: int = 2):
     """Rollouts of `rows` with everything that the optimiser reads, outside of training."""
-    trainer._end_ids = trainer.end_ids
     places = [[*range(s, s + size)] for s in range(0, len(rows), size)]
-    rollouts = trainer.rollout([trainer.data_collator([rows[i] for i in p]) for p in places], seed=7, places=places)
-    trainer.score(rollouts)
-    trainer.evaluate_tokens(rollouts)
-    trainer._rewards_and_advantages(rollouts)
-    return rollouts
+    sampled = trainer.rollout([trainer.data_collator([rows[i] for i in p]) for p in places], seed=7, places=places)
+    return trainer.estimate_advantages(trainer.evaluate_tokens(trainer.score(sampled)))
 
 
 def history(out: Path) -> list[dict]:
     return [e for e in json.loads((out / "trainer_state.json").read_text())["log_history"] if "objective/kl" in e]
 
 
-@pytest.mark.parametrize("hats", ["lora", "shared", "full"])
+@pytest.mark.parametrize("setup", ["lora", "shared", "full"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_first_step_and_one_vision_pass(
-    family: str, hats: str, image_dir: Path, tmp_path: Path, reward_adapters, reward_file
+    family: str, setup: str, image_dir: Path, tmp_path: Path, reward_adapters, reward_file
 ):
-    """KL 0, ratio 1, approx_kl 0; the tower runs once per image for generation, all hats and all epochs; the base stays."""
+    """KL 0, ratio 1, approx_kl 0; the tower runs once per image for generation, all roles and all epochs; the base stays."""
     path = zoo.checkpoint(family)
     flags = {
         "lora": f"{LORA} --reward_adapter {reward_adapters(family)}",
         "shared": f"{LORA} --value_adapter shared --reward_fn {reward_file}:length",
         "full": f"--reward_fn {reward_file}:length",
-    }[hats]
+    }[setup]
     trainer = ppo_trainer(path, prompt_rows(image_dir), tmp_path, f"{flags} --num_mini_batches 2 --num_ppo_epochs 3")
     calls = []
     for model in {
@@ -204,13 +205,13 @@ def test_first_step_and_one_vision_pass(
             assert torch.equal(parameter, before[name]), name
     moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
     assert any(n.startswith("head") for n in moved)
-    if hats == "lora":
+    if setup == "lora":
         assert any(".value_function." in n for n in moved) and any(".default." in n for n in moved)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scoring_passes_are_those_of_each_answer_alone(family: str, image_dir: Path, tmp_path: Path, reward_adapters):
-    """Log-probs, values and rewards of packed rollouts against one plain forward per answer under each hat; and with another image."""
+    """Log-probs, values and rewards of packed rollouts against one plain forward per answer in each role; and with another image."""
     path = zoo.checkpoint(family)
     rows = prompt_rows(image_dir, 4)
     flags = f"{LORA} --reward_adapter {reward_adapters(family)} --temperature 1.3"
@@ -235,25 +236,24 @@ def test_scoring_passes_are_those_of_each_answer_alone(family: str, image_dir: P
                     base = model.backbone(
                         **batch, completion_index=index, completion_ids=torch.tensor(answer), temperature=1.3
                     )
-                with adapter_active(model.backbone, VALUE_ADAPTER):
+                with adapter_active(model.backbone, Role.VALUE.adapter):
                     value = model.backbone(**batch, completion_index=index).hidden @ model.head.weight.T
-                with adapter_active(model.backbone, "reward_0"):
+                with adapter_active(model.backbone, Role.reward(0).adapter):
                     hidden = model.backbone(**batch, completion_index=torch.tensor([start + n - 1])).hidden
                     reward = hidden @ model.reward_heads["reward_0"].weight.T
             assert r.logps[i, :n].tolist() == pytest.approx(policy.logps.tolist(), abs=2e-4)
             assert r.ref_logps[i, :n].tolist() == pytest.approx(base.logps.tolist(), abs=2e-4)
             assert r.values[i, :n].tolist() == pytest.approx(value[:, 0].tolist(), abs=2e-4)
             assert r.scores[i].item() == pytest.approx(reward.item(), abs=2e-4)
-            assert (policy.logps - base.logps).abs().max() > 1e-3  # the hats differ
+            assert (policy.logps - base.logps).abs().max() > 1e-3  # the roles differ
     # Another image under the same tokens moves everything.
     r = rollouts[0]
     other = trainer.data_collator([row | {"images": [str(image_dir / "7.png")]} for row in r.rows])
-    before = (r.logps, r.values, r.scores)
-    r.images = {"": trainer._encode(trainer.data_collator.processor.pad_img_inputs(other["img_input_dict"]))}
-    trainer.score([r])
-    trainer.evaluate_tokens([r])
-    for old, new in zip(before, (r.logps, r.values, r.scores), strict=True):
-        assert (old - new).abs().max() > 1e-6
+    sampled = {f.name: getattr(r, f.name) for f in fields(Sampled)}
+    moved = Sampled(**sampled | {"images": trainer._encode(other["img_input_dict"])})
+    (moved,) = trainer.evaluate_tokens(trainer.score([moved]))
+    for name in ("logps", "values", "scores"):
+        assert (getattr(r, name) - getattr(moved, name)).abs().max() > 1e-6
 
 
 def to_alone(trainer, r):
@@ -369,8 +369,8 @@ def test_rewards_are_summed_with_weights_penalty_and_clip(llava, image_dir, tmp_
         total = 2 * adapter - own + 0.5 * foreign + 3 * place - 0.25 * (~r.ended).float()
         assert r.scores.tolist() == pytest.approx(total.tolist(), abs=1e-4)
     trainer.args.reward_clip = 0.1
-    trainer.score([r])
-    assert r.scores.abs().max() <= 0.1
+    (clipped,) = trainer.score([Sampled(**{f.name: getattr(r, f.name) for f in fields(Sampled)})])
+    assert clipped.scores.abs().max() <= 0.1
 
 
 # ------------------------------------------------------------------------------------------------ whole runs
@@ -501,12 +501,11 @@ def test_output_reloads_with_its_value_function(command, reward_file, tmp_path, 
     assert out.state_values.shape == (2,) and not (tmp_path / "ppo" / "ref").exists()
 
 
-def test_collapse_is_warned_of_with_the_step(llava, image_dir, tmp_path, reward_file, caplog):
-    trainer = ppo_trainer(llava, prompt_rows(image_dir, 2), tmp_path, f"{LORA} --reward_fn {reward_file}:length")
-    trainer._warn_of_collapse({"entropy": 2.0, "length": 10.0})
-    trainer.state.global_step = 8
-    trainer._warn_of_collapse({"entropy": 0.05, "length": 9.0})
-    trainer._warn_of_collapse({"entropy": 0.04, "length": 1.0})
+def test_collapse_is_warned_of_with_the_step(caplog):
+    state = PPOState()
+    warn_of_collapse(state, 1, entropy=2.0, length=10.0)
+    warn_of_collapse(state, 9, entropy=0.05, length=9.0)
+    warn_of_collapse(state, 9, entropy=0.04, length=1.0)
     messages = [r.getMessage() for r in caplog.records]
     assert len(messages) == 2 and "Update 9" in messages[0] and "entropy" in messages[0] and "length" in messages[1]
 

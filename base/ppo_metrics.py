@@ -1,0 +1,88 @@
+"""What PPO logs, under TRL's names."""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import losses
+from base.rollout import Advantages
+from base.update_loop import PPOState
+
+logger = logging.getLogger(__name__)
+
+
+def rollout_metrics(rollouts: Sequence[Advantages], kl_coef: float, kl_estimator: str) -> dict[str, Tensor]:
+    """One number per answer of an update, (all R,) each."""
+    kl = sequence_kl(rollouts)
+    penalty = torch.cat(
+        [torch.where(r.mask, losses.kl_per_token(r.logps, r.ref_logps, kl_estimator), 0).sum(1) for r in rollouts]
+    )
+    scores = torch.cat([r.scores for r in rollouts])
+    return {
+        "objective/kl": kl,
+        "objective/entropy": torch.cat([-torch.where(r.mask, r.logps, 0).sum(1) for r in rollouts]),
+        "objective/non_score_reward": -kl_coef * penalty,
+        "objective/rlhf_reward": scores - kl_coef * penalty,
+        "objective/scores": scores,
+        "objective/kl_coef": torch.full((1,), kl_coef),
+        "val/response_length": torch.cat([r.mask.sum(1) for r in rollouts]).float(),
+        "val/ended": torch.cat([r.ended for r in rollouts]).float(),
+    }
+
+
+def sequence_kl(rollouts: Sequence[Advantages]) -> Tensor:
+    """KL of each answer to the reference at sampling time in nats, estimated by its log-ratio (k1), (all R,)."""
+    return torch.cat([torch.where(r.mask, r.logps - r.ref_logps, 0).sum(1) for r in rollouts])
+
+
+def token_metrics(
+    r: Advantages,
+    logps: Tensor,
+    entropy: Tensor,
+    policy_loss: Tensor,
+    value_loss: Tensor,
+    flags: dict[str, Tensor],
+    first: bool,
+) -> dict[str, Tensor]:
+    """(sum, number of tokens) of what a micro step computed, (2,) each.
+
+    Args:
+        logps, entropy, policy_loss, value_loss: (R, T).
+        flags: `policy_clipped`, `value_clipped`, (R, T) bool.
+        first: before the first optimizer step of an update policy and sampler are the same: `first/*` are 0 up to rounding.
+    """
+    mask = r.mask
+    ratio = torch.exp(logps - r.logps)
+    sums = {
+        "loss/policy_avg": torch.where(mask, policy_loss, 0).sum(),
+        "loss/value_avg": torch.where(mask, value_loss, 0).sum(),
+        "policy/approxkl_avg": losses.approx_kl_per_token(logps, r.logps)[mask].sum(),
+        "policy/clipfrac_avg": flags["policy_clipped"][mask].sum(),
+        "policy/entropy_avg": entropy[mask].sum(),
+        "val/clipfrac_avg": flags["value_clipped"][mask].sum(),
+        "val/ratio": ratio[mask].sum(),
+        "val/ratio_var": ((ratio[mask] - 1) ** 2).sum(),
+    }
+    if first:
+        sums["first/approxkl"] = losses.approx_kl_per_token(logps, r.logps)[mask].sum()
+        sums["first/ratio_deviation"] = (ratio[mask] - 1).abs().sum()
+    return {name: torch.stack([value.detach().float(), mask.sum().float()]) for name, value in sums.items()}
+
+
+def warn_of_collapse(state: PPOState, update: int, **now: float) -> None:
+    """Once each: entropy below 5 %, or answers below 20 %, of the first update's.
+
+    Args:
+        now: `entropy` and `length`, means over the update, the same on all devices.
+    """
+    for name, limit in (("entropy", 0.05), ("length", 0.2)):
+        first = state.first.setdefault(name, now[name])
+        if now[name] < limit * first and name not in state.warned:
+            state.warned.append(name)
+            logger.warning(
+                "Update %d: the policy has collapsed, mean %s %.3g is below %.0f %% of the first update's %.3g. "
+                "Raise --kl_coef or lower --learning_rate.",
+                update, name, now[name], 100 * limit, first,
+            )  # fmt: skip

@@ -1,0 +1,146 @@
+"""Answers sampled from a policy: reproducible token by token, up to and with the end token."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from args import PPOConfig
+from base.collator import VLPPODataCollator
+from base.features import join_image_inputs
+from base.processor import VLProcessor
+from base.rollout import Answers, Prompts, round_by_round
+from common.seeds import stable_seed
+from common.tensors import to_device
+
+
+class SeededSampling(LogitsProcessor):
+    """Sample by inverting the cumulative distribution at given uniform numbers; greedy decoding then takes the sampled token.
+
+    One number per row and step, so that neither batch size, device count nor global random state changes what is sampled.
+    """
+
+    def __init__(self, uniforms: Tensor, temperature: float, top_p: float = 1.0) -> None:
+        """
+        Args:
+            uniforms: (B, T) in [0, 1), for T steps.
+        """
+        self.uniforms, self.temperature = uniforms, temperature
+        self.top_p = TopPLogitsWarper(top_p) if top_p < 1 else None
+        self.first_length: int | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.first_length is None:
+            self.first_length = input_ids.shape[1]
+        scores = scores.float() / self.temperature
+        if self.top_p is not None:
+            scores = self.top_p(input_ids, scores)
+        cumulative = scores.softmax(-1).double().cumsum(-1)  # (B, V)
+        target = self.uniforms[:, input_ids.shape[1] - self.first_length, None] * cumulative[:, -1:]
+        token = (cumulative <= target).sum(-1, keepdim=True)  # a token of probability 0 is never hit
+        return torch.full_like(scores, -math.inf).scatter(-1, token, 0.0)
+
+
+def cut_after_end(ids: Sequence[int], end_ids: Sequence[int]) -> list[int]:
+    """Tokens up to and with the first end token."""
+    for n, token in enumerate(ids):
+        if token in end_ids:
+            return list(ids[: n + 1])
+    return list(ids)
+
+
+def end_token_ids(processor: VLProcessor, core: nn.Module) -> list[int]:
+    """Tokens that end an answer: the template's end of turn, and the checkpoint's own end tokens."""
+    of_template = processor.encode_response("")[-1]
+    of_checkpoint = core.generation_config.eos_token_id if core.generation_config is not None else None
+    if not isinstance(of_checkpoint, list):
+        of_checkpoint = [of_checkpoint] if of_checkpoint is not None else []
+    return sorted({of_template, *of_checkpoint})
+
+
+@contextmanager
+def plain_generation_config(core: nn.Module) -> Iterator[None]:
+    """Without the checkpoint's own sampling settings (repetition penalty, top-k, ...), which log-probs know nothing of."""
+    owners = [m for m in core.modules() if isinstance(getattr(m, "generation_config", None), GenerationConfig)]
+    before = [m.generation_config for m in owners]
+    try:
+        for m in owners:
+            m.generation_config = GenerationConfig()
+        yield
+    finally:
+        for m, config in zip(owners, before, strict=True):
+            m.generation_config = config
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Samples --rollouts_per_prompt answers to each prompt, with --temperature, --top_p and up to --response_length tokens."""
+
+    args: PPOConfig
+    collator: VLPPODataCollator
+    end_ids: list[int]  # of `end_token_ids`
+
+    @torch.no_grad()
+    def sample(
+        self, core: nn.Module, group: Sequence[Prompts], images: Sequence[dict[str, Any]], seed: int
+    ) -> list[Answers]:
+        """Answers to several micro batches by one call of generate.
+
+        Args:
+            core: the adapter's model, under `plain_generation_config`.
+            images: what generate reads of the images of each micro batch.
+            seed: with a prompt's place and an answer's number it decides the answer, whatever else is sampled at once.
+        """
+        args = self.args
+        K = args.rollouts_per_prompt
+        orders = [round_by_round(len(p.tokens), K) for p in group]
+        inputs = to_device(self._padded_prompts(group), args.device)
+        inputs |= join_image_inputs([i for i in images for _ in range(K)])
+        uniforms = torch.cat([self._uniforms(p, order, seed) for p, order in zip(group, orders, strict=True)])
+        sequences = core.generate(
+            **inputs,
+            do_sample=False,  # the processor samples
+            max_new_tokens=args.response_length,
+            eos_token_id=self.end_ids,
+            pad_token_id=self.collator.processor.tokenizer.pad_token_id,
+            use_cache=True,
+            logits_processor=LogitsProcessorList(
+                [SeededSampling(uniforms.to(args.device), args.temperature, args.top_p)]
+            ),
+            **core.rollout_cache,
+            # Weights that are shared out need all ranks at every token, until the longest answer of all ranks has ended.
+            synced_gpus=is_deepspeed_zero3_enabled() and args.world_size > 1 and not args.ds3_gather_for_generation,
+        )
+        length = inputs["input_ids"].shape[1]
+        if sequences.shape[1] > length and torch.equal(sequences[:, :length], inputs["input_ids"]):
+            sequences = sequences[:, length:]  # given embeddings, generate returns new tokens only
+        generated = iter(cut_after_end(row, self.end_ids) for row in sequences.tolist())
+        answers = []
+        for p, order in zip(group, orders, strict=True):
+            found = {place: next(generated) for place in order}
+            answers.append([[found[b, k] for k in range(K)] for b in range(len(p.tokens))])
+        return answers
+
+    def _padded_prompts(self, group: Sequence[Prompts]) -> dict[str, Any]:
+        """The prompts of every micro batch K times, padded on the left."""
+        copies = [p for p in group for _ in range(self.args.rollouts_per_prompt)]
+        per_token = [self.collator.per_token(p.img_inputs) for p in copies]
+        return self.collator.pad_for_generation(
+            [tokens for p in copies for tokens in p.tokens],
+            {k: [v for t in per_token for v in t[k]] for k in per_token[0]},
+        )
+
+    def _uniforms(self, prompts: Prompts, order: Sequence[tuple[int, int]], seed: int) -> Tensor:
+        """(R, response_length) in [0, 1): one number for every token of every answer."""
+        shape = self.args.rollouts_per_prompt, self.args.response_length
+        of_prompt = [
+            torch.rand(shape, generator=torch.Generator().manual_seed(stable_seed(seed, place)))
+            for place in prompts.places
+        ]
+        return torch.stack([of_prompt[b][k] for b, k in order])
