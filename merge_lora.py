@@ -16,6 +16,7 @@ from models.merging import bits_of, merge_to
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Merge as the command line says, and print what was merged."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="checkpoint folder or hub id that the adapter was trained on")
     parser.add_argument("adapter", help="output folder of a run with --use_lora True, or one of its checkpoints")

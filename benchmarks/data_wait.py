@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.dpo_vs_trl import CASES, MORE_CASES, our_trainer
+from benchmarks.dpo_vs_trl import CASES, MORE_CASES, Case, our_trainer
 from benchmarks.models import SIZES, build, picture, rows
 from benchmarks.steps import LoadWatch, machine, markdown, write
 
@@ -30,7 +30,7 @@ def photographs(folder: Path, data: list[dict[str, Any]]) -> None:
         row["images"] = [str(path)]
 
 
-def run(case: Any, checkpoint: Path, data: list[dict[str, Any]], workers: int, steps: int, precision: str) -> dict:
+def run(case: Case, checkpoint: Path, data: list[dict[str, Any]], workers: int, steps: int, precision: str) -> dict:
     """Seconds that a step of one run takes, and how many of them it waits."""
     options = f"{precision} --dataloader_num_workers {workers} --save_strategy no --report_to none"
     trainer = our_trainer(case, checkpoint, data, options, checkpoint / "reference")
@@ -39,14 +39,14 @@ def run(case: Any, checkpoint: Path, data: list[dict[str, Any]], workers: int, s
     ends: list[float] = []
     fetch, step = trainer.get_batch_samples, trainer.training_step
 
-    def timed_fetch(*arguments: Any) -> Any:
+    def timed_fetch(*arguments: Any) -> tuple[list[dict[str, Any]], Any]:
         start = time.perf_counter()
         batches = fetch(*arguments)
         if batches[0]:
             waits.append(time.perf_counter() - start)
         return batches
 
-    def timed_step(*arguments: Any) -> Any:
+    def timed_step(*arguments: Any) -> torch.Tensor:
         loss = step(*arguments)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -65,6 +65,7 @@ def run(case: Any, checkpoint: Path, data: list[dict[str, Any]], workers: int, s
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    """Measure every number of loader workers on one case, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--case", default="llava-50", help="a case of benchmarks.dpo_vs_trl")

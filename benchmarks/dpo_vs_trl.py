@@ -29,6 +29,7 @@ from PIL import Image
 import args as flags
 import train_dpo
 from base.model import VLModelMixin
+from base.trainer import VLDPOTrainer
 from benchmarks import floor
 from benchmarks.models import SIZES, build, rows
 from benchmarks.steps import LoadWatch, Side, Timings, machine, markdown, matmul_rate, take_turns, write
@@ -71,7 +72,7 @@ MORE_CASES = [  # run only when named
 ]
 
 
-def our_trainer(case: Case, checkpoint: Path, data: list[Row], options: str, cache: Path) -> Any:
+def our_trainer(case: Case, checkpoint: Path, data: list[Row], options: str, cache: Path) -> VLDPOTrainer:
     """The trainer that train_dpo.py builds."""
     lora = "--use_lora True --lora_r 16 --lora_alpha 32 --lora_dropout 0" if case.lora else ""
     parsed = flags.parse(
@@ -90,6 +91,7 @@ def our_trainer(case: Case, checkpoint: Path, data: list[Row], options: str, cac
 
 
 def our_side(case: Case, checkpoint: Path, data: list[Row], options: str, cache: Path) -> Side:
+    """Our trainer and its batches, to take turns with TRL's."""
     trainer = our_trainer(case, checkpoint, data, options, cache)
     dataset, collate = trainer.train_dataset, trainer.data_collator
     starts = range(0, len(dataset), case.batch)
@@ -292,6 +294,7 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    """Measure the cases asked for, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--case", action="append", help="names or patterns; all of the default table otherwise")

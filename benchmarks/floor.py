@@ -28,6 +28,7 @@ class Row:
 
     @property
     def tokens(self) -> int:
+        """Length of the row."""
         return self.shared + sum(self.own)
 
     @property

@@ -168,6 +168,7 @@ def plot(results: dict[str, list[dict[str, float]]], sft: dict[str, float], path
 
 
 def main() -> None:
+    """Train and evaluate every loss with every seed, then write the table and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--demo", type=Path, default=Path("runs/demo"), help="folder of `make demo`: its data and its SFT checkpoint"

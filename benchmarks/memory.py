@@ -17,7 +17,7 @@ import functools
 import importlib
 import inspect
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 from unittest import mock
@@ -206,7 +206,13 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.most = 0
         self.known = {tensor.untyped_storage()._cdata for tensor in before}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         result = func(*args, **(kwargs or {}))
         for storage in (leaf.untyped_storage() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)):
             key, size = storage._cdata, storage.nbytes()
@@ -282,15 +288,19 @@ def _peaks(model: str, setup: Setup, train: bool, layers: int | None) -> tuple[i
     untraced = mock.patch.multiple(
         "transformers.masking_utils", is_tracing=lambda *_: False, find_packed_sequence_indices=lambda *_: None
     )
-    with untraced, FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(train):
-        with LiveBytes(_fill_with_fakes(whole)) as live:
-            with torch.autocast("cpu", torch.bfloat16, enabled=setup.bf16 and setup.zero == "0"):
-                out = whole(**inputs, **scored)
-            values = [out] if setup.script == "rm" else [out.logps, out.get("state_values")]
-            loss = sum(value.sum() for value in values if value is not None)
-            forward, live.most = live.most, live.now
-            if train:
-                loss.backward()
+    with (
+        untraced,
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.set_grad_enabled(train),
+        LiveBytes(_fill_with_fakes(whole)) as live,
+    ):
+        with torch.autocast("cpu", torch.bfloat16, enabled=setup.bf16 and setup.zero == "0"):
+            out = whole(**inputs, **scored)
+        values = [out] if setup.script == "rm" else [out.logps, out.get("state_values")]
+        loss = sum(value.sum() for value in values if value is not None)
+        forward, live.most = live.most, live.now
+        if train:
+            loss.backward()
     return forward, live.most
 
 

@@ -33,6 +33,7 @@ def template(image: str) -> str:
 
 
 def tokenizer_of(special: list[str], named: dict[str, str] | None = None) -> tf.PreTrainedTokenizerFast:
+    """A tokenizer of bytes with ChatML's marks and these special tokens; `named`: attributes such as image_token."""
     return zoo.byte_tokenizer(["<|im_start|>", *special], named, **zoo.CHATML)
 
 
@@ -67,6 +68,7 @@ def encoder(size: str, cpu: tuple[int, int], full: tuple[int, int, int, int]) ->
 
 
 def ids(tokenizer: tf.PreTrainedTokenizerFast) -> dict[str, int | None]:
+    """The special ids that a configuration wants, as its keyword arguments."""
     return dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
 
 

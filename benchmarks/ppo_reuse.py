@@ -53,10 +53,10 @@ def updates_of(
         trainer.image_inputs = lambda model, batch: batch["img_input_dict"]
     seconds: dict[str, list[float]] = defaultdict(list)
 
-    def clocked(phase: str) -> Callable[..., Any]:
+    def clocked(phase: str) -> Callable[..., object]:
         timed = getattr(trainer, phase)
 
-        def run(*arguments: Any) -> Any:
+        def run(*arguments: object) -> object:
             start = time.perf_counter()
             result = timed(*arguments)
             seconds[phase].append(time.perf_counter() - start)
@@ -80,6 +80,7 @@ def updates_of(
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Measure both configurations in turns, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--family", default="llava")

@@ -190,6 +190,7 @@ class LoadWatch:
 
     @property
     def mean(self) -> float:
+        """Mean load, to one decimal; read after the `with` block."""
         return round(statistics.mean(self.loads), 1)
 
 

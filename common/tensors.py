@@ -1,12 +1,14 @@
 """Nested tensors."""
 
-from typing import Any
+from typing import TypeVar
 
 import torch
 from transformers.utils import ModelOutput
 
+Nested = TypeVar("Nested")  # a tensor, or dicts, lists and tuples of such
 
-def to_device(value: Any, device: torch.device) -> Any:
+
+def to_device(value: Nested, device: torch.device) -> Nested:
     """Move the tensors of nested dicts and lists."""
     if isinstance(value, torch.Tensor):
         return value.to(device)

@@ -77,9 +77,11 @@ class TensorReader:
             self._source |= _safetensors(file) if file.suffix == ".safetensors" else _torch_zip(file)
 
     def names(self) -> set[str]:
+        """All tensors' names."""
         return set(self._source)
 
     def read(self, name: str) -> torch.Tensor:
+        """One tensor, as it is stored; KeyError for a name that is not in `names()`."""
         return self._source[name]()
 
 
@@ -90,7 +92,7 @@ def _safetensors(file: Path) -> dict[str, Callable[[], torch.Tensor]]:
             return handle.get_tensor(name)
 
     with safe_open(file, framework="pt") as handle:
-        return {name: functools.partial(read, name) for name in handle.keys()}
+        return {name: functools.partial(read, name) for name in handle.keys()}  # noqa: SIM118  (a handle is not iterable)
 
 
 def _torch_zip(file: Path) -> dict[str, Callable[[], torch.Tensor]]:
@@ -127,7 +129,7 @@ class _Storage:
 _MARK = object()
 
 
-def _interpret_state_dict(program: bytes, file: Path) -> dict[str, tuple]:
+def _interpret_state_dict(program: bytes, file: Path) -> dict[str, tuple]:  # noqa: C901  (a case per opcode)
     """Run the pickle program of a state dict on a stack of plain data: {name: (storage, offset, shape, stride)}.
 
     Only dictionaries, tuples, numbers, strings and the three callables that torch writes for a tensor are understood.
@@ -227,6 +229,7 @@ class ShardWriter:
         self._total = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take a tensor; what is held goes to disk first if it would exceed `max_bytes`."""
         size = tensor.numel() * tensor.element_size()
         if self._held and self._held_bytes + size > self.max_bytes:
             self._flush()

@@ -3,9 +3,11 @@
 Arguments and outputs are those of transformers' LLaVA.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
@@ -59,16 +61,17 @@ class ImageTextForConditionalGeneration:
 
     model_class: type[PreTrainedModel]
 
-    def __init__(self, config):
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
+        """The head, which transformers asks for by this name."""
         return self.lm_head
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See the method of `model`."""
         return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
 
@@ -90,8 +93,9 @@ class ImageTextForConditionalGeneration:
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> LlavaCausalLMOutputWithPast:
+        """Logits (B, L or logits_to_keep, V), and with labels (B, L) the loss. Arguments as in transformers' LLaVA."""
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

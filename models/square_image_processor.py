@@ -1,5 +1,7 @@
 """The preprocessing that Qwen-VL and InternLM-XComposer2 share: squash to a square, CLIP's mean and deviation."""
 
+from typing import Any
+
 import numpy as np
 from PIL import Image
 from transformers import CLIPImageProcessorPil
@@ -14,7 +16,8 @@ class SquareImageProcessor(CLIPImageProcessorPil):
 
     do_center_crop = False
 
-    def process_image(self, image: Image.Image | np.ndarray, *args, **kwargs) -> np.ndarray:
+    def process_image(self, image: Image.Image | np.ndarray, *args: Any, **kwargs: Any) -> np.ndarray:
+        """A picture as numbers, without its alpha channel."""
         if isinstance(image, Image.Image):
             image = image.convert("RGB")
         return super().process_image(image, *args, **kwargs)

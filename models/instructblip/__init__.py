@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import InstructBlipForConditionalGeneration
+from transformers.utils import ModelOutput
 
 from base.model import VLModelMixin
 from base.processor import VLProcessor
@@ -29,6 +30,7 @@ class InstructBlipForRL(VLModelMixin, InstructBlipForConditionalGeneration):
         use_cache: bool = False,
         **img_inputs: Any,
     ) -> torch.Tensor:
+        """As in the base class, (B, L, D)."""
         embeds = self._embed(input_ids, img_inputs)
         return self.get_decoder()(
             inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache
@@ -36,7 +38,7 @@ class InstructBlipForRL(VLModelMixin, InstructBlipForConditionalGeneration):
 
     def generate(
         self, *args: Any, mm_encoder_outputs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> torch.Tensor | Any:
+    ) -> torch.Tensor | ModelOutput:
         """As in the base class; with features the language model generates, because the native method needs pixels."""
         if mm_encoder_outputs is None:
             return super().generate(*args, **kwargs)

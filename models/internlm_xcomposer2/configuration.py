@@ -4,6 +4,8 @@ The defaults are the public 7 B model. `InternLMXComposer2OriginalConfig` stands
 only says how to convert it.
 """
 
+from typing import Any
+
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
@@ -74,7 +76,7 @@ class InternLMXComposer2OriginalConfig(PreTrainedConfig):
 
     model_type = "internlmxcomposer2"
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         raise ValueError(
             "This is an InternLM-XComposer2 checkpoint in the original remote-code layout: "
             "convert it once with `python -m models.internlm_xcomposer2.convert IN OUT` and pass OUT."

@@ -203,6 +203,7 @@ def ignored(name: str) -> bool:
 
 
 def native_shapes(config: InternLMXComposer2Config) -> dict[str, torch.Size]:
+    """Names and shapes of the converted state dict; no weights are made."""
     with torch.device("meta"):
         state = InternLMXComposer2ForConditionalGeneration(config).state_dict()
     return {name: tensor.shape for name, tensor in state.items()}

@@ -7,6 +7,8 @@ tokens take and text tokens do not. Differences from the released code:
 2. The path reads and writes the rows of image tokens only; the release computes all rows and masks.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -45,7 +47,8 @@ class PartialLora(nn.Module):
         self.b = nn.Parameter(torch.empty(out_features, config.plora_rank))
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, image_index: torch.Tensor | None) -> torch.Tensor:
-        """
+        """`y` with the low-rank path added at image tokens, (B, L, out_features).
+
         Args:
             x: (B, L, in_features), what the linear layer read.
             y: (B, L, out_features), what it returned.
@@ -75,8 +78,9 @@ class InternLMXComposer2Attention(LlamaAttention):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         image_index: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As Llama's: output (B, L, D) and attention weights; `image_index` as in `PartialLora`."""
         qkv = torch.cat([project(hidden_states) for project in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
         qkv = self.qkv_plora(hidden_states, qkv, image_index)
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in qkv.split(self.widths, dim=-1))
@@ -100,6 +104,7 @@ class InternLMXComposer2MLP(LlamaMLP):
         self.down_plora = PartialLora(config, config.intermediate_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor, image_index: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, L, D) -> (B, L, D); `image_index` as in `PartialLora`."""
         gate = self.gate_plora(x, self.gate_proj(x), image_index)
         up = self.up_plora(x, self.up_proj(x), image_index)
         inner = self.act_fn(gate) * up
@@ -107,12 +112,17 @@ class InternLMXComposer2MLP(LlamaMLP):
 
 
 class InternLMXComposer2DecoderLayer(LlamaDecoderLayer):
+    """Llama's layer with this family's attention and MLP."""
+
     def __init__(self, config: InternLMXComposer2TextConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.self_attn = InternLMXComposer2Attention(config, layer_idx)
         self.mlp = InternLMXComposer2MLP(config)
 
-    def forward(self, hidden_states: torch.Tensor, image_index: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, image_index: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """(B, L, D) -> (B, L, D); `image_index` as in `PartialLora`."""
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), image_index=image_index, **kwargs)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), image_index)
@@ -150,10 +160,13 @@ class InternLMXComposer2Projector(nn.Module):
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """(N, patches, vision width) -> (N, patches, hidden size)."""
         return self.linear_2(F.gelu(self.linear_1(patches)))
 
 
 class InternLMXComposer2PreTrainedModel(PreTrainedModel):
+    """What transformers must know of every model of this family."""
+
     config: InternLMXComposer2Config
     base_model_prefix = "model"
     input_modalities = ("image", "text")
@@ -176,7 +189,7 @@ class InternLMXComposer2Model(ImageTextModel, InternLMXComposer2PreTrainedModel)
         self.post_init()
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """(N, 3, H, W) pixels -> `pooler_output`, a list of N tensors (patches, hidden_size).
 
         The patches are the tower's last hidden states before its final norm, without the class token.
@@ -204,6 +217,7 @@ class InternLMXComposer2Model(ImageTextModel, InternLMXComposer2PreTrainedModel)
         return mask[..., None]
 
     def embed_text(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """As in the base class, (B, L, D), with another token's embedding at placeholders."""
         # The placeholder's id lies beyond the embedding matrix: look up another row.
         return super().embed_text(input_ids.masked_fill(input_ids == self.config.image_token_id, 0))
 
@@ -217,7 +231,7 @@ class InternLMXComposer2Model(ImageTextModel, InternLMXComposer2PreTrainedModel)
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> LlavaModelOutputWithPast:
         """Hidden states (B, L, D). Arguments as in transformers' LLaVA.
 

@@ -1,9 +1,10 @@
 """Processor of InternLM-XComposer2-VL: pixels, placeholders and the fast tokenizer made from `tokenizer.model`."""
 
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
-from transformers import PreTrainedTokenizerFast, ProcessorMixin
+from transformers import BaseImageProcessor, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.convert_slow_tokenizer import SentencePieceExtractor, generate_merges
 
 IMAGE_TOKEN = "<ImageHere>"
@@ -48,13 +49,20 @@ CHAT_TEMPLATE = """\
 class InternLMXComposer2Processor(ProcessorMixin):
     """Image processor and tokenizer in one; `<ImageHere>` is repeated `num_image_tokens` times for its image."""
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, num_image_tokens: int = 1225):
+    def __init__(
+        self,
+        image_processor: BaseImageProcessor | None = None,
+        tokenizer: PreTrainedTokenizerFast | None = None,
+        chat_template: str | None = None,
+        num_image_tokens: int = 1225,
+    ) -> None:
         self.num_image_tokens = num_image_tokens
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
 
-    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        """What stands for the image in the text: its token, once per feature."""
         return self.image_token * self.num_image_tokens
 
 

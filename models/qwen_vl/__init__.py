@@ -41,6 +41,7 @@ class QwenVLForRL(VLModelMixin, QwenVLForConditionalGeneration):
         self.get_vision_tower().attn_pool.requires_grad_(True)
 
     def last_hidden_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As in the base class, without NTK and logn beyond the training length."""
         # Policy (train mode) and reference (eval mode) must be the same function beyond the training length, too.
         return super().last_hidden_state(*args, extrapolate=False, **kwargs)
 

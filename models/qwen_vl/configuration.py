@@ -4,6 +4,8 @@ The defaults are the public 9.6 B model. `QwenConfig` stands for the original re
 convert it.
 """
 
+from typing import Any
+
 from transformers import CLIPVisionConfig, PreTrainedConfig, Qwen2Config
 
 
@@ -76,7 +78,7 @@ class QwenConfig(PreTrainedConfig):
 
     model_type = "qwen"
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         raise ValueError(
             "This is a Qwen-VL checkpoint in the original remote-code layout: "
             "convert it once with `python -m models.qwen_vl.convert IN OUT` and pass OUT."

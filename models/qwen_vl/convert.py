@@ -221,6 +221,7 @@ def ignored(name: str) -> bool:
 
 
 def native_shapes(config: QwenVLConfig) -> dict[str, torch.Size]:
+    """Names and shapes of the converted state dict; no weights are made."""
     with torch.device("meta"):
         state = QwenVLForConditionalGeneration(config).state_dict()
     return {name: tensor.shape for name, tensor in state.items()}

@@ -7,6 +7,8 @@ Differences from those modules:
 3. One cross-attention layer pools the patches into 256 tokens (Qwen-VL, arXiv:2308.12966, section 2.1).
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -83,6 +85,7 @@ class QwenVLAttentionPool(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """(N, patches, hidden_size) -> (N, num_queries, output_size)."""
         N, n_patches, _ = patches.shape
         values = self.ln_kv(self.kv_proj(patches))  # (N, patches, D)
         keys = values + resize_positions(self.pos_embed, int(n_patches**0.5)).to(values.dtype)
@@ -129,7 +132,8 @@ class QwenVLVisionModel(CLIPPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Patches (N, patches, width) in `last_hidden_state`, `pooler_output` as above."""
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
         patches = patches + resize_positions(self.position_embedding, int(patches.shape[1] ** 0.5))
         patches = self.encoder(self.pre_layernorm(patches), **kwargs).last_hidden_state  # (N, patches, width)
@@ -160,6 +164,7 @@ class QwenVLRotaryEmbedding(Qwen2RotaryEmbedding):
     def forward(
         self, x: torch.Tensor, position_ids: torch.Tensor, alpha: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine of the angles, (B, L, d) each."""
         inv_freq = self.inv_freq.to(x.device, torch.float32)  # (d/2,)
         if alpha is not None:
             d = 2 * inv_freq.shape[0]
@@ -180,8 +185,10 @@ class QwenVLAttention(Qwen2Attention):
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None = None,
         query_scale: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As Qwen2's: output (B, L, D) and attention weights. `query_scale`: (B, 1, L, 1)."""
+
         def heads(x: torch.Tensor) -> torch.Tensor:
             return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, L, d)
 
@@ -225,7 +232,7 @@ class QwenVLTextModel(Qwen2Model):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         extrapolate: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states (B, L, D).
 
@@ -249,16 +256,7 @@ class QwenVLTextModel(Qwen2Model):
 
         alpha = query_scale = None
         if not self.training if extrapolate is None else extrapolate:
-            if self.config.use_dynamic_ntk:
-                # Keys in the cache were rotated with the base of the prompt: decoding keeps it, however long the row
-                # gets.
-                alpha = getattr(past_key_values, "ntk_alpha", None) if past else None
-                if alpha is None:
-                    alpha = ntk_alpha(position_ids.amax(-1) + 1, self.config.train_length)
-                if past_key_values is not None:
-                    past_key_values.ntk_alpha = alpha
-            if self.config.use_logn_attn:
-                query_scale = logn_scale(position_ids, self.config.train_length)
+            alpha, query_scale = self._extrapolation(position_ids, past_key_values)
 
         if not isinstance(mask := attention_mask, dict):
             mask = create_causal_mask(
@@ -288,12 +286,31 @@ class QwenVLTextModel(Qwen2Model):
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
 
+    def _extrapolation(
+        self, position_ids: torch.Tensor, past_key_values: Cache | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """NTK's alpha (B,) and logn's scale of the queries (B, 1, L, 1), each None if the configuration leaves it out."""
+        alpha = query_scale = None
+        if self.config.use_dynamic_ntk:
+            # Keys in the cache were rotated with the base of the prompt: decoding keeps it, however long a row gets.
+            decoding = past_key_values is not None and past_key_values.get_seq_length() > 0
+            alpha = getattr(past_key_values, "ntk_alpha", None) if decoding else None
+            if alpha is None:
+                alpha = ntk_alpha(position_ids.amax(-1) + 1, self.config.train_length)
+            if past_key_values is not None:
+                past_key_values.ntk_alpha = alpha
+        if self.config.use_logn_attn:
+            query_scale = logn_scale(position_ids, self.config.train_length)
+        return alpha, query_scale
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Both
 
 
 class QwenVLPreTrainedModel(PreTrainedModel):
+    """What transformers must know of every model of this family."""
+
     config: QwenVLConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
@@ -315,7 +332,7 @@ class QwenVLModel(ImageTextModel, QwenVLPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """(N, 3, H, W) pixels -> `pooler_output`, a list of N tensors (num_queries, hidden_size)."""
         outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
         outputs.pooler_output = list(outputs.pooler_output)
@@ -351,8 +368,9 @@ class QwenVLModel(ImageTextModel, QwenVLPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> LlavaModelOutputWithPast:
+        """Hidden states (B, L, D). Arguments as in transformers' LLaVA; ValueError: see `embed`."""
         inputs_embeds, image_features = self.embed(input_ids, inputs_embeds, pixel_values, mm_encoder_outputs)
         outputs = self.language_model(
             attention_mask=attention_mask,

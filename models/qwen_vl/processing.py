@@ -2,9 +2,10 @@
 
 import base64
 from pathlib import Path
+from typing import Any
 
 from tokenizers import normalizers
-from transformers import PreTrainedTokenizerFast, ProcessorMixin
+from transformers import BaseImageProcessor, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
@@ -51,13 +52,20 @@ CHAT_TEMPLATE = """\
 class QwenVLProcessor(ProcessorMixin):
     """Image processor and tokenizer in one; `<imgpad>` in a text is repeated `num_image_tokens` times for its image."""
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, num_image_tokens: int = 256):
+    def __init__(
+        self,
+        image_processor: BaseImageProcessor | None = None,
+        tokenizer: PreTrainedTokenizerFast | None = None,
+        chat_template: str | None = None,
+        num_image_tokens: int = 256,
+    ) -> None:
         self.num_image_tokens = num_image_tokens
         self.image_token = "<imgpad>"
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
 
-    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        """What stands for the image in the text: its token, once per feature."""
         return self.image_token * self.num_image_tokens
 
 
