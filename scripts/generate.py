@@ -44,7 +44,7 @@ def published(algorithm: str, family: str) -> list[str]:
 def script(algorithm: str, row: dict[str, str]) -> str:
     """The text of one launch script.
 
-    Raises ValueError for a launcher that is not in LAUNCHERS, and for all weights outside SFT, which the templates do not offer.
+    Raises ValueError for a launcher that is not in LAUNCHERS, and for all weights outside SFT: no template writes them.
     """
     cell = row[algorithm]
     if cell not in LAUNCHERS or (cell.startswith("full") and algorithm != "sft"):
