@@ -1,4 +1,4 @@
-"""Writes scripts/{sft,rm,dpo,ppo}_{family}.sh: one per row of models.tsv and template. `make scripts`; see README.md in this folder.
+"""Writes scripts/{sft,rm,dpo,ppo}_{family}.sh, one per row of models.tsv and template: `make scripts`. See README.md.
 
 python -m scripts.generate
 """

@@ -66,6 +66,7 @@ class QwenVLProcessor(VLProcessor):
         return bool(self._picture.search(prompt)) or IMAGE_MARK in prompt
 
     def as_parts(self, messages: Messages, images: int | None) -> Messages:
+        """As in the base class, with a mark in place of every numbered picture."""
         # The base class expects one fixed placeholder text; this family's contains a number.
         marked = [
             message | {"content": self._picture.sub(IMAGE_MARK, message["content"])}
