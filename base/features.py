@@ -43,8 +43,8 @@ def _joined(name: str, values: list[Any]) -> Any:
         return type(first)(**{k: _joined(k, [v[k] for v in values]) for k in first})
     if isinstance(first, dict):
         return {k: _joined(k, [v[k] for v in values]) for k in first}
-    if name != "pooler_output" and isinstance(first, list | tuple):  # one entry per layer
-        return [_joined(name, list(layer)) for layer in zip(*values, strict=True)]
+    if name == "deepstack_features":  # one entry per layer: all images in one tensor, or one tensor per image
+        return [_joined("", list(layer)) for layer in zip(*values, strict=True)]
     if isinstance(first, list | tuple):  # one tensor per image
         return [tensor for v in values for tensor in v]
     raise TypeError(f"{name} of type {type(first).__name__} cannot be joined.")

@@ -64,7 +64,7 @@ def lines(path: Path) -> list[dict]:
 
 # llava-style lists, tiles, M-RoPE grids, deepstack, cross-attention, a Q-Former that reads the question
 @pytest.mark.parametrize(
-    "family", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "idefics3", "mllama", "instructblip"]
+    "family", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "idefics3", "mllama", "instructblip", "ovis2"]
 )
 @pytest.mark.parametrize("beams", [1, 2])
 def test_shared_features_give_the_answers_of_a_plain_batch(family: str, beams: int) -> None:

@@ -22,7 +22,7 @@ from base.loading import load_model
 from base.ppo_batches import BatchSizes, PromptBatches, mini_batches
 from base.ppo_metrics import warn_of_collapse
 from base.reward import VLRewardModel, score_rows
-from base.rollout import Sampled
+from base.rollout import Sampled, prompt_by_prompt, round_by_round
 from base.sampling import SeededSampling, cut_after_end
 from base.update_loop import PPOState
 from base.value import VLModelWithValueHead
@@ -82,6 +82,11 @@ def test_sampling_follows_the_distribution():
     edge = SeededSampling(torch.tensor([[0.0], [1 - 2**-24]]), temperature=1.0)
     ends = edge(torch.zeros(2, 1, dtype=torch.long), torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]] * 2)).argmax(-1)
     assert ends.tolist() == [1, 2]  # a token of probability 0 is never hit
+
+
+def test_the_two_orders_of_answers():
+    assert prompt_by_prompt(2, 3) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert round_by_round(2, 3) == [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2)]
 
 
 def test_answers_end_with_their_first_end_token():
@@ -298,6 +303,17 @@ def test_sampling_does_not_depend_on_how_many_are_generated_at_once(llava, image
         texts.append([r.texts for r in rolled_out(ppo_trainer(llava, rows, tmp_path / str(size), flags), rows)])
     assert texts[0] == texts[1]
     assert len({t for of_batch in texts[0] for t in of_batch}) > 8  # and the answers to one prompt differ
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_vl", "qwen3_vl_moe"])
+def test_sampling_does_not_depend_on_how_prompts_are_batched(family: str, image_dir, tmp_path, reward_file):
+    """Two prompts with K answers in one micro batch read their own images: pooled and, in Qwen3-VL, at every layer of deepstack."""
+    rows = prompt_rows(image_dir, 4)
+    flags = f"{LORA} --reward_fn {reward_file}:length --response_length 24"
+    trainer = ppo_trainer(zoo.checkpoint(family), rows, tmp_path, flags)
+    together, alone = rolled_out(trainer, rows, size=2), rolled_out(trainer, rows, size=1)
+    assert [text for r in together for text in r.texts] == [text for r in alone for text in r.texts]
+    assert len({text for r in together for text in r.texts}) == 8
 
 
 def test_image_placeholders_are_never_sampled(llava, image_dir, tmp_path, reward_file):
