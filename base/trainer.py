@@ -1,238 +1,53 @@
-"""Trainers of SFT, DPO and reward models, thin on transformers.Trainer. A paper changes one method of a subclass.
+"""Trainers of SFT and DPO, thin on transformers.Trainer. A paper changes one method of a subclass.
 
 VLSFTTrainer: `compute_loss`.
 VLDPOTrainer: `response_logps` -> `reference_logps` -> `preference_loss` -> `log_metrics`.
-VLRMTrainer: `response_rewards` -> `ranking_loss` -> `log_metrics`.
+VLRMTrainer (rm_trainer.py): `response_rewards` -> `ranking_loss` -> `log_metrics`.
+
+What they share is in vl_trainer.py.
 """
 
-import dataclasses
-import functools
-import importlib.metadata
-import logging
-from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
-from datasets import Dataset, List, Value
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import TrainOutput
 from trl.models.utils import prepare_deepspeed
-from trl.trainer.utils import disable_dropout_in_model, use_adapter
+from trl.trainer.utils import use_adapter
 
-from args import DPOConfig, RMConfig, VLConfig
+from args import DPOConfig, SFTConfig
 from base.adapters import REFERENCE_ADAPTER
 from base.batch import Batch
-from base.calibration import draw_calibration
 from base.callbacks import RunningDelta, SetEpoch
-from base.checkpoints import SafeCheckpoints
 from base.logps import TOKEN_CHUNK, token_logits, vocabulary_kl
 from base.model import CompletionOutput
-from base.packing import last_token_positions, scatter_to_responses
-from base.processor import VLProcessor
-from base.reference_cache import (
-    COLUMN,
-    ReferenceCache,
-    default_folder,
-    processor_digest,
-    row_key,
-    weights_digest,
-)
+from base.packing import scatter_to_responses
+from base.reference_cache import COLUMN, ReferenceCache, default_folder
+from base.reference_pass import ReferencePass, about_reference
+from base.rm_trainer import VLRMTrainer
+from base.vl_trainer import VLHeadTrainer, VLTrainer, disable_dropout
 from common.errors import InputError
 from losses import (
     PreferenceBatch,
-    bradley_terry,
     check_losses,
     get_loss,
     implicit_rewards,
     needs_of,
     preference_loss,
-    row_mean,
     sample_mean,
     update_running_mean,
 )
 
-logger = logging.getLogger(__name__)
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout of a model to 0: a log-ratio of two passes would measure its noise. Attention takes its rate from a plain number."""
-    disable_dropout_in_model(model)
-    for module in model.modules():
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-
-
-class VLTrainer(SafeCheckpoints):
-    """What all trainers share: images encoded once per step, response log-probs, metrics averaged over steps and ranks."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        args: VLConfig,
-        processor: VLProcessor,
-        data_collator: Any,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """
-        Args:
-            model: an adapter's model, maybe wrapped by peft.
-            processor: saved with every checkpoint.
-            kwargs: go to transformers.Trainer.
-        """
-        if args.log_image_sensitivity and eval_dataset is None:
-            raise InputError(
-                "--log_image_sensitivity is measured on evaluation rows: add --eval_ratio or --eval_data_path."
-            )
-        grouped = args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
-        if grouped and train_dataset is not None and args.length_column_name not in train_dataset.column_names:
-            with args.main_process_first(desc="counting tokens"):
-                train_dataset = data_collator.with_lengths(train_dataset, args.length_column_name)
-        if isinstance(model, PeftModel):
-            # Adapters with another hat (a frozen reference, ...) are not part of the result.
-            model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=["default"])
-        super().__init__(
-            model=model,
-            args=args,
-            processing_class=processor,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            **kwargs,
-        )
-        self._metrics: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
-
-    # -- the model's view of a batch -------------------------------------------------------------------------------------
-
-    def base_model(self, model: nn.Module) -> nn.Module:
-        """The adapter's model inside DDP, DeepSpeed and peft wrappers."""
-        model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        return model.get_base_model() if isinstance(model, PeftModel) else model
-
-    def image_inputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
-        """What stands for the images in every forward of this step.
-
-        Features, computed once, while nothing on the vision side trains. Otherwise the pixels: they must go through the wrapped model's own
-        forward, which DDP and DeepSpeed watch, and a pass with other vision weights needs its own features.
-        """
-        core = self.base_model(model)
-        images = batch["img_input_dict"]
-        # A rank whose rows have no image runs the tower all the same, or ZeRO-3 would wait for it, and DDP for its gradients. So does a single
-        # process whose tower trains: to the optimizer a gradient of 0 is not the same as none.
-        several, text_only, trains = self.args.world_size > 1, images.get("pixel_values") is None, core.vision_trains()
-        dummy = self._prepare_inputs(self.dummy_images) if text_only and (several or trains) else None
-        if trains:
-            return images | {"dummy_images": dummy or {}} if several or text_only else images
-        training = core.training
-        core.eval()  # a frozen encoder has no dropout (InstructBLIP's Q-Former has some)
-        with torch.no_grad(), self.accelerator.autocast():
-            features = core.encode_images(images)
-            if dummy is not None:
-                core.encode_images(dummy)
-        core.train(training)
-        return features
-
-    @functools.cached_property
-    def dummy_images(self) -> Batch:
-        """Image inputs of one grey picture, for rows without images."""
-        return self.processing_class.dummy_images()
-
-    def completion_outputs(self, model: nn.Module, batch: Batch, image_inputs: dict[str, Any]) -> CompletionOutput:
-        """Log-probs (N,) and hidden states (N, D) of the N response tokens of a packed batch, response after response."""
-        mask = batch["completion_mask"]
-        core = self.base_model(model)
-        index, ids = batch["completion_index"][mask], batch["completion_ids"][mask]
-        if "scored" in batch:  # what responses share goes through lm_head once
-            index, ids = index[batch["scored"]], ids[batch["scored"]]
-        outputs = model(
-            **core.packed_inputs(batch["input_ids"], batch["segment_ids"], image_inputs, batch["packed"]),
-            completion_index=index,
-            completion_ids=ids,
-        )
-        if "scored" in batch:
-            outputs.logps, outputs.hidden = outputs.logps[batch["scored_as"]], outputs.hidden[batch["scored_as"]]
-        return outputs
-
-    def completion_logps(self, model: nn.Module, batch: Batch, image_inputs: dict[str, Any]) -> Tensor:
-        """Log-probs of all response tokens of a packed batch: (R, T) float32, zero where padded."""
-        outputs = self.completion_outputs(model, batch, image_inputs)
-        return scatter_to_responses(outputs.logps, batch["completion_mask"])
-
-    # -- metrics ------------------------------------------------------------------------------------------------------------
-
-    def store_metrics(self, metrics: dict[str, Tensor]) -> None:
-        """Keep per-sample values, (n,) each, until the next log; log averages all samples since then, over all ranks."""
-        mode = "train" if self.model.training else "eval"
-        for name, values in metrics.items():
-            values = values.detach().float().flatten()
-            # nan-safe sums are kept instead of the values: two numbers per step
-            self._metrics[mode][name].append(torch.stack([values.sum(), values.new_tensor(values.numel())]))
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "eval" if any(name.startswith("eval_") for name in logs) else "train"
-        for name, sums in self._metrics[mode].items():
-            total, count = self.accelerator.reduce(torch.stack(sums).sum(0), reduction="sum").tolist()
-            if count:  # none: a source without a pair since the last log
-                logs[name if mode == "train" else f"eval_{name}"] = total / count
-        self._metrics[mode].clear()
-        super().log(logs, start_time)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        metrics = super().evaluate(*args, **kwargs)
-        if self.args.log_image_sensitivity:
-            sensitivity = {"eval_image_sensitivity": self.image_sensitivity(self.eval_dataset)}
-            self.log(dict(sensitivity))
-            metrics |= sensitivity
-        return metrics
-
-    def response_scores(self, model: nn.Module, batch: Batch) -> Tensor:
-        """One number per response (or conversation) that should depend on the image: its log-prob, or its reward."""
-        raise NotImplementedError
-
-    def image_sensitivity(self, dataset: Dataset, num_rows: int = 64) -> float:
-        """Mean absolute change of `response_scores` when a row gets the images of the next one: 0 for a model that ignores images.
-
-        On the first `num_rows` rows; a row without images, or next to one with another number of images, keeps its own and is not counted.
-        """
-        rows = [dataset[i] for i in range(min(num_rows, len(dataset)))]
-        changes, size = [], max(2, self.args.per_device_eval_batch_size)
-        self.model.eval()
-        for start in range(0, len(rows), size):
-            batch_rows = rows[start : start + size]
-            others = batch_rows[1:] + batch_rows[:1]
-            swapped = [
-                (row, row | {"images": other["images"]})
-                for row, other in zip(batch_rows, others, strict=True)
-                if row["images"] and len(row["images"]) == len(other["images"]) and row["images"] != other["images"]
-            ]
-            if not swapped:
-                continue
-            with torch.no_grad(), self.compute_loss_context_manager():
-                own, other = (
-                    self.response_scores(self.model_wrapped, self._prepare_inputs(self.data_collator(list(side))))
-                    for side in zip(*swapped, strict=True)
-                )
-            changes.append((own - other).abs().float().cpu())
-        return torch.cat(changes).mean().item() if changes else float("nan")
-
-    def prediction_step(
-        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Tensor, None, None]:
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+__all__ = ["VLDPOTrainer", "VLHeadTrainer", "VLRMTrainer", "VLSFTTrainer", "VLTrainer", "disable_dropout"]
 
 
 class VLSFTTrainer(VLTrainer):
     """Cross-entropy of the assistant's tokens, averaged over all of them in the global batch."""
+
+    args: SFTConfig
 
     def compute_loss(
         self,
@@ -240,7 +55,7 @@ class VLSFTTrainer(VLTrainer):
         inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, CompletionOutput]:
         outputs = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
@@ -270,9 +85,19 @@ class VLDPOTrainer(VLTrainer):
     The reference is a frozen copy (`ref_model`), or, when the policy is a LoRA model, the same model with its adapter switched off.
     """
 
+    args: DPOConfig
+
     def __init__(
         self, model: nn.Module, args: DPOConfig, *rest: Any, ref_model: nn.Module | None = None, **kwargs: Any
     ) -> None:
+        """
+        Args:
+            rest, kwargs: as VLTrainer's.
+            ref_model: needed with full fine-tuning, unless its log-probs are precomputed.
+
+        Raises:
+            InputError: the losses do not fit their flags or the columns of the data.
+        """
         columns = kwargs["train_dataset"].column_names if kwargs.get("train_dataset") is not None else None
         try:
             check_losses(args.loss_type, args.loss_weights, vars(args), columns, args.precompute_ref_log_probs)
@@ -372,8 +197,12 @@ class VLDPOTrainer(VLTrainer):
         return scatter_to_responses(outputs.logps, batch["completion_mask"])
 
     def compute_loss(
-        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         if "policy_negative" in self.needs:
             inputs = self._say_what_the_policy_says(model, inputs)
         batch = inputs | {"image_inputs": self.image_inputs(model, inputs)}
@@ -386,116 +215,57 @@ class VLDPOTrainer(VLTrainer):
         policy = self.response_logps(model, batch)
         per_pair, parts = self.preference_loss(policy, reference, batch)
         self.log_metrics(policy.detach(), reference, parts, batch)
-        # Ranks may hold different numbers of pairs: dividing by their mean makes DDP's average the mean over all pairs.
+        # Ranks may hold different numbers of pairs: divided by the mean of these numbers, DDP's average is the mean over all pairs.
         count = torch.tensor(float(per_pair.numel()), device=per_pair.device)
         loss = sample_mean(
             per_pair, self.accelerator.reduce(count, reduction="mean").clamp(min=1 / self.args.world_size)
         )
         return (loss, {"policy": policy}) if return_outputs else loss
 
-    # -- the reference's log-probs of the whole data set, before the first step ------------------------------------------------
+    # -- the reference's log-probs before the first step: --precompute_ref_log_probs -------------------------------------------
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; with `--precompute_ref_log_probs` the reference answers first, and is then dropped."""
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As Trainer's; with `--precompute_ref_log_probs` the reference answers first."""
         if self.args.precompute_ref_log_probs:
             self.precompute_reference_logps()
         return super().train(*args, **kwargs)
 
     def precompute_reference_logps(self) -> None:
-        """Give the data sets the column `reference_logps`, from disk where it is there (base/reference_cache.py)."""
-        names = [n for n in ("train_dataset", "eval_dataset") if getattr(self, n) is not None]
-        names = [n for n in names if COLUMN not in getattr(self, n).column_names]
-        if not names:
+        """Give the data sets the column `reference_logps`, from disk where it is there, and drop the reference."""
+        datasets = {name: getattr(self, name) for name in ("train_dataset", "eval_dataset")}
+        datasets = {n: d for n, d in datasets.items() if d is not None and COLUMN not in d.column_names}
+        if not datasets:
             return
-        cache = ReferenceCache(self.args.ref_log_probs_dir or default_folder(), self._about_reference())
-        rank, world = self.args.process_index, self.args.world_size
-        for name in names:
-            dataset = getattr(self, name)
-            # What the reference is asked about beyond prompt, responses and images
-            columns = ["image_rejected", "ranks", "scores"] if "image_rejected" in self.needs else []
-            keys = self._row_keys(dataset, columns)
-            there = set().union(*gather_object([cache.keys()]))  # one answer for all ranks, before any of them writes
-            todo = list({key: i for i, key in enumerate(keys) if key not in there}.values())
-            logger.info(
-                "Reference log-probs of %s: %d of %d rows are in %s",
-                name,
-                len(keys) - len(todo),
-                len(keys),
-                cache.folder,
-            )
-            mine = [
-                todo[i % len(todo)] for i in range(rank, -(-len(todo) // world) * world, world)
-            ]  # every rank as many
-            self._compute_reference(dataset.select(mine), [keys[i] for i in mine], cache, len(todo))
-            self.accelerator.wait_for_everyone()
-            values = cache.read(keys)
-            setattr(
-                self, name, dataset.add_column(COLUMN, [values[key] for key in keys], feature=List(Value("float32")))
-            )
+        reference = self.model if self.ref_model is None else self.ref_model
+        second_image = "image_rejected" in self.needs
+        about = about_reference(
+            self.accelerator.unwrap_model(reference),
+            self.base_model(reference).config,
+            self.processing_class,
+            self.data_collator,
+            is_policy=self.ref_model is None,
+            mixed_precision=self.accelerator.mixed_precision,
+            second_image=second_image,
+        )
+        cache = ReferenceCache(self.args.ref_log_probs_dir or default_folder(), about)
+        if self.is_deepspeed_enabled and self.ref_model is None:
+            self.model.to(self.args.device)  # Trainer leaves it to DeepSpeed, which has not started
+
+        def reference_logps(batch: Batch) -> Tensor:
+            batch = self._prepare_inputs(batch)
+            batch["image_inputs"] = self.image_inputs(reference, batch)
+            with self.compute_loss_context_manager():
+                return self.reference_logps(batch)
+
+        reference_pass = ReferencePass(self.args, cache, self.data_collator, reference_logps, second_image)
+        training = self.model.training
+        self.model.eval()
+        for name, dataset in datasets.items():
+            setattr(self, name, reference_pass.add_to(dataset, name))
+        self.model.train(training)
         self.ref_model = None
         if isinstance(self.model, PeftModel) and REFERENCE_ADAPTER in self.model.peft_config:
             self.model.delete_adapter(REFERENCE_ADAPTER)
-
-    def _about_reference(self) -> dict[str, Any]:
-        """Everything that changes the log-probs of every row."""
-        reference = self.ref_model if self.ref_model is not None else self.model
-        config = self.base_model(reference).config.to_dict()
-        about = {
-            "weights": weights_digest(self.accelerator.unwrap_model(reference), is_policy=self.ref_model is None),
-            "config": {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")},
-            "processor": processor_digest(self.processing_class),
-            "limits": dataclasses.asdict(self.data_collator.limits),
-            "autocast": self.accelerator.mixed_precision,
-            "share_prefix": self.data_collator.share_prefix,
-            "losses": sorted(self.needs & {"image_rejected"}),
-            "pairs": [self.data_collator.pairs, self.data_collator.score_margin]
-            if "image_rejected" in self.needs
-            else None,
-            "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers")},
-        }
-        if is_deepspeed_zero3_enabled():  # every rank holds a part of the weights
-            about["weights"] = gather_object([about["weights"]])
-        return about
-
-    def _row_keys(self, dataset: Dataset, columns: list[str]) -> list[str]:
-        """`row_key` of every row; each rank reads the images of its share."""
-        rank, world = self.args.process_index, self.args.world_size
-        with ThreadPoolExecutor() as pool:
-            mine = pool.map(lambda i: row_key(dataset[i], columns), range(rank, len(dataset), world))
-            shares = gather_object([list(tqdm(mine, "Reading rows", len(dataset) // world, disable=self._quiet()))])
-        keys = [""] * len(dataset)
-        for start, share in enumerate(shares):
-            keys[start::world] = share
-        return keys
-
-    def _compute_reference(self, dataset: Dataset, keys: list[str], cache: ReferenceCache, total: int) -> None:
-        """Write the reference's log-probs of these rows, this rank's share of `total`."""
-        if self.is_deepspeed_enabled and self.ref_model is None:
-            self.model.to(self.args.device)  # Trainer leaves it to DeepSpeed, which has not started
-        size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
-        loader = DataLoader(
-            dataset,
-            size,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-        )
-        training = self.model.training
-        self.model.eval()
-        for step, batch in enumerate(tqdm(loader, f"Reference log-probs of {total} rows", disable=self._quiet())):
-            batch = self._prepare_inputs(batch)
-            batch["image_inputs"] = self.image_inputs(self.model if self.ref_model is None else self.ref_model, batch)
-            with self.compute_loss_context_manager():
-                logps = self.reference_logps(batch)
-            rows = keys[step * size : (step + 1) * size]
-            row_of = batch["rows"] % len(rows)
-            for b, key in enumerate(rows):
-                cache.add(key, logps[batch["completion_mask"] & (row_of == b)[:, None]])
-        cache.flush()
-        self.model.train(training)
-
-    def _quiet(self) -> bool:
-        return self.args.disable_tqdm or self.args.process_index > 0
 
     # -- what losses read beyond plain log-probs: the keys of losses.NEEDS --------------------------------------------------
 
@@ -609,114 +379,3 @@ class VLDPOTrainer(VLTrainer):
         if self.model.training:
             state.mean, state.count = mean, count
         return mean.to(rewards.device)
-
-
-class VLHeadTrainer(VLTrainer):
-    """What trainers of a backbone with a scalar head share: finding the adapter's model inside, saving and loading both parts."""
-
-    def base_model(self, model: nn.Module) -> nn.Module:
-        """The adapter's model inside DDP, DeepSpeed, head and peft."""
-        return self.accelerator.unwrap_model(model, keep_torch_compile=False).core
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if not self.args.should_save:
-            return
-        output_dir = output_dir if output_dir is not None else self.args.output_dir
-        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict=state_dict)
-        self.processing_class.save_pretrained(output_dir)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.accelerator.unwrap_model(model if model is not None else self.model).load_checkpoint(
-            resume_from_checkpoint
-        )
-
-
-class VLRMTrainer(VLHeadTrainer):
-    """Bradley-Terry on the K responses of a row, read at their last tokens. One forward and one vision pass per prompt.
-
-    With K > 2 every ordered pair of a row counts, and a row counts once: InstructGPT, 2203.02155 eq. 1.
-    """
-
-    def __init__(self, model: nn.Module, args: RMConfig, *rest: Any, **kwargs: Any) -> None:
-        disable_dropout(model)
-        super().__init__(model, args, *rest, **kwargs)
-        # The loss is a mean over rows: Trainer must divide it by the accumulation steps.
-        self.model_accepts_loss_kwargs = False
-        self._margins: list[Tensor] = []
-        # Every rank must log the same names, whatever its rows are from.
-        self._sources = sorted(
-            {
-                source
-                for data in (self.train_dataset, self.eval_dataset)
-                if data is not None and "source" in data.column_names
-                for source in data.unique("source")
-                if source is not None
-            }
-        )
-
-    # -- the two steps that papers change ------------------------------------------------------------------------------------
-
-    def response_rewards(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Reward of every response, (R,) float32."""
-        core = self.base_model(model)
-        inputs = core.packed_inputs(
-            batch["input_ids"], batch["segment_ids"], self.image_inputs(model, batch), batch["packed"]
-        )
-        return model(**inputs, completion_index=last_token_positions(batch["segment_ids"]))
-
-    def response_scores(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The same: what the image should change is the reward."""
-        return self.response_rewards(model, batch)
-
-    def ranking_loss(self, rewards: Tensor, batch: Batch) -> Tensor:
-        """Loss of each row that has a pair, (rows,): the mean over its pairs, each with its margin if the data has one."""
-        per_pair = bradley_terry(
-            rewards[batch["chosen"]],
-            rewards[batch["rejected"]],
-            batch.get("margin"),
-            self.args.center_rewards_coefficient,
-        )
-        return row_mean(per_pair, batch["rows"][batch["chosen"]])
-
-    def log_metrics(self, rewards: Tensor, batch: Batch) -> None:
-        """Store accuracy (ties are wrong), margin, rewards of both sides, and the accuracy of every source."""
-        chosen, rejected = rewards[batch["chosen"]], rewards[batch["rejected"]]
-        right = chosen > rejected
-        metrics = {
-            "accuracy": right,
-            "margin": chosen - rejected,
-            "mean_reward": rewards,
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-        }
-        if len(self._sources) > 1:
-            of_pair = [batch["source"][row] for row in batch["rows"][batch["chosen"]].tolist()]
-            for source in self._sources:
-                metrics[f"accuracy/{source}"] = right[[i for i, name in enumerate(of_pair) if name == source]]
-        self.store_metrics(metrics)
-        if not self.model.training:
-            self._margins.append((chosen - rejected).cpu())
-
-    # -------------------------------------------------------------------------------------------------------------------------
-
-    def compute_loss(
-        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        rewards = self.response_rewards(model, inputs)
-        self.log_metrics(rewards.detach(), inputs)
-        per_row = self.ranking_loss(rewards, inputs)  # of none, if all responses of these rows are equally good
-        # Ranks may hold different numbers of rows with a pair: dividing by their mean makes DDP's average the mean over all of them.
-        count = torch.tensor(float(per_row.numel()), device=per_row.device)
-        loss = sample_mean(
-            per_row, self.accelerator.reduce(count, reduction="mean").clamp(min=1 / self.args.world_size)
-        )
-        return (loss, {"rewards": rewards}) if return_outputs else loss
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As Trainer's; also draws accuracy by margin into `calibration.png` of the run folder."""
-        self._margins.clear()
-        metrics = super().evaluate(*args, **kwargs)
-        margins = gather_object(torch.cat(self._margins).tolist() if self._margins else [])
-        if self.args.should_save and margins:
-            draw_calibration(margins, self.args.output_dir)
-        return metrics

@@ -14,11 +14,49 @@ ROOT = Path(__file__).parents[1]
 ENTRY_POINTS = {"data.check", "scripts.generate", "merge_lora", "train_sft", "train_dpo", "train_rm", "train_ppo"}
 # Modules of base by layer; a layer does not import from those above.
 BASE = [
-    {"batch", "collator", "corruption", "image_tokens", "images", "packing", "processor", "template", "views"},
-    {"adapters", "fast_lora", "features", "heads", "loading", "logps", "model", "packed_attention", "reward", "value"},
-    {"calibration", "callbacks", "checkpoints", "ppo_batches", "ppo_metrics", "ppo_trainer", "reference_cache", "resume",
-     "rewards", "rollout", "samples", "sampling", "trainer", "update_loop"},
-]  # fmt: skip
+    {
+        "batch",
+        "collator",
+        "corruption",
+        "image_tokens",
+        "images",
+        "packing",
+        "processor",
+        "template",
+        "views",
+    },
+    {
+        "adapters",
+        "fast_lora",
+        "features",
+        "heads",
+        "loading",
+        "logps",
+        "model",
+        "packed_attention",
+        "reward",
+        "value",
+    },
+    {
+        "calibration",
+        "callbacks",
+        "checkpoints",
+        "ppo_batches",
+        "ppo_metrics",
+        "ppo_trainer",
+        "reference_cache",
+        "reference_pass",
+        "resume",
+        "rewards",
+        "rm_trainer",
+        "rollout",
+        "samples",
+        "sampling",
+        "trainer",
+        "update_loop",
+        "vl_trainer",
+    },
+]
 LAYERS = ["common", "losses", "args", "data", *range(len(BASE)), "models", "top"]
 # The one look-up of plug-ins: a checkpoint's family is found when it is loaded.
 LATE = {("base.loading", "models")}

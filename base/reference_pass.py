@@ -1,0 +1,138 @@
+"""The reference's log-probs of whole data sets, before the first training step: `--precompute_ref_log_probs`.
+
+rows -> their keys -> those that base/reference_cache.py lacks -> every rank asks the reference about its share -> cache -> column of the data set
+"""
+
+import dataclasses
+import importlib.metadata
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from accelerate.utils import gather_object
+from datasets import Dataset, List, Value
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import PreTrainedConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from args import DPOConfig
+from base.collator import VLDPODataCollatorWithPadding
+from base.processor import VLProcessor
+from base.reference_cache import COLUMN, ReferenceCache, processor_digest, row_key, weights_digest
+
+logger = logging.getLogger(__name__)
+
+
+def about_reference(
+    reference: nn.Module,
+    config: PreTrainedConfig,
+    processor: VLProcessor,
+    collator: VLDPODataCollatorWithPadding,
+    *,
+    is_policy: bool,
+    mixed_precision: str,
+    second_image: bool,
+) -> dict[str, Any]:
+    """Everything that changes the log-probs of every row: what the cache's key covers.
+
+    Args:
+        reference: without wrappers; `config` is that of the family's model in it.
+        is_policy: see `weights_digest`.
+        mixed_precision: accelerate's name of the autocast type.
+        second_image: whether the reference also reads the chosen answer on the row's second image (`image_rejected`).
+    """
+    about = {
+        "weights": weights_digest(reference, is_policy),
+        "config": {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")},
+        "processor": processor_digest(processor),
+        "limits": dataclasses.asdict(collator.limits),
+        "autocast": mixed_precision,
+        "share_prefix": collator.share_prefix,
+        "losses": ["image_rejected"] if second_image else [],
+        "pairs": [collator.pairs, collator.score_margin] if second_image else None,
+        "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers")},
+    }
+    if is_deepspeed_zero3_enabled():  # every rank holds a part of the weights
+        about["weights"] = gather_object([about["weights"]])
+    return about
+
+
+class ReferencePass:
+    """Gives data sets the column `reference_logps`, from disk where it is there."""
+
+    def __init__(
+        self,
+        args: DPOConfig,
+        cache: ReferenceCache,
+        collator: VLDPODataCollatorWithPadding,
+        reference_logps: Callable[[dict[str, Any]], Tensor],
+        second_image: bool,
+    ) -> None:
+        """
+        Args:
+            reference_logps: batch of the collator, on the CPU -> the reference's log-probs of all response tokens, (R, T).
+            second_image: as in `about_reference`.
+        """
+        self.args = args
+        self.cache = cache
+        self.collator = collator
+        self.reference_logps = reference_logps
+        # What the reference is asked about beyond prompt, responses and images
+        self.columns = ["image_rejected", "ranks", "scores"] if second_image else []
+        self.quiet = args.disable_tqdm or args.process_index > 0
+
+    def add_to(self, dataset: Dataset, name: str) -> Dataset:
+        """The data set with the column. Every rank must call it.
+
+        Args:
+            name: of the data set, for the log.
+        """
+        rank, world = self.args.process_index, self.args.world_size
+        keys = self._row_keys(dataset)
+        known = set().union(*gather_object([self.cache.keys()]))  # one answer for all ranks, before any of them writes
+        todo = list({key: i for i, key in enumerate(keys) if key not in known}.values())
+        logger.info(
+            "Reference log-probs of %s: %d of %d rows are in %s",
+            name,
+            len(keys) - len(todo),
+            len(keys),
+            self.cache.folder,
+        )
+        # Every rank gets equally many rows: under ZeRO-3 all of them must run every batch.
+        mine = [todo[i % len(todo)] for i in range(rank, -(-len(todo) // world) * world, world)]
+        self._compute(dataset.select(mine), [keys[i] for i in mine], len(todo))
+        self.args.distributed_state.wait_for_everyone()
+        values = self.cache.read(keys)
+        return dataset.add_column(COLUMN, [values[key] for key in keys], feature=List(Value("float32")))
+
+    def _row_keys(self, dataset: Dataset) -> list[str]:
+        """`row_key` of every row; each rank reads the images of its share."""
+        rank, world = self.args.process_index, self.args.world_size
+        with ThreadPoolExecutor() as pool:
+            mine = pool.map(lambda i: row_key(dataset[i], self.columns), range(rank, len(dataset), world))
+            shares = gather_object([list(tqdm(mine, "Reading rows", len(dataset) // world, disable=self.quiet))])
+        keys = [""] * len(dataset)
+        for start, share in enumerate(shares):
+            keys[start::world] = share
+        return keys
+
+    def _compute(self, dataset: Dataset, keys: list[str], total: int) -> None:
+        """Write the reference's log-probs of these rows, this rank's share of `total`."""
+        size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
+        loader = DataLoader(
+            dataset,
+            size,
+            collate_fn=self.collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        for step, batch in enumerate(tqdm(loader, f"Reference log-probs of {total} rows", disable=self.quiet)):
+            logps = self.reference_logps(batch).cpu()
+            rows = keys[step * size : (step + 1) * size]
+            row_of = batch["rows"] % len(rows)  # further rows of the batch repeat its first rows in order
+            for b, key in enumerate(rows):
+                self.cache.add(key, logps[batch["completion_mask"] & (row_of == b)[:, None]])
+        self.cache.flush()

@@ -1,0 +1,218 @@
+"""What the trainers share: images encoded once per step, log-probs of packed rows, metrics over steps and ranks."""
+
+import functools
+from collections import defaultdict
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from trl.trainer.utils import disable_dropout_in_model
+
+from args import VLConfig
+from base.batch import Batch
+from base.checkpoints import SafeCheckpoints
+from base.collator import VLDataCollator
+from base.model import CompletionOutput, VLModelMixin
+from base.packing import scatter_to_responses
+from base.processor import VLProcessor
+from common.errors import InputError
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of a model to 0: its noise would be part of the log-ratio of two passes.
+
+    Attention layers keep their rate as a float and not as a module, so that is set to 0 as well.
+    """
+    disable_dropout_in_model(model)
+    for module in model.modules():
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+class VLTrainer(SafeCheckpoints):
+    """The base of all trainers."""
+
+    args: VLConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: VLConfig,
+        processor: VLProcessor,
+        data_collator: VLDataCollator,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            model: an adapter's model, maybe wrapped by peft.
+            processor: saved with every checkpoint.
+            kwargs: go to transformers.Trainer.
+
+        Raises:
+            InputError: --log_image_sensitivity without evaluation rows.
+        """
+        if args.log_image_sensitivity and eval_dataset is None:
+            raise InputError(
+                "--log_image_sensitivity is measured on evaluation rows: add --eval_ratio or --eval_data_path."
+            )
+        grouped = args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+        if grouped and train_dataset is not None and args.length_column_name not in train_dataset.column_names:
+            with args.main_process_first(desc="counting tokens"):
+                train_dataset = data_collator.with_lengths(train_dataset, args.length_column_name)
+        if isinstance(model, PeftModel):
+            # Other adapters in memory (a frozen reference, ...) are not part of the result.
+            model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=["default"])
+        super().__init__(
+            model=model,
+            args=args,
+            processing_class=processor,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            **kwargs,
+        )
+        self._metrics: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+
+    # -- the model's view of a batch -------------------------------------------------------------------------------------
+
+    def base_model(self, model: nn.Module) -> VLModelMixin:
+        """The family's model inside DDP, DeepSpeed and peft wrappers."""
+        model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        return model.get_base_model() if isinstance(model, PeftModel) else model
+
+    def image_inputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
+        """What stands for the images in every forward of this step.
+
+        Features, computed once, if nothing on the vision side trains. Otherwise the pixels: they must go through the forward of the wrapped model,
+        which DDP and DeepSpeed watch, and each pass with other vision weights computes its own features.
+        """
+        core = self.base_model(model)
+        images = batch["img_input_dict"]
+        # A rank whose rows have no image runs the tower all the same: else ZeRO-3 would wait for it, and DDP for its gradients. So does a single
+        # process whose tower trains: Adam moves a parameter whose gradient is 0 and skips one whose gradient is None.
+        several, text_only, trains = self.args.world_size > 1, images.get("pixel_values") is None, core.vision_trains()
+        dummy = self._prepare_inputs(self.dummy_images) if text_only and (several or trains) else None
+        if trains:
+            return images | {"dummy_images": dummy or {}} if several or text_only else images
+        training = core.training
+        core.eval()  # no dropout in a frozen encoder (InstructBLIP's Q-Former has some)
+        with torch.no_grad(), self.accelerator.autocast():
+            features = core.encode_images(images)
+            if dummy is not None:
+                core.encode_images(dummy)
+        core.train(training)
+        return features
+
+    @functools.cached_property
+    def dummy_images(self) -> Batch:
+        """Image inputs of one grey picture, for rows without images."""
+        return self.processing_class.dummy_images()
+
+    def completion_outputs(self, model: nn.Module, batch: Batch, image_inputs: dict[str, Any]) -> CompletionOutput:
+        """Log-probs (N,) and hidden states (N, D) of the N response tokens of a packed batch, response after response."""
+        mask = batch["completion_mask"]
+        core = self.base_model(model)
+        index, ids = batch["completion_index"][mask], batch["completion_ids"][mask]
+        if "scored" in batch:  # what responses share goes through lm_head once
+            index, ids = index[batch["scored"]], ids[batch["scored"]]
+        outputs = model(
+            **core.packed_inputs(batch["input_ids"], batch["segment_ids"], image_inputs, batch["packed"]),
+            completion_index=index,
+            completion_ids=ids,
+        )
+        if "scored" in batch:
+            outputs.logps, outputs.hidden = outputs.logps[batch["scored_as"]], outputs.hidden[batch["scored_as"]]
+        return outputs
+
+    def completion_logps(self, model: nn.Module, batch: Batch, image_inputs: dict[str, Any]) -> Tensor:
+        """Log-probs of all response tokens of a packed batch: (R, T) float32, zero where padded."""
+        outputs = self.completion_outputs(model, batch, image_inputs)
+        return scatter_to_responses(outputs.logps, batch["completion_mask"])
+
+    # -- metrics ------------------------------------------------------------------------------------------------------------
+
+    def store_metrics(self, metrics: dict[str, Tensor]) -> None:
+        """Keep per-sample values, (n,) each, until the next log; log averages all samples since then, over all ranks."""
+        mode = "train" if self.model.training else "eval"
+        for name, values in metrics.items():
+            values = values.detach().float().flatten()
+            # Sum and count instead of the values: two numbers per step. A NaN stays visible.
+            self._metrics[mode][name].append(torch.stack([values.sum(), values.new_tensor(values.numel())]))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "eval" if any(name.startswith("eval_") for name in logs) else "train"
+        for name, sums in self._metrics[mode].items():
+            total, count = self.accelerator.reduce(torch.stack(sums).sum(0), reduction="sum").tolist()
+            if count:  # 0 for a data source without a pair since the last log
+                logs[name if mode == "train" else f"eval_{name}"] = total / count
+        self._metrics[mode].clear()
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        if self.args.log_image_sensitivity:
+            sensitivity = {"eval_image_sensitivity": self.image_sensitivity(self.eval_dataset)}
+            self.log(dict(sensitivity))
+            metrics |= sensitivity
+        return metrics
+
+    def response_scores(self, model: nn.Module, batch: Batch) -> Tensor:
+        """One number per response (or conversation) that should depend on the image: its log-prob, or its reward."""
+        raise NotImplementedError
+
+    def image_sensitivity(self, dataset: Dataset, num_rows: int = 64) -> float:
+        """Mean absolute change of `response_scores` when a row gets the images of the next one: 0 for a model that ignores images.
+
+        Measured on the first `num_rows` rows. Left out are rows without images, and rows whose next one has more or fewer images.
+        """
+        rows = [dataset[i] for i in range(min(num_rows, len(dataset)))]
+        changes, size = [], max(2, self.args.per_device_eval_batch_size)
+        self.model.eval()
+        for start in range(0, len(rows), size):
+            batch_rows = rows[start : start + size]
+            others = batch_rows[1:] + batch_rows[:1]
+            swapped = [
+                (row, row | {"images": other["images"]})
+                for row, other in zip(batch_rows, others, strict=True)
+                if row["images"] and len(row["images"]) == len(other["images"]) and row["images"] != other["images"]
+            ]
+            if not swapped:
+                continue
+            with torch.no_grad(), self.compute_loss_context_manager():
+                own, other = (
+                    self.response_scores(self.model_wrapped, self._prepare_inputs(self.data_collator(list(side))))
+                    for side in zip(*swapped, strict=True)
+                )
+            changes.append((own - other).abs().float().cpu())
+        return torch.cat(changes).mean().item() if changes else float("nan")
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+
+class VLHeadTrainer(VLTrainer):
+    """The base of trainers whose model is a backbone with a scalar head: finds the family's model inside, saves and loads both parts."""
+
+    def base_model(self, model: nn.Module) -> VLModelMixin:
+        """The family's model inside DDP, DeepSpeed, head and peft."""
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False).core
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict=state_dict)
+        self.processing_class.save_pretrained(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.accelerator.unwrap_model(model if model is not None else self.model).load_checkpoint(
+            resume_from_checkpoint
+        )
