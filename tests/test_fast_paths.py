@@ -80,6 +80,35 @@ def test_edited_answers_on_every_family(family: str):
     torch.testing.assert_close(found[0], found[1], atol=2e-5, rtol=0)
 
 
+def test_an_image_sees_itself_in_rows_shorter_than_the_window():
+    """Gemma 4: bidirectional images in layers with a window, where the window hides nothing of the row."""
+    path = zoo.checkpoint("gemma4")
+    adapter = core_mapper_for(path)
+    model = load_model(path, dtype=torch.float32).eval()
+    text = model.config.get_text_config()
+    assert text.use_bidirectional_attention == "vision"
+    text.sliding_window = 4096
+    row = {
+        "images": [zoo.image(0)],
+        "prompt": [{"role": "user", "content": "What?"}],
+        "responses": ["yes it is", "no"],
+        "ranks": [0.0, 1.0],
+    }
+    found = []
+    for share in (True, False):
+        batch = adapter.dpo_collator(adapter.processor(path), share_prefix=share)([row])
+        mask = batch["completion_mask"]
+        with torch.no_grad():
+            images = model.encode_images(batch["img_input_dict"])
+            outputs = model(
+                **model.packed_inputs(batch["input_ids"], batch["segment_ids"], images, batch["packed"]),
+                completion_index=batch["completion_index"][mask],
+                completion_ids=batch["completion_ids"][mask],
+            )
+        found.append(outputs.logps)
+    torch.testing.assert_close(found[0], found[1], atol=2e-5, rtol=0)
+
+
 @pytest.mark.parametrize("flags", [LORA, LORA + " --gradient_checkpointing True", ""])
 def test_edited_answers_give_the_same_gradients(llava, preference_rows, tmp_path, flags: str):
     rows = [row | {"responses": EDITED} for row in preference_rows[:2]] + [preference_rows[2]]

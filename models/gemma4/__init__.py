@@ -24,7 +24,9 @@ class Gemma4ForRL(VLModelMixin, Gemma4ForConditionalGeneration):
         if text.use_bidirectional_attention == "vision":
             position = packing.packed_positions(segment_ids)
             near = (position[:, :, None] - position[:, None, :] < text.sliding_window)[:, None]
-            masks["sliding_attention"] |= packing.same_span(input_ids == self.config.image_token_id) & near
+            # A new tensor, not |=: in rows shorter than the window both kinds of layers have one and the same mask
+            same_image = packing.same_span(input_ids == self.config.image_token_id) & near
+            masks["sliding_attention"] = masks["sliding_attention"] | same_image
         return masks
 
 
