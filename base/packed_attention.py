@@ -4,19 +4,34 @@ A mask of K responses hides most of the square: responses from each other, and t
 same. Segment 0 attends causally to itself, and each response to segment 0 and itself; put together that is exactly the masked attention, on
 the pairs that the mask lets through (but half of each response's own small square).
 
-transformers hands a 4-D mask to its attention function unchanged, so `packing.packed_mask` attaches the layout to the mask it builds, and this
-module's version of "sdpa" looks for it. A mask that a family changed (windows, bidirectional spans) is another tensor, and is used as it is.
+transformers hands a 4-D mask to its attention function unchanged, so `packing.packed_mask` attaches the layout to the mask it builds, and
+`packed_sdpa` looks for it. A mask that a family changed (windows, bidirectional spans) is another tensor, and is used as it is.
+
+`packed_sdpa` takes the place of transformers' "sdpa", for the whole process, when the first row is packed (`VLModelMixin.packed_inputs`): never with
+`--share_prefix False`. Masks without a layout (other models, vision towers, generation) go on to transformers' function with unchanged arguments. It
+has no name of its own because transformers compares the name: under another one Gemma 4's layers with shared keys, for instance, attend to
+the empty part of a static cache in generation, without an error.
 """
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.modeling_utils import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from base.packing import Layout
+
+logger = logging.getLogger(__name__)
+
+
+def attend_by_segments() -> None:
+    """Let transformers' "sdpa" compute packed rows by segments, in this process from now on. Called again it does nothing."""
+    if ALL_ATTENTION_FUNCTIONS["sdpa"] is not packed_sdpa:
+        ALL_ATTENTION_FUNCTIONS.register("sdpa", packed_sdpa)
+        logger.info('Packed rows: "sdpa" of transformers is now base.packed_attention.packed_sdpa.')
 
 
 def packed_sdpa(
@@ -56,6 +71,3 @@ def packed_sdpa(
         parts.append(torch.zeros_like(qs[-1]))
         outputs.append(torch.cat(parts, dim=2))
     return torch.cat(outputs).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("sdpa", packed_sdpa)

@@ -325,6 +325,24 @@ def test_attention_by_segments_equals_the_masked_one():
         torch.testing.assert_close(by_segments, masked, atol=1e-6, rtol=1e-5)
 
 
+def test_sdpa_of_transformers_is_replaced_by_the_first_packed_row_alone():
+    """Loading, plain rows and generation leave transformers as it is; masks without a layout reach its own function."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    from base.packed_attention import packed_sdpa
+
+    ALL_ATTENTION_FUNCTIONS.register("sdpa", sdpa_attention_forward)  # as in a fresh process
+    model = load_model(zoo.checkpoint("llava"), dtype=torch.float32).eval()
+    ids = torch.arange(5, 15)[None]
+    before = model(input_ids=ids).logits
+    model.packed_inputs(ids, torch.zeros_like(ids), {}, packed=False)
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+    model.packed_inputs(ids, torch.tensor([[0] * 6 + [1] * 2 + [2] * 2]), {}, packed=True)
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is packed_sdpa
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "mistral3"])
 def test_attention_by_segments_is_what_runs(family: str, monkeypatch):
     """No layer of these families falls back to the full mask, which would be correct but slow."""
