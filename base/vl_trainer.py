@@ -59,10 +59,14 @@ class VLTrainer(SafeCheckpoints):
             raise InputError(
                 "--log_image_sensitivity is measured on evaluation rows: add --eval_ratio or --eval_data_path."
             )
-        grouped = args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
-        if grouped and train_dataset is not None and args.length_column_name not in train_dataset.column_names:
+        if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):  # the former groups evaluation too
             with args.main_process_first(desc="counting tokens"):
-                train_dataset = data_collator.with_lengths(train_dataset, args.length_column_name)
+                train_dataset, eval_dataset = (
+                    d
+                    if d is None or args.length_column_name in d.column_names
+                    else data_collator.with_lengths(d, args.length_column_name)
+                    for d in (train_dataset, eval_dataset)
+                )
         if isinstance(model, PeftModel):
             # Other adapters in memory (a frozen reference, ...) are not part of the result.
             model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=["default"])
