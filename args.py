@@ -86,6 +86,12 @@ class LoraArguments:
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained in full and saved beside the adapter, e.g. lm_head."}
     )
+    fast_lora: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute LoRA layers with fewer passes over wide tensors (base/fast_lora.py). False keeps peft's own layers."
+        },
+    )
 
 
 @dataclass
@@ -113,10 +119,14 @@ class DataArguments:
         default=False, metadata={"help": "Accept image paths that leave --image_root."}
     )
     pairs: Literal["best_worst", "all", "adjacent", "score_margin"] = field(
-        default="all", metadata={"help": "Which ordered pairs of a row with more than two responses enter the loss."}
+        default="all",
+        metadata={
+            "help": "Which ordered pairs of a row with more than two responses enter the loss. score_margin is all with --score_margin."
+        },
     )
     score_margin: float | None = field(
-        default=None, metadata={"help": "Keep pairs whose scores differ by this much; -1 keeps the largest gap only."}
+        default=None,
+        metadata={"help": "Of these pairs keep those whose scores differ by this much; -1 keeps the largest gap only."},
     )
     max_length: int | None = field(
         default=None, metadata={"help": "Longest prompt + response, in tokens. Responses are cut."}
@@ -176,7 +186,7 @@ class VLConfig(TrainingArguments):
         if self.remove_unused_columns:
             raise InputError("--remove_unused_columns True would drop the images: leave it out.")
         if not torch.accelerator.is_available():
-            self.use_cpu = True  # else several CPU processes would each train on their own, without a word
+            self.use_cpu = True  # else several CPU processes would each train alone, without an error
             self.dataloader_pin_memory = False  # pinned memory needs an accelerator to copy to
         if self.use_cpu:
             common.compat.join_processes_on_cpu(bool(self.deepspeed), self.ddp_timeout)
@@ -302,7 +312,7 @@ class PPOConfig(VLConfig):
         metadata={"help": "Move --kl_coef so that an answer's KL stays near this many nats (1909.08593 §2.2)."},
     )
     kl_horizon: int = field(
-        default=10000, metadata={"help": "With --target_kl: rollouts in which the coefficient can move by 20 %."}
+        default=10000, metadata={"help": "With --target_kl: rollouts in which the coefficient can move by a fifth."}
     )
     cliprange: float = field(default=0.2, metadata={"help": "Clip of the probability ratio (1707.06347 eq. 7)."})
     cliprange_value: float = field(default=0.2, metadata={"help": "Clip of the value's move within an update."})
@@ -388,7 +398,7 @@ class PPOConfig(VLConfig):
             )
             if self.total_episodes % size:
                 raise InputError(
-                    f"--total_episodes {self.total_episodes} is no multiple of the {size} rollouts of an update."
+                    f"--total_episodes {self.total_episodes} is not a multiple of the {size} rollouts of an update."
                 )
             self.max_steps = self.total_episodes // size
 
@@ -452,7 +462,7 @@ def run(main: Callable[[], Any]) -> None:
     try:
         errors.run(main)
     except RuntimeError as error:
-        # gloo knows no exception of its own.
+        # gloo raises a bare RuntimeError.
         if not (isinstance(error, torch.distributed.DistError) or re.search(r"\bgloo\b|NCCL", str(error))):
             raise
         errors.fail(_unreachable(error))

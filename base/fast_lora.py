@@ -2,7 +2,7 @@
 
 peft computes `base(x) + lora_B(lora_A(x)) * scaling`: the product, its scaling and the sum are three tensors as wide as the output, and autograd
 adds one as wide as the input. Here both low-rank products are accumulated by the matrix product itself (BLAS beta = 1), forward and backward.
-What is stored and saved is peft's: only the class of the layers in memory differs.
+What is stored and saved is peft's: only the class of the layers in memory differs. `--fast_lora False` keeps peft's class.
 """
 
 from typing import Any
@@ -68,7 +68,7 @@ class LoraLinear(Linear):
 
 
 def use_fast_lora(model: nn.Module) -> None:
-    """Let every plain LoRA layer of a model compute as `LoraLinear`. Quantised layers, and linear layers of other classes, stay peft's."""
+    """Let every plain LoRA layer of a model compute as `LoraLinear`. LoRA on quantised layers, or on subclasses of nn.Linear, stays peft's."""
     for module in model.modules():
         if type(module) is Linear and type(module.base_layer) is nn.Linear:
             module.__class__ = LoraLinear

@@ -1,6 +1,7 @@
 """Build what a script trains from its flags: policy, reference, LoRA, quantisation."""
 
 import contextlib
+import dataclasses
 import logging
 import re
 import shutil
@@ -27,14 +28,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What loading decides from the flags: logged, written to run.json, and read by collator and trainer.
+    """What loading decides from the flags. It is printed, written to run.json, and read by what is built afterwards.
 
     Attributes:
         checkpoint: what is loaded: a plain checkpoint or a LoRA adapter folder; with --merge_first the merged one.
         base: the plain checkpoint under it.
-        dtype: of the loaded weights, by its name in torch.
-        attention: transformers' name for the attention implementation.
-        share_prefix: whether the responses of a row share its prompt.
+        dtype: of the loaded weights, a name of torch.
+        attention: transformers' name of the attention implementation.
+        share_prefix: whether the responses of a row share its prompt (base/packing.py, base/packed_attention.py).
+        fast_lora: whether LoRA layers compute as base/fast_lora.py; False without LoRA.
         bits: 4 or 8 for a quantised base.
         freeze_vision_tower: whether the vision encoder does not train.
     """
@@ -44,12 +46,13 @@ class LoadPlan:
     dtype: str
     attention: str
     share_prefix: bool
+    fast_lora: bool
     bits: int | None
     freeze_vision_tower: bool
 
     @classmethod
     def of(cls, model_args: ModelArguments, lora_args: LoraArguments, training_args: VLConfig) -> Self:
-        """Decide, and merge the adapter first where --merge_first says so.
+        """Decide, merge the adapter first where --merge_first says so, and print the plan on the main process.
 
         Raises:
             InputError: there is no adapter to merge, or no family supports the checkpoint.
@@ -68,17 +71,25 @@ class LoadPlan:
         if flash and share_prefix:
             logger.warning("Packed rows need a 4-D mask: using sdpa. --share_prefix False uses FlashAttention-2.")
             flash = False
+        base = base_model_path(checkpoint)
         plan = cls(
             checkpoint=checkpoint,
-            base=base_model_path(checkpoint),
+            base=base,
             dtype=dtype,
             attention="flash_attention_2" if flash else "sdpa",
             share_prefix=share_prefix,
+            fast_lora=lora_args.fast_lora and (lora_args.use_lora or checkpoint != base),
             bits=model_args.bits if model_args.q_lora else None,
             freeze_vision_tower=model_args.freeze_vision_tower,
         )
-        logger.info("Loading %s", plan)
+        if training_args.process_index == 0:
+            print(f"Loading\n{plan}", flush=True)
         return plan
+
+    def __str__(self) -> str:
+        fields = dataclasses.asdict(self)
+        width = max(map(len, fields))
+        return "\n".join(f"    {name:<{width}}  {value}" for name, value in fields.items())
 
     @property
     def is_adapter(self) -> bool:
@@ -91,7 +102,8 @@ def load_policy(plan: LoadPlan, lora_args: LoraArguments, training_args: VLConfi
     model = _load(plan)
     if lora_args.use_lora and not isinstance(model, PeftModel):
         model = add_lora(model, lora_args, gradient_checkpointing=training_args.gradient_checkpointing)
-    use_fast_lora(model)
+    if plan.fast_lora:
+        use_fast_lora(model)
     return model
 
 
@@ -111,10 +123,11 @@ def _load(plan: LoadPlan) -> torch.nn.Module:
 def load_reference(policy: torch.nn.Module, plan: LoadPlan, training_args: VLConfig) -> torch.nn.Module | None:
     """The frozen reference of a policy from `load_policy`, before its first step.
 
-    All weights train: a second copy of the checkpoint. A fresh LoRA adapter: None, the base itself is the reference. A
-    loaded adapter that training continues: None, and a frozen copy of it inside the policy, under the name "ref". With
-    `--precompute_ref_log_probs` no copy: the policy computes the log-probs before its first step. Only ZeRO-3, which
-    cannot run a model before its optimizer exists, needs a copy even then.
+    - All weights train: a second copy of the checkpoint.
+    - A fresh LoRA adapter: None, the base itself is the reference.
+    - A loaded adapter that training continues: None, and a frozen copy of it inside the policy, under the name "ref".
+    - With `--precompute_ref_log_probs` the policy answers before its first step: None. Only ZeRO-3 needs a copy for that, because it cannot run a
+      model before its optimizer exists.
     """
     if getattr(training_args, "precompute_ref_log_probs", False):
         if is_deepspeed_zero3_enabled():
@@ -130,7 +143,7 @@ def load_reference(policy: torch.nn.Module, plan: LoadPlan, training_args: VLCon
 
 
 def _merged_base(adapter: str, training_args: VLConfig) -> str:
-    """For --merge_first: merge into `merged_base` in the output folder, the base that the new adapter will name."""
+    """For --merge_first: the folder `merged_base` of the run, a plain checkpoint. An adapter that is trained on it names it as its base."""
     merged = Path(training_args.output_dir) / "merged_base"
     base = base_model_path(adapter)
     if base == adapter:
@@ -146,7 +159,7 @@ def _merged_base(adapter: str, training_args: VLConfig) -> str:
 
 @contextlib.contextmanager
 def one_process_loads() -> Iterator[None]:
-    """Load whole models on one process: under ZeRO-3 from_pretrained would partition them and wait for the others."""
+    """Load whole models on one process alone: under ZeRO-3 from_pretrained would share them out and wait for the others."""
     config = deepspeed.deepspeed_config() and deepspeed._hf_deepspeed_config_weak_ref()
     deepspeed.unset_hf_deepspeed_config()
     try:

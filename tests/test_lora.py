@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from base.fast_lora import LoraLinear, _LoraProduct, use_fast_lora
+from tests.test_dpo import LORA, dpo_trainer, losses
 
 
 class Net(nn.Module):
@@ -96,6 +97,18 @@ def test_equals_peft_under_autocast(nets, calls):
             side: (of[name].float() - value).norm() / value.norm() for side, of in (("own", mine), ("peft", theirs))
         }
         assert error["own"] < 1.5 * error["peft"] + 1e-3, (name, error)
+
+
+def test_one_switch_keeps_the_layers_of_peft(llava, preference_data, tmp_path):
+    """--fast_lora False: other classes in memory, the same training."""
+    found = {}
+    for fast in (True, False):
+        trainer = dpo_trainer(llava, preference_data, tmp_path, f"{LORA} --fast_lora {fast}")
+        layers = {type(m) for m in trainer.model.modules() if isinstance(m, Linear)}
+        assert layers == {LoraLinear if fast else Linear}
+        found[fast] = losses(trainer)
+    assert found[True][0] != found[True][-1]
+    assert found[False] == pytest.approx(found[True], abs=1e-5)
 
 
 def test_the_rest_is_left_to_peft(nets, calls):

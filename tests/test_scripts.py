@@ -1,5 +1,7 @@
 """The scripts from the command line: real files in, checkpoints and run.json out, one sentence for wrong input."""
 
+import copy
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,7 +12,10 @@ import peft
 import pytest
 import torch
 
+import args
 import train_dpo
+import train_ppo
+import train_rm
 import train_sft
 from base.loading import load_model
 from common.errors import InputError
@@ -18,7 +23,7 @@ from models import core_mapper_for
 from tests import zoo
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ["train_sft", "train_dpo"]
+SCRIPT = {"sft": train_sft, "rm": train_rm, "dpo": train_dpo, "ppo": train_ppo}
 MAIN = {"sft": train_sft.main, "dpo": train_dpo.main}
 
 
@@ -38,7 +43,58 @@ def test_script_trains_and_describes_its_run(command, tmp_path, llava, algorithm
     assert any("eval_loss" in entry for entry in steps)
     run = json.loads((out / "run.json").read_text())
     assert run["seed"] == 0 and run["arguments"]["ModelArguments"]["model_name_or_path"] == llava
-    assert (run["versions"]["torch"] == torch.__version__ and "--max_steps" in run["argv"]) or run["argv"]
+    assert run["versions"]["torch"] == torch.__version__ and run["argv"] == sys.argv
+
+
+def test_the_load_plan_is_printed_and_kept(command, tmp_path, llava, capsys):
+    train_dpo.main(command("dpo", "--use_lora True --fast_lora False --share_prefix False"))
+    expected = {
+        "checkpoint": llava,
+        "base": llava,
+        "dtype": "float32",
+        "attention": "sdpa",
+        "share_prefix": False,
+        "fast_lora": False,
+        "bits": None,
+        "freeze_vision_tower": True,
+    }
+    assert json.loads((tmp_path / "dpo" / "run.json").read_text())["plan"] == expected
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index("Loading") + 1
+    assert [line.split() for line in lines[start : start + 8]] == [[n, str(v)] for n, v in expected.items()]
+
+
+# Flags away from their defaults, those above all that decide how something is loaded, batched or scheduled
+FAR_FROM_DEFAULT = {
+    "sft": "--use_lora True --lora_r 4 --fast_lora False --train_on last --max_length 300 --eval_ratio 0.25 --eval_strategy steps "
+    "--eval_steps 1 --log_image_sensitivity True --gradient_checkpointing True --train_sampling_strategy group_by_length",
+    "rm": "--freeze_vision_tower False --share_prefix False --pairs adjacent --center_rewards_coefficient 0.01 --logging_steps 0.5 "
+    "--eval_ratio 0.25 --warmup_steps 0.5 --max_target_length 3",
+    "dpo": "--use_lora True --lora_bias all --loss_type sigmoid ipo --loss_weights 1 0.5 --precompute_ref_log_probs True "
+    "--pairs best_worst --gradient_accumulation_steps 2 --dataloader_num_workers 1 --save_strategy steps --save_steps 0.5",
+    "ppo": "--use_lora True --response_length 4 --rollouts_per_prompt 2 --num_ppo_epochs 2 --target_kl 1 --whiten_rewards True "
+    "--init_value_from_reward False --value_adapter shared --total_episodes 8 --num_sample_generations 1",
+}
+
+
+@pytest.mark.parametrize("algorithm", FAR_FROM_DEFAULT)
+def test_the_project_changes_no_argument_after_parse(command, tmp_path, rewards, monkeypatch, algorithm: str):
+    script, parsed, before = SCRIPT[algorithm], [], []
+
+    def values(flags: object) -> dict:
+        return {f.name: getattr(flags, f.name) for f in dataclasses.fields(flags)}
+
+    def parse(*classes: type, argv: list[str]) -> tuple:
+        parsed.extend(args.parse(*classes, argv=argv))
+        before.extend(copy.deepcopy(values(flags)) for flags in parsed)
+        return tuple(parsed)
+
+    monkeypatch.setattr(script, "parse", parse)
+    extra = {"ppo": f"--reward_fn {rewards}", "dpo": f"--ref_log_probs_dir {tmp_path / 'cache'}"}.get(algorithm, "")
+    script.main(command(algorithm, f"{FAR_FROM_DEFAULT[algorithm]} {extra}"))
+    assert len(parsed) == 4 and history(tmp_path / algorithm)[-1]["step"] == 2
+    for flags, old in zip(parsed, before, strict=True):
+        assert values(flags) == old  # transformers writes to none of them either
 
 
 def test_saved_checkpoints_load_without_this_project(command, tmp_path, llava, image_dir):
@@ -114,6 +170,7 @@ BAD_INPUT = {
     "quantised base without an adapter": ("--q_lora True", r"--use_lora True"),
     "tower that LoRA does not train": ("--use_lora True --freeze_vision_tower False", r"leave --freeze_vision_tower"),
     "LoRA flag without LoRA": ("--lora_r 8", r"--lora_r needs --use_lora True"),
+    "LoRA layers without LoRA": ("--fast_lora False", r"--fast_lora needs --use_lora True"),
     "LoRA target that is not there": ("--use_lora True --lora_target_modules c_attn", r"c_attn.*choose from.*q_proj"),
     "weights for other losses": ("--loss_type sigmoid --loss_weights 1 2", r"loss_weights has 2 values for 1 losses"),
     "image sensitivity of nothing": ("--log_image_sensitivity True", r"add --eval_ratio or --eval_data_path"),
@@ -175,7 +232,14 @@ def test_missing_and_unexpected_weights_are_refused(tmp_path):
         load_model(str(folder))
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("algorithm", SCRIPT)
+def test_help_names_every_flag(algorithm: str, capsys):
+    with pytest.raises(SystemExit) as end:
+        SCRIPT[algorithm].main(["--help"])
+    assert end.value.code == 0 and "--share_prefix" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["train_sft", "train_dpo"])
 def test_wrong_input_ends_in_one_line_and_status_2(script: str):
     """A fresh process: imports work in any order, the sentence is all that is printed, nothing is downloaded."""
     done = subprocess.run(
