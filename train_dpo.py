@@ -1,5 +1,9 @@
 """Direct preference optimisation of a vision-language model, and every loss of losses.py.
 
+1. With LoRA the base is the reference (or the adapter as it was loaded): no second model in memory.
+2. A row's prompt and images are computed once for all its responses; with more than two of them every ordered pair counts (--pairs).
+3. Dropout is off, so that the first step's log-ratio is exactly 0.
+
 One GPU, LoRA:
     python train_dpo.py --model_name_or_path llava-hf/llava-1.5-7b-hf --dataset_name plain_dpo --data_path pairs.json \\
         --image_root images --use_lora True --bf16 True --output_dir runs/dpo
@@ -36,7 +40,7 @@ def build(
     set_seed(training_args.seed)
 
     # ---- Model -----------------------------------------------------------------------------------------------------
-    plan = LoadPlan.of(model_args, lora_args, training_args)
+    plan = LoadPlan.of(model_args, lora_args, training_args)  # precision, attention, shared prompts: printed
     adapter = core_mapper_for(plan.checkpoint)
     processor = adapter.processor(plan.checkpoint)
     # EDIT: what trains and what is frozen

@@ -1,4 +1,6 @@
-"""Proximal policy optimisation of a vision-language model against a reward model or a function. See base/ppo_trainer.py and docs/ppo.md.
+"""Proximal policy optimisation of a vision-language model against reward models or functions.
+
+The phases of an update are numbered in base/ppo_trainer.py, the details and departures in docs/ppo.md.
 
 One GPU, LoRA, the reward model an adapter on the same base:
     python train_ppo.py --model_name_or_path llava-hf/llava-1.5-7b-hf --dataset_name plain_dpo --data_path pairs.json \\
@@ -37,13 +39,13 @@ def build(
     set_seed(training_args.seed)
 
     # ---- Model -----------------------------------------------------------------------------------------------------
-    plan = LoadPlan.of(model_args, lora_args, training_args)
+    plan = LoadPlan.of(model_args, lora_args, training_args)  # precision, attention, shared prompts: printed
     adapter = core_mapper_for(plan.checkpoint)
     processor = adapter.processor(plan.checkpoint)
     # EDIT: what trains and what is frozen
-    policy = load_policy(plan, lora_args, training_args)
-    ref_model = load_reference(policy, plan, training_args)
-    model = adapter.value_model(policy)
+    model = load_policy(plan, lora_args, training_args)
+    ref_model = load_reference(model, plan, training_args)
+    model = adapter.value_model(model)  # a value head beside the policy
     # EDIT: a reward of your own; or a function in a file, named by --reward_fn
     rewards = load_rewards(model, plan.base, plan.freeze_vision_tower, training_args)
 

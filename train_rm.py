@@ -1,5 +1,9 @@
 """A reward model: a vision-language model with a scalar head, trained to rank responses.
 
+1. The head reads the last token of a response, never padding.
+2. Every pair of a row's K responses counts, and the row counts once (2203.02155 eq. 1). Its prompt and images are computed once.
+3. Dropout is off, so that both sides of a pair see the same network.
+
 One GPU, LoRA:
     python train_rm.py --model_name_or_path llava-hf/llava-1.5-7b-hf --dataset_name plain_dpo --data_path pairs.json \\
         --image_root images --use_lora True --bf16 True --output_dir runs/rm
@@ -35,11 +39,12 @@ def build(
     set_seed(training_args.seed)
 
     # ---- Model -----------------------------------------------------------------------------------------------------
-    plan = LoadPlan.of(model_args, lora_args, training_args)
+    plan = LoadPlan.of(model_args, lora_args, training_args)  # precision, attention, shared prompts: printed
     adapter = core_mapper_for(plan.checkpoint)
     processor = adapter.processor(plan.checkpoint)
     # EDIT: what trains and what is frozen
-    model = adapter.reward_model(load_policy(plan, lora_args, training_args))
+    model = load_policy(plan, lora_args, training_args)
+    model = adapter.reward_model(model)  # a scalar head beside the weights
 
     # ---- Data ------------------------------------------------------------------------------------------------------
     collator = adapter.reward_collator(

@@ -1,5 +1,9 @@
 """Supervised fine-tuning of a vision-language model on conversations with images.
 
+1. The loss covers the assistant's turns (--train_on: all of them, or the last one).
+2. It is the mean over all trained tokens of the global batch, whatever the devices and accumulation steps they are spread over.
+3. The vision tower is frozen unless told otherwise (--freeze_vision_tower False).
+
 One GPU, LoRA:
     python train_sft.py --model_name_or_path llava-hf/llava-1.5-7b-hf --dataset_name vlquery_json --data_path train.json \\
         --image_root images --use_lora True --bf16 True --output_dir runs/sft
@@ -35,7 +39,7 @@ def build(
     set_seed(training_args.seed)
 
     # ---- Model -----------------------------------------------------------------------------------------------------
-    plan = LoadPlan.of(model_args, lora_args, training_args)
+    plan = LoadPlan.of(model_args, lora_args, training_args)  # precision, attention, shared prompts: printed
     adapter = core_mapper_for(plan.checkpoint)
     processor = adapter.processor(plan.checkpoint)
     # EDIT: what trains and what is frozen
