@@ -3,12 +3,14 @@
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+
+from base.collator import VLDPODataCollatorWithPadding
 
 
 class RunningDelta(TrainerCallback, ExportableState):
-    """The running mean reward of MPO, saved in trainer_state.json so that a resumed run goes on with it."""
+    """The running mean reward of MPO, saved in trainer_state.json so that a resumed run continues with it."""
 
     def __init__(self, mean: float = 0.0, count: int = 0) -> None:
         self.mean, self.count = torch.tensor(float(mean)), torch.tensor(count)
@@ -20,8 +22,10 @@ class RunningDelta(TrainerCallback, ExportableState):
 class SetEpoch(TrainerCallback):
     """Tells the collator the epoch, before the loader's workers start."""
 
-    def __init__(self, collator: Any) -> None:
+    def __init__(self, collator: VLDPODataCollatorWithPadding) -> None:
         self.collator = collator
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.collator.epoch = int(state.epoch or 0)

@@ -20,9 +20,10 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import TrainOutput, sort_checkpoints
 
 from base.loading import load_weights
 from base.resume import newest_whole_checkpoint
@@ -60,25 +61,25 @@ class Preemption(TrainerCallback):
         finally:
             signal.signal(signal.SIGTERM, before)
 
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Every process must stop at the same step, and a launcher may signal them at different ones.
         if self.on_any_process(self.asked):
             self.stopped = control.should_save = control.should_training_stop = True
 
 
 def ignore_sigterm(then: Callable[[int], None] | None, worker: int) -> None:
-    """Data-loader workers outlive the SIGTERM that the whole process group gets: the last step needs them."""
+    """Let a data-loader worker survive the SIGTERM that the whole process group gets: the last step needs it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if then is not None:
         then(worker)
 
 
 class SafeCheckpoints(Trainer):
-    """transformers.Trainer with whole checkpoints, resume by the names on disk, and SIGTERM."""
+    """transformers.Trainer that writes checkpoints whole, resumes by the names on disk, and stops after SIGTERM."""
 
     _save_root: str | None = None
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As Trainer's.
 
         Raises:
@@ -101,7 +102,7 @@ class SafeCheckpoints(Trainer):
         return result
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # Trainer looks at the number of steps after a step only: resumed from the last one's checkpoint, it would train one more.
+        # Trainer compares the number of steps only after a step: resumed from the checkpoint of the last step, it would train one more.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
@@ -113,7 +114,7 @@ class SafeCheckpoints(Trainer):
         flags = torch.tensor(float(flag), device=self.args.device)
         return self.accelerator.reduce(flags, reduction="sum").item() > 0
 
-    def get_train_dataloader(self) -> Any:
+    def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
         for part in {id(x): x for x in (loader, getattr(loader, "base_dataloader", loader))}.values():
             part.worker_init_fn = functools.partial(ignore_sigterm, part.worker_init_fn)
@@ -126,7 +127,11 @@ class SafeCheckpoints(Trainer):
 
     @contextmanager
     def _aside(self, what: str) -> Iterator[Path]:
-        """A fresh folder to write to; one sentence, and no folder left, when that fails."""
+        """A fresh folder to write `what` to.
+
+        Raises:
+            InputError: writing failed. The folder is then removed.
+        """
         folder = Path(self.args.output_dir) / ASIDE
         if self.args.should_save:
             shutil.rmtree(folder, ignore_errors=True)
@@ -152,7 +157,7 @@ class SafeCheckpoints(Trainer):
         with self._aside(f"The checkpoint of step {self.state.global_step}") as folder:
             super()._save_checkpoint(model, trial)
             if self.args.should_save and self.state.best_global_step:
-                # The best one is named by where it will be, not by where it is written.
+                # Trainer recorded where the best checkpoint is written; record where it will be.
                 best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
                 if best.exists() or best == final:
                     self.state.best_model_checkpoint = str(best)
@@ -168,7 +173,7 @@ class SafeCheckpoints(Trainer):
             self.accelerator.wait_for_everyone()
 
     def _move_old_checkpoints(self, folder: Path) -> None:
-        """What --save_total_limit leaves out, never the newest or the best. Deleted in place, a kill would leave a half under its name."""
+        """Move what --save_total_limit leaves out, never the newest or the best: deleted in place, a kill would leave half a checkpoint."""
         checkpoints, best = sort_checkpoints(self.args.output_dir, use_mtime=True), self.state.best_model_checkpoint
         protected = {checkpoints[-1], *([str(Path(best))] if best else [])}
         others = [checkpoint for checkpoint in checkpoints if checkpoint not in protected]
@@ -177,7 +182,7 @@ class SafeCheckpoints(Trainer):
             os.rename(checkpoint, folder / f"{Path(checkpoint).name}.old")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer's; every file is replaced at once, none is ever half written."""
+        """As Trainer's; files are written elsewhere and moved, so that none is ever half written."""
         if self._save_root is not None:  # part of a checkpoint, which is renamed as a whole
             super().save_model(output_dir, _internal_call=True)
             return
@@ -206,7 +211,7 @@ class SafeCheckpoints(Trainer):
         if isinstance(model, PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        # Trainer reads the file as it is. Names on disk differ from names in memory, and it would load nothing, with a warning.
+        # Names on disk differ from names in memory. Trainer reads the file as it is: it would load nothing and only warn.
         load_weights(model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:

@@ -95,7 +95,7 @@ def load_model(
         kwargs["attn_implementation"] = _flash_attention(path)
     if bits is not None:
         kwargs["quantization_config"] = _quantisation(model_class, path, bits, dtype)
-    # ZeRO-3 draws all weights before it reads them. Adapters and heads, which are drawn next, must not depend on that.
+    # ZeRO-3 draws random weights before it reads the real ones. Adapters and heads, which are drawn next, must not depend on that.
     with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         model, info = model_class.from_pretrained(
             path, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **kwargs
@@ -113,7 +113,7 @@ def load_model(
             f"The weights of {path} do not fit {model_class.__name__}: {listed}. Save the checkpoint anew."
         )
     if is_deepspeed_zero3_enabled():
-        # transformers keeps all renamings of a class here, not only those that this checkpoint's names needed, and saves wrong names with them.
+        # transformers keeps all renamings of a class here, not only those that this checkpoint needed, and would save wrong names with them.
         model._weight_conversions = [c for c in getattr(model, "_weight_conversions", None) or [] if c.was_used()]
     if bits is not None:
         keep_quantised_linears_trainable(model)
@@ -135,7 +135,6 @@ def load_weights(backbone: nn.Module, folder: str, adapter_name: str = "default"
 
 
 def _flash_attention(path: str) -> str:
-
     architecture = architecture_of(path)
     if architecture not in _families().FLASH_ATTN_MODELS:
         raise InputError(f"{architecture} does not support FlashAttention-2: leave --use_flash_attention_2 out.")

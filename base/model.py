@@ -10,6 +10,7 @@ and overrides the small hooks (`packed_attention_mask`, `packed_position_ids`, `
 import functools
 import inspect
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -212,7 +213,7 @@ class VLModelMixin:
         return self.base_model(*args, **kwargs).last_hidden_state
 
 
-def _with_completions(native_forward: Any) -> Any:
+def _with_completions(native_forward: Callable[..., Any]) -> Callable[..., Any]:
     """Give a forward the arguments `completion_index`, `completion_ids`, `temperature`, `with_entropy` and `dummy_images`.
 
     It has to be the forward itself: DDP, DeepSpeed and peft only see what passes through it. functools.wraps keeps the native signature

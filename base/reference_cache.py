@@ -4,8 +4,8 @@
     <folder>/<key>/<random>.safetensors  row key -> (tokens,) float32, one file per rank and a few hundred rows
 
 The key covers what changes every number: weights, configuration, processor and chat template, length limits, precision, versions. A row's key
-covers its prompt, responses and the bytes of its images. A run that was killed goes on where it stopped, a later run reads what it finds, and
-whatever changed since has another key and is computed anew.
+covers its prompt, responses and the bytes of its images. A run that was killed continues where it stopped, a later run reads what it finds, and
+whatever changed since has another key and is computed anew. Who computes what: base/reference_pass.py.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ def weights_digest(model: nn.Module, is_policy: bool) -> str:
     """SHA-256 of the names, shapes, types and bytes of all parameters and buffers of a reference.
 
     Args:
-        is_policy: the policy stands for its reference, with its own adapter ("default") switched off: that one is left out.
+        is_policy: `model` is the policy, which is its own reference once its adapter "default" is off: that adapter is left out.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
@@ -91,7 +91,7 @@ def _image_bytes(image: ImageSource) -> bytes:
 
 
 class ReferenceCache:
-    """The cached log-probs of one reference. Every process writes files of its own, whole or not at all."""
+    """The cached log-probs of one reference. Every process writes separate files, whole or not at all."""
 
     def __init__(self, folder: str | Path, about: dict[str, Any], rows_per_file: int = 256) -> None:
         """

@@ -17,10 +17,10 @@ from common.errors import InputError
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     """The checkpoint that `--resume_from_checkpoint` means; None starts from the beginning.
 
-    Nothing saved yet is a start from the beginning, so that one command line serves a job and its restarts.
+    With `True` and nothing saved yet the run starts from the beginning, so that one command line serves a job and its restarts.
 
     Raises:
-        InputError: a folder that was named cannot be resumed from.
+        InputError: the flag names a folder that cannot be resumed from.
     """
     asked = args.resume_from_checkpoint
     if not asked or asked in ("False", "false"):
@@ -33,7 +33,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
 
 
 def newest_whole_checkpoint(output_dir: str) -> str | None:
-    """The checkpoint-N with the largest N that can be resumed from; halves, which other programs may have left, are passed over."""
+    """The checkpoint-N with the largest N that can be resumed from. Incomplete ones, which other programs may have left, are passed over."""
     if not os.path.isdir(output_dir):
         return None
     for folder in reversed(sort_checkpoints(output_dir)):
