@@ -111,6 +111,11 @@ class VLDPOTrainer(VLTrainer):
             )
         if ref_model is None and not isinstance(model, PeftModel) and not args.precompute_ref_log_probs:
             raise ValueError("Full fine-tuning needs ref_model, a frozen copy of the initial model.")
+        trained_biases = isinstance(model, PeftModel) and any(a.bias != "none" for a in model.peft_config.values())
+        if trained_biases and not (args.precompute_ref_log_probs or self.reference_free):
+            raise InputError(
+                "Trained biases belong to the base, which is the reference here: give --lora_bias none, or --precompute_ref_log_probs True."
+            )
         for m in (model, ref_model):
             if m is not None:
                 disable_dropout(m.get_base_model() if isinstance(m, PeftModel) else m)

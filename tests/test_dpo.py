@@ -16,6 +16,7 @@ import args
 import train_dpo
 from base.loading import load_model
 from base.packing import scatter_to_responses
+from common.errors import InputError
 from data import DataSplits
 from models import core_mapper_for
 from tests import zoo
@@ -166,6 +167,15 @@ def test_policy_equal_to_reference_gives_ln2_and_no_reward(llava, preference_dat
     first = trainer.state.log_history[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert first["rewards/chosen"] == first["rewards/rejected"] == first["rewards/margins"] == 0
+
+
+def test_trained_biases_need_a_reference_that_does_not_move(llava, preference_data, tmp_path):
+    """They belong to the base: with the adapter switched off the reference would have them too."""
+    flags = f"{LORA} --lora_bias all"
+    with pytest.raises(InputError, match=r"--lora_bias none.*--precompute_ref_log_probs True"):
+        dpo_trainer(llava, preference_data, tmp_path, flags)
+    for further in (f"--precompute_ref_log_probs True --ref_log_probs_dir {tmp_path}", "--loss_type sft"):
+        assert len(losses(dpo_trainer(llava, preference_data, tmp_path, f"{flags} {further}"))) == 3
 
 
 def test_frozen_stays_bit_equal_and_the_rest_moves(llava, preference_data, tmp_path):
