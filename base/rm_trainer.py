@@ -7,10 +7,10 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from args import RMConfig
+from base.batch import Batch
 from base.calibration import draw_calibration
 from base.packing import last_token_positions
 from base.reward import VLRewardModel
-from base.batch import Batch
 from base.vl_trainer import VLHeadTrainer, disable_dropout
 from losses import bradley_terry, row_mean, sample_mean
 
