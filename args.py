@@ -203,27 +203,19 @@ class SFTConfig(VLConfig):
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
 
 
-# Every hyper-parameter of losses.py is a flag of train_dpo.py under its own name.
-_LossFlags = dataclasses.make_dataclass(
-    "_LossFlags",
-    [
-        (name, flag.type, field(default=flag.default, metadata={"help": flag.help}))
-        for name, flag in losses.FLAGS.items()
-    ],
-    bases=(VLConfig,),
-)
-
-
 @dataclass
-class DPOConfig(_LossFlags):
-    """Direct preference optimisation and its relatives (losses.py, docs/losses.md)."""
+class DPOConfig(VLConfig):
+    """Direct preference optimisation and its relatives (losses/, docs/losses.md).
+
+    `parse` adds a field for every hyper-parameter of every loss, under its name: `args.beta`, `args.mdpo_delta`, ...
+    """
 
     learning_rate: float = field(
         default=1e-6, metadata={"help": "Peak learning rate; with LoRA 10 times this is usual."}
     )
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
-        metadata={"help": "One or more names of losses.LOSSES; several are summed."},
+        metadata={"help": "One or more names; several are summed."},
     )
     loss_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight per --loss_type; 1 by default."}
@@ -251,6 +243,8 @@ class DPOConfig(_LossFlags):
         losses.check_losses(
             self.loss_type, self.loss_weights, vars(self), precompute_ref_log_probs=self.precompute_ref_log_probs
         )
+        for name, value in losses.common_hyperparameters(self.loss_type, vars(self)).items():
+            setattr(self, name, value)  # a flag whose default is the loss's own shows it from here on
         ways = {loss.corruption for name in self.loss_type if (loss := losses.get_loss(name)).corruption}
         if self.corruption and not ways:
             raise InputError(
@@ -265,6 +259,30 @@ class DPOConfig(_LossFlags):
             self.restore_callback_states_from_checkpoint = True
         if not 0 <= self.diffusion_step < 1000:
             raise InputError(f"--diffusion_step is a step from 0 to 999, not {self.diffusion_step}.")
+
+    def __reduce__(self) -> Any:
+        # Trainer pickles its arguments. pickle cannot find a class that `parse` has made: a plain DPOConfig comes back.
+        return object.__new__, (DPOConfig,), vars(self)
+
+
+def _with_loss_flags(config: type[DPOConfig]) -> type[DPOConfig]:
+    """The class with a field for each hyper-parameter of the losses registered so far, and their names in its help."""
+    known = {f.name: f for f in dataclasses.fields(config)}
+    names = "; ".join(
+        f"{name}: {loss.summary}{f' ({loss.paper})' if loss.paper else ''}" for name, loss in losses.LOSSES.items()
+    )
+    loss_type = known["loss_type"]
+    described = field(
+        default_factory=loss_type.default_factory, metadata={"help": f"{loss_type.metadata['help']} {names}."}
+    )
+    fields: list[tuple[str, Any, Any]] = [("loss_type", loss_type.type, described)]
+    for name, flag in losses.flags().items():
+        if name in known:
+            raise ValueError(f"--{name} is a flag already: give the hyper-parameter of the loss another name.")
+        kind = flag.type | None if flag.default is None else flag.type
+        fields.append((name, kind, field(default=flag.default, metadata={"help": flag.help})))
+    namespace = {"__module__": config.__module__, "__doc__": config.__doc__}
+    return dataclasses.make_dataclass(config.__name__, fields, bases=(config,), namespace=namespace)
 
 
 @dataclass
@@ -406,6 +424,8 @@ class PPOConfig(VLConfig):
 def parse(*classes: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
     """Read the command line (or `argv`) and `--config file.yaml` into one instance per dataclass.
 
+    The hyper-parameters of all losses registered by now are flags of a DPOConfig.
+
     Raises:
         InputError: unknown flags, a missing or malformed config file, flags that contradict each other.
     """
@@ -415,7 +435,8 @@ def parse(*classes: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
         if not path.is_file():
             raise InputError(f"Config file {path} does not exist: give --config the path of a YAML file.")
     try:
-        parsed = TrlParser(classes).parse_args_and_config(argv)
+        kinds = [_with_loss_flags(kind) if issubclass(kind, DPOConfig) else kind for kind in classes]
+        parsed = TrlParser(kinds).parse_args_and_config(argv)
     except InputError:
         raise
     except ValueError as error:

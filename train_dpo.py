@@ -1,4 +1,4 @@
-"""Direct preference optimisation of a vision-language model, and every loss of losses.py.
+"""Direct preference optimisation of a vision-language model, and every loss of losses/.
 
 1. With LoRA the base is the reference (or the adapter as it was loaded): no second model in memory.
 2. A row's prompt and images are computed once for all its responses; with more than two of them every ordered pair counts (--pairs).
@@ -24,7 +24,7 @@ from base.resume import checkpoint_to_resume
 from base.trainer import VLDPOTrainer
 from data import DataSplits, load_train_eval
 from data.lengths import LengthLimits
-from losses import needs_of
+from losses import columns_of, hyperparameters_of, needs_of
 from models import core_mapper_for
 from models.assemble import LoadPlan, load_policy, load_reference
 
@@ -55,6 +55,7 @@ def build(
         pairs=data_args.pairs,
         score_margin=data_args.score_margin,
         needs=needs_of(training_args.loss_type),
+        columns=columns_of(training_args.loss_type),
         corruption=training_args.corruption,
         diffusion_step=training_args.diffusion_step,
         seed=training_args.seed,
@@ -76,7 +77,8 @@ def build(
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
     )
-    return trainer, {"plan": asdict(plan), "data": data.info, "lengths": lengths}
+    hyperparameters = hyperparameters_of(training_args.loss_type, vars(training_args))
+    return trainer, {"plan": asdict(plan), "data": data.info, "lengths": lengths, "losses": hyperparameters}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

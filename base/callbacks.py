@@ -3,10 +3,13 @@
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from base.collator import VLDPODataCollatorWithPadding
+from losses import update_running_mean
 
 
 class RunningDelta(TrainerCallback, ExportableState):
@@ -17,6 +20,18 @@ class RunningDelta(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         return {"args": {"mean": self.mean.item(), "count": int(self.count)}, "attributes": {}}
+
+    def with_rewards(self, rewards: Tensor, accelerator: Accelerator, keep: bool) -> Tensor:
+        """The mean () over all training batches so far, with the rewards (N,) of this one, of all ranks.
+
+        Args:
+            keep: whether they count from now on, as those of evaluation do not.
+        """
+        sums = accelerator.reduce(torch.stack([rewards.sum(), rewards.new_tensor(rewards.numel())]), reduction="sum")
+        mean, count = update_running_mean(self.mean, self.count, (sums[0] / sums[1]).expand(int(sums[1])).cpu())
+        if keep:
+            self.mean, self.count = mean, count
+        return mean.to(rewards.device)
 
 
 class SetEpoch(TrainerCallback):

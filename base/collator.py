@@ -28,6 +28,7 @@ from common.errors import InputError
 from common.seeds import stable_seed
 from data.lengths import LengthCounts, LengthLimits, fit_row
 from data.pairs import PairMode, ordered_pairs
+from data.rows import NUMBER_COLUMNS
 from losses import changed_tokens
 
 logger = logging.getLogger(__name__)
@@ -186,6 +187,7 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
         pairs: PairMode = "all",
         score_margin: float | None = None,
         needs: Collection[str] = (),
+        columns: Collection[str] = (),
         corruption: Corruption | None = None,
         diffusion_step: int = 500,
         seed: int = 0,
@@ -196,12 +198,14 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
             share_prefix: whether the responses of a prompt share one row.
             corruption: how v' is made; the draw depends on `seed`, epoch and row.
             diffusion_step: how noisy v' is with corruption "diffusion", of 1000.
+            columns: columns of numbers that every row must have.
         """
         super().__init__(processor, limits)
         self.share_prefix = share_prefix
         self.pairs = pairs
         self.score_margin = score_margin
         self.needs = frozenset(needs)
+        self.columns = frozenset(columns)
         self.corruption = corruption
         self.diffusion_step = diffusion_step
         self.seed = seed
@@ -249,13 +253,16 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
             values[places.of([range(len(row[column])) for row in features])] = torch.tensor(given)
             return values
 
-        if all(row.get("margin") is not None for row in features):  # one number per row, given to each of its pairs
-            of_pair = [float(row["margin"]) for row, row_pairs in zip(features, pairs, strict=True) for _ in row_pairs]
-            batch["margin"] = torch.tensor(of_pair)
-        if all(row.get("scores") is not None and None not in row["scores"] for row in features):
-            batch["scores"] = of_responses("scores")
-        if all(row.get("severity") is not None and None not in row["severity"] for row in features):
-            batch["severity"] = of_responses("severity")
+        for column, of in NUMBER_COLUMNS.items():
+            if any(row.get(column) is None for row in features):
+                continue
+            if of == "row":  # given to each of its pairs
+                of_pair = [
+                    float(row[column]) for row, row_pairs in zip(features, pairs, strict=True) for _ in row_pairs
+                ]
+                batch[column] = torch.tensor(of_pair)
+            elif not any(None in row[column] for row in features):
+                batch[column] = of_responses(column)
         if all(row.get("reference_logps") is not None for row in features):
             batch["reference_logps"] = self._reference(features, batch)
 
@@ -271,8 +278,8 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
     # -- what some losses need beyond the pairs (base/views.py) --------------------------------------------------------
 
     def _check_columns(self, features: Sequence[Row]) -> None:
-        for column in ("severity", "margin", "image_rejected"):
-            for row in features if column in self.needs else ():
+        for column in sorted(self.columns | (self.needs & {"image_rejected"})):
+            for row in features:
                 if not row.get(column) and row.get(column) != 0:
                     where = row.get("where") or "A row"
                     raise InputError(f"{where} has no {column}, which the loss reads: add it to the row.")

@@ -16,7 +16,7 @@ Batch sizes count rollouts (answers), not prompts:
 A micro batch is per_device_train_batch_size / rollouts_per_prompt prompts with all their answers. It is packed once and its images are encoded
 once; both serve every pass of the update.
 
-Departures from TRL's former PPO (1.10), besides those of losses.py:
+Departures from TRL's former PPO (1.10), besides those of losses/ppo.py:
     1. Policy and value losses are means over the tokens of a mini batch, over accumulation steps and devices; there over each micro batch.
     2. Advantages and rewards are whitened over the update of all devices; there per device.
     3. Micro batches, not single rollouts, are shuffled between mini batches, one of each block of num_mini_batches per mini batch: every device

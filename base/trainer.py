@@ -7,6 +7,7 @@ VLRMTrainer (rm_trainer.py): `response_rewards` -> `ranking_loss` -> `log_metric
 What they share is in vl_trainer.py.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,23 +23,23 @@ from args import DPOConfig, SFTConfig
 from base.adapters import REFERENCE_ADAPTER
 from base.batch import Batch
 from base.callbacks import RunningDelta, SetEpoch
-from base.logps import TOKEN_CHUNK, token_logits, vocabulary_kl
 from base.model import CompletionOutput
 from base.packing import scatter_to_responses
+from base.preference_inputs import ModelPass, most_likely_tokens, preference_batch, with_negatives
 from base.reference_cache import COLUMN, ReferenceCache, default_folder
 from base.reference_pass import ReferencePass, about_reference
 from base.rm_trainer import VLRMTrainer
 from base.vl_trainer import VLHeadTrainer, VLTrainer, disable_dropout
 from common.errors import InputError
 from losses import (
-    PreferenceBatch,
     check_losses,
+    columns_of,
+    common_hyperparameters,
     get_loss,
     implicit_rewards,
     needs_of,
     preference_loss,
     sample_mean,
-    update_running_mean,
 )
 
 __all__ = ["VLDPOTrainer", "VLHeadTrainer", "VLRMTrainer", "VLSFTTrainer", "VLTrainer", "disable_dropout"]
@@ -80,7 +81,7 @@ class VLSFTTrainer(VLTrainer):
 
 
 class VLDPOTrainer(VLTrainer):
-    """Preference losses of losses.py on packed rows.
+    """Preference losses (losses/) on packed rows.
 
     The reference is a frozen copy (`ref_model`), or, when the policy is a LoRA model, the same model with its adapter switched off.
     """
@@ -103,7 +104,9 @@ class VLDPOTrainer(VLTrainer):
             check_losses(args.loss_type, args.loss_weights, vars(args), columns, args.precompute_ref_log_probs)
         except ValueError as error:
             raise InputError(str(error)) from error
-        self.needs = needs_of(args.loss_type)
+        self.needs, self.columns = needs_of(args.loss_type), columns_of(args.loss_type)
+        # β of the implicit rewards; where no loss has one they are plain log-ratios
+        self.beta = common_hyperparameters(args.loss_type, vars(args)).get("beta", 1.0)
         self.reference_free = all(get_loss(name).reference_free for name in args.loss_type)
         if args.precompute_ref_log_probs and self.reference_free:
             raise InputError(
@@ -137,35 +140,47 @@ class VLDPOTrainer(VLTrainer):
 
     # -- the four steps that papers change -----------------------------------------------------------------------------------
 
-    def response_logps(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Policy log-probs of every response token, (R, T)."""
-        return self._logps(model, batch, "policy_hidden")
+    def response_logps(self, model: nn.Module, batch: Batch) -> ModelPass:
+        """What the policy says of every response; with gradient, except without the image."""
+        text_only = None
+        if "text_only" in self.needs:
+            with torch.no_grad():
+                alone = batch["text_only"]
+                text_only = self.completion_logps(model, alone, alone["img_input_dict"])
+        return dataclasses.replace(self._pass(model, batch), text_only=text_only)
 
-    def reference_logps(self, batch: Batch) -> Tensor:
-        """Reference log-probs of every response token, (R, T), without gradient."""
+    def reference_logps(self, batch: Batch) -> ModelPass:
+        """What the reference says of every response, without gradient."""
         if "reference_logps" in batch:
-            return batch["reference_logps"]
+            return ModelPass(batch["reference_logps"])
         with torch.no_grad(), self.reference_context() as reference:
-            return self._logps(reference, batch, "reference_hidden")
+            return self._pass(reference, batch)
 
     def response_scores(self, model: nn.Module, batch: Batch) -> Tensor:
         """Policy log-prob of every response, (R,)."""
         return self.completion_logps(model, batch, batch["img_input_dict"]).sum(1)
 
     def preference_loss(
-        self, policy: Tensor, reference: Tensor | None, batch: Batch
+        self, policy: ModelPass, reference: ModelPass | None, batch: Batch
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of each pair (M,), and the unweighted parts of a mixture."""
-        pairs = self.preference_batch(policy, reference, batch)
+        pairs = preference_batch(policy, reference, batch, self.needs, self.columns)
+        if "running_delta" in self.needs:
+            # Resuming puts another object in the place of the one that was added.
+            delta = next(c for c in self.callback_handler.callbacks if isinstance(c, RunningDelta))
+            rewards = torch.cat(implicit_rewards(pairs, self.beta))
+            mean = delta.with_rewards(rewards, self.accelerator, keep=self.model.training)
+            pairs = dataclasses.replace(pairs, running_delta=mean)
         return preference_loss(pairs, self.args.loss_type, self.args.loss_weights, vars(self.args))
 
-    def log_metrics(self, policy: Tensor, reference: Tensor | None, parts: dict[str, Tensor], batch: Batch) -> None:
+    def log_metrics(
+        self, policy: ModelPass, reference: ModelPass | None, parts: dict[str, Tensor], batch: Batch
+    ) -> None:
         """Store TRL's metrics: implicit rewards beta * log-ratio, their accuracy and margin, and log-probs."""
-        chosen, rejected = policy.sum(1)[batch["chosen"]], policy.sum(1)[batch["rejected"]]  # (M,)
-        metrics = {"logps/chosen": chosen, "logps/rejected": rejected}
+        pairs = preference_batch(policy, reference, batch)
+        metrics = {"logps/chosen": pairs.policy.chosen, "logps/rejected": pairs.policy.rejected}
         if reference is not None:
-            chosen = self.args.beta * (chosen - reference.sum(1)[batch["chosen"]])
-            rejected = self.args.beta * (rejected - reference.sum(1)[batch["rejected"]])
+            chosen, rejected = implicit_rewards(pairs, self.beta)  # (M,)
             metrics |= {
                 "rewards/chosen": chosen,
                 "rewards/rejected": rejected,
@@ -195,11 +210,19 @@ class VLDPOTrainer(VLTrainer):
         with use_adapter(policy, REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None):
             yield self.model_wrapped
 
-    def _logps(self, model: nn.Module, batch: Batch, keep_hidden_as: str) -> Tensor:
+    def _pass(self, model: nn.Module, batch: Batch) -> ModelPass:
         outputs = self.completion_outputs(model, batch, batch["image_inputs"])
-        if self.needs & {"token_kl", "logit_shift"}:
-            batch[keep_hidden_as] = outputs.hidden
-        return scatter_to_responses(outputs.logps, batch["completion_mask"])
+        logps = scatter_to_responses(outputs.logps, batch["completion_mask"])
+        if not self.needs & {"token_kl", "logit_shift"}:
+            return ModelPass(logps)
+        return ModelPass(logps, outputs.hidden, self.base_model(model))
+
+    def _with_policy_negatives(self, model: nn.Module, batch: Batch) -> Batch:
+        """The batch with the policy's own tokens in the responses that stand ready for them."""
+        probe = batch["probe"]
+        with torch.no_grad():
+            hidden = self.completion_outputs(model, probe, self.image_inputs(model, probe)).hidden
+            return with_negatives(batch, most_likely_tokens(self.base_model(model), hidden))
 
     def compute_loss(
         self,
@@ -209,14 +232,9 @@ class VLDPOTrainer(VLTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         if "policy_negative" in self.needs:
-            inputs = self._say_what_the_policy_says(model, inputs)
+            inputs = self._with_policy_negatives(model, inputs)
         batch = inputs | {"image_inputs": self.image_inputs(model, inputs)}
         reference = None if self.reference_free else self.reference_logps(batch)
-        if "text_only" in self.needs:
-            with torch.no_grad():
-                batch["text_only_logps"] = self.completion_logps(
-                    model, batch["text_only"], batch["text_only"]["img_input_dict"]
-                )
         policy = self.response_logps(model, batch)
         per_pair, parts = self.preference_loss(policy, reference, batch)
         self.log_metrics(policy.detach(), reference, parts, batch)
@@ -225,7 +243,7 @@ class VLDPOTrainer(VLTrainer):
         loss = sample_mean(
             per_pair, self.accelerator.reduce(count, reduction="mean").clamp(min=1 / self.args.world_size)
         )
-        return (loss, {"policy": policy}) if return_outputs else loss
+        return (loss, {"policy": policy.logps}) if return_outputs else loss
 
     # -- the reference's log-probs before the first step: --precompute_ref_log_probs -------------------------------------------
 
@@ -260,7 +278,7 @@ class VLDPOTrainer(VLTrainer):
             batch = self._prepare_inputs(batch)
             batch["image_inputs"] = self.image_inputs(reference, batch)
             with self.compute_loss_context_manager():
-                return self.reference_logps(batch)
+                return self.reference_logps(batch).logps
 
         reference_pass = ReferencePass(self.args, cache, self.data_collator, reference_logps, second_image)
         training = self.model.training
@@ -271,116 +289,3 @@ class VLDPOTrainer(VLTrainer):
         self.ref_model = None
         if isinstance(self.model, PeftModel) and REFERENCE_ADAPTER in self.model.peft_config:
             self.model.delete_adapter(REFERENCE_ADAPTER)
-
-    # -- what losses read beyond plain log-probs: the keys of losses.NEEDS --------------------------------------------------
-
-    def preference_batch(self, policy: Tensor, reference: Tensor | None, batch: Batch) -> PreferenceBatch:
-        """The M pairs of a batch as losses.py reads them.
-
-        Args:
-            policy, reference: (R, T) log-probs of all responses of the batch, further rows of the collator included.
-        """
-        chosen, rejected, needs = batch["chosen"], batch["rejected"], self.needs  # (M,), (M,)
-        mask = batch["completion_mask"]
-        lengths, logps = mask.sum(1), policy.sum(1)  # (R,)
-        fields: dict[str, Tensor | None] = {
-            "chosen_logps": logps[chosen],
-            "rejected_logps": logps[rejected],
-            "chosen_lengths": lengths[chosen],
-            "rejected_lengths": lengths[rejected],
-        }
-        # The policy's and the reference's log-probs, with the prefix of their fields.
-        passes = {"": policy} | ({"ref_": reference} if reference is not None else {})
-        for prefix, per_token in passes.items():
-            summed = per_token.sum(1)
-            if prefix:
-                fields |= {"ref_chosen_logps": summed[chosen], "ref_rejected_logps": summed[rejected]}
-            if "per_token" in needs:
-                fields |= {
-                    f"{prefix}chosen_per_token_logps": per_token[chosen],
-                    f"{prefix}rejected_per_token_logps": per_token[rejected],
-                }
-            if "corrupted_image" in needs:
-                fields[f"{prefix}corrupted_chosen_logps"] = summed[batch["corrupted_of"][chosen]]
-            if "corrupted_image_per_token" in needs:
-                fields[f"{prefix}corrupted_chosen_per_token_logps"] = per_token[batch["corrupted_of"][chosen]]
-            if "image_rejected" in needs:
-                fields[f"{prefix}image_rejected_chosen_logps"] = summed[batch["image_rejected_of"][chosen]]
-            if "policy_negative" in needs:
-                fields[f"{prefix}negative_logps"] = summed[batch["negative_of"][chosen]]
-            if "logit_shift" in needs:
-                shift = self._logit_shift(batch, "reference_hidden" if prefix else "policy_hidden")
-                fields |= {
-                    f"{prefix}chosen_logit_shift": shift[chosen],
-                    f"{prefix}rejected_logit_shift": shift[rejected],
-                }
-        if "per_token" in needs:
-            fields |= {"chosen_mask": mask[chosen], "rejected_mask": mask[rejected]}
-        if "changed_tokens" in needs:
-            fields |= {"chosen_changed": batch["chosen_changed"], "rejected_changed": batch["rejected_changed"]}
-        if "text_only" in needs:
-            text_only = batch["text_only_logps"].sum(1)
-            fields |= {"text_only_chosen_logps": text_only[chosen], "text_only_rejected_logps": text_only[rejected]}
-        if "token_kl" in needs:
-            kl = self._token_kl(batch).sum(1)
-            fields |= {"chosen_token_kl": kl[chosen], "rejected_token_kl": kl[rejected]}
-        if "severity" in needs:
-            fields["rejected_severity"] = batch["severity"][rejected]
-        if "margin" in needs:
-            fields["margin"] = batch["margin"]
-        if "running_delta" in needs:
-            fields["running_delta"] = self._running_delta(fields)
-        return PreferenceBatch(**fields)
-
-    def _logit_shift(self, batch: Batch, hidden_key: str) -> Tensor:
-        """logit(y_t|v) - logit(y_t|v') of each response's own tokens, (R, T); zero for responses without a corrupted twin."""
-        mask, twin = batch["completion_mask"], batch["corrupted_of"]
-        logits = token_logits(self._scored_by(hidden_key), batch[hidden_key], batch["completion_ids"][mask])
-        logits = scatter_to_responses(logits, mask)  # (R, T)
-        return torch.where((twin >= 0)[:, None], logits - logits[twin.clamp(min=0)], 0)
-
-    def _token_kl(self, batch: Batch) -> Tensor:
-        """KL(reference || policy) over the whole vocabulary at each response token, (R, T)."""
-        kl = vocabulary_kl(
-            self._scored_by("reference_hidden"),
-            batch["reference_hidden"],
-            self._scored_by("policy_hidden"),
-            batch["policy_hidden"],
-        )
-        return scatter_to_responses(kl, batch["completion_mask"])
-
-    def _scored_by(self, hidden_key: str) -> nn.Module:
-        """The model whose lm_head turns these hidden states into logits."""
-        return self.base_model(
-            self.ref_model if hidden_key == "reference_hidden" and self.ref_model is not None else self.model
-        )
-
-    def _say_what_the_policy_says(self, model: nn.Module, batch: Batch) -> Batch:
-        """Fill the responses that stand ready for it with the policy's argmax tokens on v' under the chosen answer's teacher forcing."""
-        probe = batch["probe"]
-        mask = probe["completion_mask"]
-        with torch.no_grad():
-            hidden = self.completion_outputs(model, probe, self.image_inputs(model, probe)).hidden
-            said = torch.cat(
-                [self.base_model(model).get_output_embeddings()(h).argmax(-1) for h in hidden.split(TOKEN_CHUNK)]
-            )
-        said = scatter_to_responses(said, mask)  # (R', T')
-        twins = batch["negative_of"][batch["negative_of"] >= 0]  # (R',) in the order of the probe's responses
-        ids = batch["completion_ids"].clone()
-        ids[twins, : said.shape[1]] = torch.where(mask, said, ids[twins, : said.shape[1]])
-        # Response tokens stand in a row, and rows in the batch, in the order of the responses.
-        input_ids = batch["input_ids"].masked_scatter(batch["segment_ids"] > 0, ids[batch["completion_mask"]])
-        return batch | {"completion_ids": ids, "input_ids": input_ids}
-
-    def _running_delta(self, fields: dict[str, Tensor | None]) -> Tensor:
-        """Mean implicit reward of both sides over all training batches so far, this one included (MPO's delta)."""
-        rewards = torch.cat(implicit_rewards(PreferenceBatch(**fields), self.args.beta))
-        sums = self.accelerator.reduce(
-            torch.stack([rewards.sum(), rewards.new_tensor(rewards.numel())]), reduction="sum"
-        )
-        # Resuming puts another object in the place of the one that was added.
-        state = next(c for c in self.callback_handler.callbacks if isinstance(c, RunningDelta))
-        mean, count = update_running_mean(state.mean, state.count, (sums[0] / sums[1]).expand(int(sums[1])).cpu())
-        if self.model.training:
-            state.mean, state.count = mean, count
-        return mean.to(rewards.device)

@@ -108,13 +108,12 @@ def run_one(name: str, seed: int, demo: Path, pairs: Path, output_dir: Path, rec
     done = out / "scores.json"
     if done.is_file() and "kl" in (scores := json.loads(done.read_text())):
         return scores
-    smoothing = "--label_smoothing 0.001" if name == "exo_pair" else ""
     started = time.time()
     with contextlib.redirect_stdout(io.StringIO()):
         train_dpo.main(
             shlex.split(
                 f"--model_name_or_path {sft} --dataset_name plain_dpo --data_path {pairs} --image_root {demo / 'data'} --output_dir {out} "
-                f"--loss_type {name} --seed {seed} {recipe} {smoothing}"
+                f"--loss_type {name} --seed {seed} {recipe}"
             )
         )
     seconds = time.time() - started

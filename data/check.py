@@ -32,7 +32,7 @@ from base.processor import IGNORE_INDEX, VLProcessor
 from common.errors import InputError
 from data import load_rows, per_name, refused_rows
 from data.lengths import LengthLimits
-from data.rows import IMAGE_MARK, Kind, Row
+from data.rows import IMAGE_MARK, NUMBER_COLUMNS, Kind, Row
 from data.source import image_root_of
 from data.verify import verify
 from models import core_mapper_for
@@ -271,8 +271,8 @@ def _responses(row: Row, processor: VLProcessor | None) -> str:
     for i in sorted(range(len(ranks)), key=ranks.__getitem__):
         side = "best" if ranks[i] == min(ranks) else "worst" if ranks[i] == max(ranks) else "middle"
         notes = [f"rank {ranks[i]:g}"]
-        for name in ("scores", "severity"):
-            if row.get(name) and row[name][i] is not None:  # type: ignore[index]
+        for name, of in NUMBER_COLUMNS.items():
+            if of == "response" and row.get(name) and row[name][i] is not None:  # type: ignore[index]
                 notes.append(f"{name.removesuffix('s')} {row[name][i]:g}")  # type: ignore[index]
         text = html.escape(row["responses"][i])  # type: ignore[index]
         if processor is not None:

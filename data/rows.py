@@ -35,15 +35,19 @@ ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assi
 _IMAGE_PATH = Value("string")
 _IMAGE_BYTES = {"bytes": Value("binary"), "path": Value("string")}
 _MESSAGES = [{"role": Value("string"), "content": Value("string")}]
+# Optional columns of numbers in preference rows: one per row, or one per response. A loss may read any of them.
+NUMBER_COLUMNS: dict[str, Literal["row", "response"]] = {
+    "scores": "response",
+    "severity": "response",
+    "margin": "row",
+}
 _KIND_FEATURES: dict[str, dict] = {
     "conversation": {"messages": _MESSAGES},
     "preference": {
         "prompt": _MESSAGES,
         "responses": [Value("string")],
         "ranks": [Value("float64")],
-        "scores": [Value("float64")],
-        "severity": [Value("float64")],
-        "margin": Value("float64"),
+        **{name: Value("float64") if of == "row" else [Value("float64")] for name, of in NUMBER_COLUMNS.items()},
     },
     "prompt": {"prompt": _MESSAGES, "reference": Value("string")},
 }
@@ -53,7 +57,7 @@ REQUIRED: dict[Kind, tuple[str, ...]] = {
     "preference": ("prompt", "responses", "ranks"),
     "prompt": ("prompt",),
 }
-OPTIONAL = ("scores", "severity", "margin", "image_rejected", "reference")
+OPTIONAL = (*NUMBER_COLUMNS, "image_rejected", "reference")
 
 
 class BadRow(Exception):
@@ -194,11 +198,10 @@ def question(prompt: object, name: str = "prompt") -> list[Message]:
 def preference(record: Mapping[str, object], prompt: object, responses: list[object], ranks: Sequence[float]) -> Row:
     """A preference row, with the optional columns that the record brings along."""
     row: Row = {"prompt": question(prompt), "responses": responses, "ranks": [float(r) for r in ranks]}
-    for name in ("scores", "severity"):
+    for name, of in NUMBER_COLUMNS.items():
         if record.get(name) is not None:
-            row[name] = numbers_of(record[name], f"`{name}`", len(responses))
-    if record.get("margin") is not None:
-        row["margin"] = number_of(record["margin"], "`margin`")
+            value, label = record[name], f"`{name}`"
+            row[name] = number_of(value, label) if of == "row" else numbers_of(value, label, len(responses))
     if record.get("image_rejected") is not None:
         images = images_of(record["image_rejected"], "image_rejected")
         if len(images) != 1:

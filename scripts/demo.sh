@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole path on embedded pictures, on a CPU: data -> SFT from scratch on noisy captions -> reward model -> DPO -> PPO -> evaluation.
-# Every command is printed before it runs. `make demo`; OUT, SEED and LOSS (of losses.py) can be set: make demo LOSS=mdpo
+# Every command is printed before it runs. `make demo`; OUT, SEED and LOSS (of docs/losses.md) can be set: make demo LOSS=mdpo
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-runs/demo} SEED=${SEED:-0} LOSS=${LOSS:-sigmoid}

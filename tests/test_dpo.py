@@ -151,7 +151,7 @@ def test_packed_equals_plain(llava, preference_rows, tmp_path, flags: str):
         trainer.compute_loss(trainer.model, batch).backward()
         logps = trainer.response_logps(
             trainer.model, batch | {"image_inputs": trainer.image_inputs(trainer.model, batch)}
-        )
+        ).logps
         gradients = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
         found[share] = (logps.detach(), gradients)
     torch.testing.assert_close(found[True][0], found[False][0], atol=1e-5, rtol=0)
@@ -198,7 +198,7 @@ def test_the_image_matters(llava, preference_rows, tmp_path, flags: str):
         logps.append(
             trainer.response_logps(
                 trainer.model, batch | {"image_inputs": trainer.image_inputs(trainer.model, batch)}
-            ).sum(1)
+            ).logps.sum(1)
         )
     assert (logps[0] - logps[1]).abs().min() > 1e-3
 

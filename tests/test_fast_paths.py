@@ -278,7 +278,7 @@ def test_rows_come_back_in_any_batch(llava, preference_rows, tmp_path, cache_dir
         batch = trainer._prepare_inputs(trainer.data_collator([dataset[i] for i in order]))
         cached = batch.pop("reference_logps")
         batch["image_inputs"] = trainer.image_inputs(trainer.model, batch)
-        torch.testing.assert_close(cached, trainer.reference_logps(batch), atol=1e-5, rtol=0)
+        torch.testing.assert_close(cached, trainer.reference_logps(batch).logps, atol=1e-5, rtol=0)
 
 
 # -- batches of equal length ---------------------------------------------------------------------------------------------

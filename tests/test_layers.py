@@ -44,6 +44,7 @@ BASE = [
         "ppo_batches",
         "ppo_metrics",
         "ppo_trainer",
+        "preference_inputs",
         "reference_cache",
         "reference_pass",
         "resume",

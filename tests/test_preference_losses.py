@@ -1,7 +1,10 @@
 """What losses need besides log-probs, provided by collator and trainer: every loss through the real trainer."""
 
+import importlib.util
 import json
 import math
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from datasets import Dataset
 import args
 import losses
 import train_dpo
+from base.preference_inputs import preference_batch
 from common.errors import InputError
 from data import DataSplits
 from models import core_mapper_for
@@ -43,15 +47,11 @@ def first_losses(trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def extra(name: str) -> str:
-    return " --label_smoothing 0.001" if name == "exo_pair" else ""
-
-
 @pytest.mark.parametrize("name", losses.LOSSES)
 def test_every_loss_trains_and_layouts_agree(llava, rows, tmp_path, name: str):
     found = []
     for share in (True, False):
-        trainer = trainer_for(llava, rows, tmp_path, f"{LORA} --loss_type {name} --share_prefix {share}{extra(name)}")
+        trainer = trainer_for(llava, rows, tmp_path, f"{LORA} --loss_type {name} --share_prefix {share}")
         before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
         found.append(first_losses(trainer))
         assert all(math.isfinite(value) for value in found[-1])
@@ -65,7 +65,7 @@ AT_START = {
     "mdpo": 3 * math.log(2),
     "ddpo": math.log(2),
     "rdpo": 2 * math.log(2),
-    "hsa": None,
+    "hsa": math.log(2),
     "povid": math.log(2),
     "kto_pair": 0.5,
 }
@@ -74,8 +74,7 @@ AT_START = {
 @pytest.mark.parametrize("name", AT_START)
 def test_losses_at_the_reference(llava, rows, tmp_path, name: str):
     value = first_losses(trainer_for(llava, rows, tmp_path, f"{LORA} --loss_type {name} --max_steps 1"))[0]
-    if AT_START[name] is not None:
-        assert value == pytest.approx(AT_START[name], abs=1e-5)
+    assert value == pytest.approx(AT_START[name], abs=1e-5)
 
 
 def test_corrupted_image_is_one_more_row_and_one_more_picture(llava, rows, tmp_path):
@@ -126,7 +125,7 @@ def test_text_only_rows_have_no_image(llava, rows, tmp_path):
 def test_negatives_are_the_policys_own_tokens(llava, rows, tmp_path):
     trainer = trainer_for(llava, rows, tmp_path, f"{LORA} --loss_type povid --corruption black")
     batch = trainer.data_collator(rows[:2])
-    filled = trainer._say_what_the_policy_says(trainer.model, batch)
+    filled = trainer._with_policy_negatives(trainer.model, batch)
     model, processor = trainer.base_model(trainer.model), core_mapper_for(llava).processor(llava)
     for b, row in enumerate(rows[:2]):
         ids = processor.encode_prompts([processor.render(row["prompt"], True, 1)], [row["images"]])[0][0]
@@ -150,7 +149,7 @@ def test_token_kl_and_logit_shift_against_full_logits(llava, rows, tmp_path):
     batch["image_inputs"] = trainer.image_inputs(trainer.model, batch)
     reference = trainer.reference_logps(batch)
     policy = trainer.response_logps(trainer.model, batch)
-    pairs = trainer.preference_batch(policy, reference, batch)
+    pairs = preference_batch(policy, reference, batch, trainer.needs)
     model = trainer.base_model(trainer.model)
     packed = model.packed_inputs(batch["input_ids"], batch["segment_ids"], batch["image_inputs"])
     with torch.no_grad():
@@ -163,7 +162,7 @@ def test_token_kl_and_logit_shift_against_full_logits(llava, rows, tmp_path):
     assert pairs.chosen_token_kl.min() > 1e-3 and pairs.chosen_token_kl.requires_grad
     raw = own[index].gather(-1, ids[..., None])[..., 0].masked_fill(~mask, 0)
     shift = raw - raw[batch["corrupted_of"].clamp(min=0)]
-    torch.testing.assert_close(pairs.rejected_logit_shift, shift[batch["rejected"]], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(pairs.policy.rejected_logit_shift, shift[batch["rejected"]], atol=1e-4, rtol=1e-4)
     assert shift[batch["rejected"]].abs().max() > 1e-3
 
 
@@ -184,6 +183,82 @@ def test_running_delta_survives_a_resume(command, tmp_path):
     assert curve(parts) == before == curve(whole)
 
 
+@pytest.fixture
+def unregister() -> Iterator[None]:
+    """Forgets the losses that a test registers."""
+    before = dict(losses.LOSSES)
+    yield
+    losses.LOSSES.clear()
+    losses.LOSSES.update(before)
+
+
+LOSS_OF_A_SCRIPT = """
+from typing import Annotated
+from losses import Beta, logistic, loss
+
+@loss(summary="DPO with a wish", columns={"margin"})
+def wishful(batch, *, beta: Beta = 0.1, wish: Annotated[float, "added to the margin"] = 2.0):
+    if wish < 0:
+        raise ValueError(f"--wish is not negative, unlike {wish}.")
+    ratio = batch.log_ratio
+    return logistic(beta * (ratio.chosen - ratio.rejected) + wish * batch.row_columns["margin"])
+"""
+
+
+def test_a_copied_script_adds_a_loss_and_its_flag(command, tmp_path, pairs_json, capsys, unregister):
+    """After its imports: the hyper-parameter has a flag, a help, a check and a line of run.json; the column is read."""
+    source = Path(train_dpo.__file__).read_text()
+    script = tmp_path / "train_wishful.py"
+    script.write_text(source.replace("\ndef build(", f"{LOSS_OF_A_SCRIPT}\ndef build(", 1))
+    spec = importlib.util.spec_from_file_location("train_wishful", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    pairs = [row | {"margin": 0.25} for row in json.loads(pairs_json.read_text())]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    flags = f"--use_lora True --max_steps 1 --data_path {tmp_path / 'pairs.json'} --loss_type wishful"
+    module.main(command("dpo", f"{flags} --wish 3"))
+    out = tmp_path / "dpo"
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert history[0]["loss"] == pytest.approx(math.log1p(math.exp(-0.75)), abs=1e-6)  # policy == reference
+    run = json.loads((out / "run.json").read_text())
+    assert run["losses"] == {"wishful": {"beta": 0.1, "wish": 3.0}} and run["arguments"]["DPOConfig"]["wish"] == 3.0
+    with pytest.raises(InputError, match=r"--wish is not negative, unlike -1\.0"):
+        module.main(command("dpo", f"{flags} --wish -1"))
+    with pytest.raises(InputError, match="--wish does nothing with --loss_type sigmoid: it belongs to wishful"):
+        module.main(command("dpo", "--loss_type sigmoid --wish 3"))
+    with pytest.raises(InputError, match="reads the column 'margin'"):
+        module.main(command("dpo", "--loss_type wishful"))
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "wishful: added to the margin (default: 2.0)" in said and "wishful: DPO with a wish" in said
+
+
+def test_a_hyperparameter_that_is_a_flag_already_is_refused(command, unregister):
+    @losses.loss(summary="a loss")
+    def wishful(batch, *, seed: int = 2):
+        return batch.policy.chosen
+
+    with pytest.raises(ValueError, match="--seed is a flag already: give the hyper-parameter"):
+        parsed(command("dpo"))
+
+
+def parsed(argv: list[str]) -> args.DPOConfig:
+    return args.parse(args.ModelArguments, args.DataArguments, args.LoraArguments, args.DPOConfig, argv=argv)[-1]
+
+
+def test_hyperparameters_are_attributes_with_the_losss_own_defaults(command, tmp_path):
+    config = parsed(command("dpo", "--loss_type exo_pair"))
+    assert isinstance(config, args.DPOConfig) and type(config).__name__ == "DPOConfig"
+    assert (config.beta, config.label_smoothing, config.ddpo_average) == (0.1, 1e-3, True)
+    assert config.to_dict()["label_smoothing"] == 1e-3
+    assert parsed(command("dpo", "--loss_type sigmoid")).label_smoothing == 0
+    assert parsed(command("dpo", "--loss_type sigmoid exo_pair")).label_smoothing is None  # each its own
+    assert parsed(command("dpo", "--loss_type ddpo --no_ddpo_average")).ddpo_average is False
+    torch.save(config, tmp_path / "training_args.bin")  # as Trainer does
+    assert torch.load(tmp_path / "training_args.bin", weights_only=False).label_smoothing == 1e-3
+
+
 MISFITS = {
     "--loss_type hsa": r"reads the column 'severity'",
     "--loss_type mdpo --precompute_ref_log_probs True": r"--precompute_ref_log_probs cannot serve --loss_type mdpo",
@@ -202,7 +277,8 @@ def test_what_does_not_fit_is_said_at_the_start(command, flags: str, message: st
 def test_a_row_without_the_losss_column_is_named(llava, rows):
     adapter = core_mapper_for(llava)
     for column in ("severity", "margin", "image_rejected"):
-        collator = adapter.dpo_collator(adapter.processor(llava), needs={column})
+        asked = "needs" if column == "image_rejected" else "columns"
+        collator = adapter.dpo_collator(adapter.processor(llava), **{asked: {column}})
         with pytest.raises(InputError, match=rf"pairs\.json, row 1 has no {column}"):
             collator([rows[0], rows[1] | {column: None, "where": "pairs.json, row 1"}])
 
