@@ -260,7 +260,7 @@ class DPOConfig(VLConfig):
         if not 0 <= self.diffusion_step < 1000:
             raise InputError(f"--diffusion_step is a step from 0 to 999, not {self.diffusion_step}.")
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         # Trainer pickles its arguments. pickle cannot find a class that `parse` has made: a plain DPOConfig comes back.
         return object.__new__, (DPOConfig,), vars(self)
 

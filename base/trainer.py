@@ -237,7 +237,7 @@ class VLDPOTrainer(VLTrainer):
         reference = None if self.reference_free else self.reference_logps(batch)
         policy = self.response_logps(model, batch)
         per_pair, parts = self.preference_loss(policy, reference, batch)
-        self.log_metrics(policy.detach(), reference, parts, batch)
+        self.log_metrics(policy, reference, parts, batch)
         # Ranks may hold different numbers of pairs: divided by the mean of these numbers, DDP's average is the mean over all pairs.
         count = torch.tensor(float(per_pair.numel()), device=per_pair.device)
         loss = sample_mean(

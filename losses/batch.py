@@ -25,7 +25,7 @@ NEEDS: dict[str, str] = {
 CORRUPTING_NEEDS = frozenset({"corrupted_image", "corrupted_image_per_token", "logit_shift", "policy_negative"})
 
 
-def filled_for(need: str, dims: int = 1, dtype: torch.dtype = torch.float32) -> Any:
+def filled_for(need: str, dims: int = 1, dtype: torch.dtype = torch.float32) -> Any:  # noqa: ANN401  a dataclass field, typed by its annotation
     """A field that stays None unless a loss has this need; `dims` of (M, T)."""
     return field(default=None, metadata={"need": need, "dims": dims, "dtype": dtype})
 
