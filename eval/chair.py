@@ -10,6 +10,7 @@ judged mode (`objhal_judged`), whose numbers are not comparable. Fractions for C
 """
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,10 +19,10 @@ from typing import NamedTuple
 from common.errors import InputError, run
 from eval import language
 from eval.benchmark_files import Row
-from eval.files import need, read_json, read_text
+from eval.files import need, read_any, read_text
 from eval.judge import Ask, Judge, add_judge_arguments, ask_all, judge_template
 from eval.results import Scores, load, save, scorer_parser
-from eval.yesno import read_amber_truth
+from eval.yesno import amber_annotations, read_amber_truth
 
 # ---------------------------------------------------------------------------------- objects in a list of words
 
@@ -47,11 +48,15 @@ MentionsOf = Callable[[str], list[Mention]]
 
 
 class ObjectTable:
-    """Synonyms -> COCO objects. `path` lists one object per line: "node, synonym, synonym"."""
+    """Synonyms -> COCO objects. `path` lists one object per line: "node, synonym, synonym".
+
+    Args: `all_pairs` for Object HalBench, whose script takes every two-word entry as a double word and strips the entries;
+        CHAIR's has a fixed list and leaves spaces around an entry, which then never matches.
+    """
 
     def __init__(self, path: str | Path, all_pairs: bool) -> None:
-        lines = read_text(path).splitlines()
-        groups = [[word.strip() for word in line.split(",")] for line in lines if line.strip()]
+        groups = [line.strip().split(", ") for line in read_text(path).split("\n") if line.strip()]
+        groups = [[word.strip() for word in group] for group in groups] if all_pairs else groups
         if not groups:
             raise InputError(f"{path} holds no synonyms; use the synonyms file of the benchmark's repository")
         self.node = {word: group[0] for group in groups for word in group}
@@ -84,7 +89,7 @@ def coco_truth(folder: str | Path, image_ids: set[int], table: ObjectTable, word
     """Objects per image: the instance annotations and the objects in the reference captions, of both COCO 2014 splits."""
     truth: dict[int, set[str]] = {i: set() for i in image_ids}
     for split in ("train", "val"):
-        instances = read_json(Path(folder) / f"instances_{split}2014.json")
+        instances = read_any(Path(folder) / f"instances_{split}2014.json")
         names = {c["id"]: c["name"] for c in instances["categories"]}
         for a in instances["annotations"]:
             if a["image_id"] in truth:
@@ -93,7 +98,7 @@ def coco_truth(folder: str | Path, image_ids: set[int], table: ObjectTable, word
                     raise InputError(f"the synonyms hold no '{name}', a COCO category; use the benchmark's own table")
                 truth[a["image_id"]].add(table.node[name])
         del instances  # half a gigabyte each
-        for a in read_json(Path(folder) / f"captions_{split}2014.json")["annotations"]:
+        for a in read_any(Path(folder) / f"captions_{split}2014.json")["annotations"]:
             if a["image_id"] in truth:
                 truth[a["image_id"]] |= {m.node for m in table.mentions(*words_of(a["caption"]))}
     return truth
@@ -200,13 +205,18 @@ def judged_mentions(
         for phrase in phrases:
             for word in _phrase_words(phrase, table, tag):
                 surface.setdefault(word, phrase)
+        if "toilet" in surface:
+            surface.pop("seat", None)  # as in the text: a toilet's seat does not count as a chair
         return [Mention(word, table.node[word], s) for word, s in surface.items() if word in table.node]
 
     return find
 
 
 def _json_list(reply: str) -> list[str] | None:
-    for text in [reply] + ([reply.split("\n")[-1]] if '["' in reply else []):
+    """The list in a reply: the whole reply, its last line behind other text, or a ```json block (later versions of the script)."""
+    block = re.search(r"```json\n(.*?)\n```", reply, re.DOTALL)
+    last = [reply.strip().split("\n")[-1]] if '["' in reply else []
+    for text in [reply, *last, *([block[1]] if block else [])]:
         try:
             value = json.loads(text)
         except json.JSONDecodeError:
@@ -350,9 +360,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _amber(args, rows: list[Row], answers: list[str], meta: dict) -> None:
-    annotations = Path(args.annotations or Path(args.data_path).parent / "annotations.json")
+    annotations = amber_annotations(args.annotations, args.data_path)
     truth = read_amber_truth(annotations, rows)
-    association = read_json(annotations.parent / "relation.json")
+    association = read_any(annotations.parent / "relation.json")
     need([t for t in truth if t["type"] == "generative"], "hallu", annotations)
     safe = read_text(annotations.parent / "safe_words.txt").split("\n")
     tag, lemma, similarity = language.noun_tagger(), language.noun_lemmatizer(), language.word_similarity()

@@ -8,14 +8,14 @@ The likelihood variant reads the losses that `eval.generate --likelihood` wrote.
 SEEDBench's own (seed/official, seed_likelihood), which are percent with two decimals as its scripts print them.
 """
 
+import math
 import random
 import re
 from collections import defaultdict
 
 from common.errors import InputError, run
-from eval.answer_files import read_answers
-from eval.benchmark_files import Row
-from eval.files import read_jsonl
+from eval.answer_files import match, read_answer_records, read_answers
+from eval.benchmark_files import NOT_AVAILABLE, Row
 from eval.flags import add_switch
 from eval.results import Scores, load, save, scorer_parser
 
@@ -28,19 +28,23 @@ _REFUSALS = (
     "Cannot determine the answer",
 )
 _MARKS = ".()[],:;!*#{}"
+_STATED = re.compile(r"(?:correct\s+)?answer\s+is\s+\**([ABCD])\**", re.IGNORECASE)
 
 
 def infer_letter(answer: str, choices: dict[str, str]) -> str | None:
     """The option meant by a free answer, "Z" for a refusal, None if unclear.
 
     VLMEvalKit matching_util.py can_infer @ e8e78f05: a lone option letter whose first occurrence is among the last four
-    words; else "answer is **X**"; else the one option whose text stands in the answer, if the answer is not too long.
+    words; else "answer is **X**" with an option's letter; else the one option whose text stands in the answer, if the answer
+    is not too long.
     """
     answer = answer if answer else "nan"  # what an empty cell becomes in their table
     return _by_letter(answer, choices) or _by_text(answer, choices)
 
 
 def _by_letter(answer: str, choices: dict[str, str]) -> str | None:
+    if "Failed to obtain answer via API" in answer:
+        return None
     if any(refusal in answer for refusal in _REFUSALS):
         return "Z"
     words = answer.translate(str.maketrans(_MARKS, " " * len(_MARKS))).split()
@@ -49,8 +53,13 @@ def _by_letter(answer: str, choices: dict[str, str]) -> str | None:
         return present[0]
     if not present and "Z" in words:
         return "Z"
-    stated = re.search(r"(?:correct )?answer is \*{0,2}([ABCD])", answer, re.IGNORECASE)
-    return stated.group(1).upper() if stated else None
+    stated = _STATED.search(answer)
+    return stated[1].upper() if stated and stated[1].upper() in choices else None
+
+
+def _cell(answer: str) -> str:
+    """An answer as VLMEvalKit reads it back from its table: "None" or "N/A" is an empty cell there."""
+    return "nan" if answer in NOT_AVAILABLE else answer
 
 
 def _by_text(answer: str, choices: dict[str, str]) -> str | None:
@@ -85,7 +94,7 @@ def score_mmbench(rows: list[Row], answers: list[str]) -> tuple[Scores, list[dic
             raise InputError(
                 f"row '{row['id']}' has no answer: this is the TEST file, which only MMBench's server scores"
             )
-        letter = infer_letter(answer, row["choices"])
+        letter = infer_letter(_cell(answer), row["choices"])
         groups[int(str(row["id"])) % 1_000_000].append((row, letter == row["label"]))
         details.append(_detail(row, answer, letter == row["label"], letter, row["category"]))
     originals, hits, vanilla = [], [], []
@@ -126,7 +135,7 @@ def score_seed(rows: list[Row], answers: list[str]) -> tuple[Scores, list[dict]]
             equal[f"official/{name}"].append(exact)
         if row["data_type"] != "image":
             continue
-        letter = infer_letter(answer, row["choices"])
+        letter = infer_letter(_cell(answer), row["choices"])
         right = letter == row["label"]
         for name in ("overall", row["category"]):
             cells[str(name)].append(right)
@@ -136,11 +145,14 @@ def score_seed(rows: list[Row], answers: list[str]) -> tuple[Scores, list[dict]]
 
 
 def score_seed_likelihood(rows: list[Row], losses: list[list[float]]) -> tuple[Scores, list[dict]]:
-    """Accuracy of the choice with the smallest mean token loss (SEED-Bench eval.py), percent with two decimals."""
+    """Accuracy of the choice with the smallest mean token loss (SEED-Bench eval.py), percent with two decimals.
+
+    NaN is larger than every number, as in torch.argsort; the first of equal losses wins.
+    """
     cells: dict[str, list[bool]] = defaultdict(list)
     details = []
     for row, row_losses in zip(rows, losses, strict=True):
-        letter = "ABCD"[min(range(4), key=row_losses.__getitem__)]
+        letter = "ABCD"[min(range(4), key=lambda i, x=row_losses: (math.isnan(x[i]), x[i]))]
         for name in ("total", row["category"]):
             cells[str(name)].append(letter == row["label"])
         details.append(
@@ -150,13 +162,22 @@ def score_seed_likelihood(rows: list[Row], losses: list[list[float]]) -> tuple[S
 
 
 def read_losses(path: str, rows: list[Row]) -> list[list[float]]:
-    """Mean token losses of the choices A-D per row: JSON lines {id | question_id, losses}."""
-    found = {str(r.get("id", r.get("question_id"))): r.get("losses") for r in read_jsonl(path)}
-    for row in rows:
-        values = found.get(str(row["id"]))
-        if not isinstance(values, list) or len(values) != 4:
+    """Mean token losses of the choices A-D per row: {id | question_id, losses}.
+
+    SEED-Bench's results.json {q_id, prediction} has the chosen letter only: it counts as the smallest loss.
+    """
+    out = []
+    for row, record in zip(rows, match(read_answer_records(path), rows, path), strict=True):
+        values, letter = record.get("losses"), record.get("prediction")
+        if values is None and letter in ("A", "B", "C", "D"):
+            values = [float(c != letter) for c in "ABCD"]
+        numbers = isinstance(values, list) and all(
+            isinstance(v, int | float) and not isinstance(v, bool) for v in values
+        )
+        if not numbers or len(values) != 4:
             raise InputError(f"{path} has no four losses for '{row['id']}'; write it with eval.generate --likelihood")
-    return [found[str(row["id"])] for row in rows]
+        out.append([float(v) for v in values])
+    return out
 
 
 # ------------------------------------------------------------------------------------------------------- MMMU
@@ -200,11 +221,12 @@ def mmmu_candidates(answer: str) -> list[str | float]:
     phrases = []
     for number, sentence in enumerate(sentences):
         indicators = [*_INDICATORS, "="] if number == len(sentences) - 1 else _INDICATORS
-        tails = [sentence.split(i)[-1].strip() for i in indicators if i in sentence]
-        if tails:
-            shortest = min(tails, key=len)
-            if shortest not in (":", ",", ".", "!", "?", ";", "'"):
-                phrases.append(shortest)
+        shortest = ""  # an empty tail counts as none, and gives way to the next one
+        for tail in (sentence.split(i)[-1].strip() for i in indicators if i in sentence):
+            if not shortest or len(tail) < len(shortest):
+                shortest = tail
+        if shortest and shortest not in (":", ",", ".", "!", "?", ";", "'"):
+            phrases.append(shortest)
     found = phrases or [text]
     numbers = [n for phrase in found for n in _numbers(phrase)]
     candidates: list[str | float] = []

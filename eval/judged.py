@@ -8,10 +8,13 @@ What is official here is how replies are parsed and counted. The built-in prompt
 published one, pass the benchmark's prompt as a file (--judge_prompt) and its judge (--judge_model); both are stored with the score.
 """
 
+import functools
 import re
 import statistics
 from collections import defaultdict
 from pathlib import Path
+
+import numpy as np
 
 from common.errors import InputError, run
 from eval.benchmark_files import Row
@@ -128,16 +131,18 @@ def score_mmvet(rows: list[Row], answers: list[str], grades: list[list[float]]) 
     """
     members: dict[str, list[list[float]]] = defaultdict(list)
     for row, row_grades in zip(rows, grades, strict=True):
-        for name in ["total", *row["capability"], "set/" + "_".join(sorted(row["capability"]))]:
+        capabilities = set(row["capability"])
+        for name in ["total", *capabilities, "set/" + "_".join(sorted(capabilities))]:
             members[str(name)].append(row_grades)
-    per_run = {name: [100 * statistics.fmean(g) for g in zip(*m, strict=True)] for name, m in members.items()}
-    scores = {name: round(statistics.fmean(runs), 1) for name, runs in per_run.items()}
+    # grade after grade, as in the script: sum() and fmean() would round once, at the end, and turn over the digit of a tie
+    per_run = {name: functools.reduce(np.add, np.array(m, dtype=float)) / len(m) * 100 for name, m in members.items()}
+    scores = {name: float(round(runs.mean(), 1)) for name, runs in per_run.items()}
     details = [
         {"id": r["id"], "answer": a, "correct": statistics.fmean(g) >= 0.5, "category": "_".join(sorted(r["capability"])),
          "parsed": g, "label": r["label"]}
         for r, a, g in zip(rows, answers, grades, strict=True)
     ]  # fmt: skip
-    return scores | {"std": round(statistics.pstdev(per_run["total"]), 1)}, details
+    return scores | {"std": float(round(per_run["total"].std(), 1))}, details
 
 
 def review_mmvet(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common.errors import InputError
 from common.files import write_json, write_json_lines, write_text
-from eval.files import read_jsonl
+from eval.files import read_records
 from eval.results import meta_path
 
 # what must be equal for two runs to write into one file
@@ -83,7 +83,7 @@ class Ledger:
 
     def _rows(self) -> Iterable[dict]:
         if self.path.exists():
-            yield from read_jsonl(self.path)
+            yield from read_records(self.path)
         for part in self._parts():
             whole, _, _torn = part.read_text(encoding="utf-8").rpartition("\n")
             yield from (json.loads(line) for line in whole.split("\n") if line)

@@ -21,7 +21,7 @@ from pathlib import Path
 from common.errors import InputError, run
 from common.files import write_text
 from eval.benchmark_files import Row, prompt, read_task
-from eval.files import read_json, read_jsonl
+from eval.files import read_any, read_records
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def read_runs(folders: Iterable[str | Path]) -> list[Run]:
         depth += 1
     runs = []
     for folder, place in found:
-        results = read_json(place / "results.json")
+        results = read_any(place / "results.json")
         if not isinstance(results, dict) or not all(isinstance(e, dict) and "scores" in e for e in results.values()):
             raise InputError(f"{place / 'results.json'} is not a results file of this project")
         runs.append(Run("/".join(folder.parts[-depth:]), place, results))
@@ -329,7 +329,7 @@ def page_rows(runs: list[Run], name: str, max_rows: int) -> tuple[list[dict], in
         file = r.folder / "scored" / f"{name}.jsonl"
         if name not in r.results or not file.exists():
             continue
-        for d in read_jsonl(file):
+        for d in read_records(file):
             row = by_id.setdefault(
                 str(d["id"]), {"id": str(d["id"]), "category": str(d.get("category", "")), "runs": {}}
             )

@@ -19,7 +19,7 @@ from common.files import write_json, write_json_lines
 from common.versions import installed_versions
 from eval.answer_files import read_answers
 from eval.benchmark_files import Row, read_task
-from eval.files import read_json
+from eval.files import read_any
 from eval.flags import add_data_flags
 
 Scores = dict[str, float]
@@ -31,9 +31,10 @@ def sha256(path: str | Path) -> str:
     """Digest of a file, or of a folder's data files with their names (POPE's three splits, MMMU's subjects)."""
     source = Path(path)
     digest = hashlib.sha256()
-    files = (
-        [source] if source.is_file() else [f for f in sorted(source.rglob("*")) if f.suffix in (".json", ".parquet")]
-    )
+    files = [source]
+    if source.is_dir():
+        inside = [f for f in sorted(source.rglob("*")) if f.is_file()]
+        files = [f for f in inside if f.suffix in (".json", ".parquet")] or inside
     for file in files:
         if source.is_dir():
             digest.update(str(file.relative_to(source)).encode())
@@ -70,7 +71,7 @@ def load(
 ) -> tuple[list[Row], list, dict]:
     """Rows, answers in row order, and the recorded description of the run ({} if the answers come from elsewhere)."""
     meta_file = meta_path(args.answers)
-    meta = read_json(meta_file) if meta_file.exists() else {}
+    meta = read_any(meta_file) if meta_file.exists() else {}
     assert isinstance(meta, dict)
     if meta and meta.get("data_sha256") != sha256(args.data_path):
         raise InputError(
@@ -111,7 +112,7 @@ def save(
         **extra,
     }
     results = folder / "results.json"
-    merged = read_json(results) if results.exists() else {}
+    merged = read_any(results) if results.exists() else {}
     if not isinstance(merged, dict):
         raise InputError(f"{results} is not a results file; move it away or pass another --output")
     write_json(results, {**merged, name: entry})

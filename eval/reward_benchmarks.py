@@ -1,14 +1,16 @@
 """Reward benchmarks: VL-RewardBench, Multimodal RewardBench, MM-RLHF-RewardBench. Run by `python -m eval.reward`."""
 
 import argparse
+import math
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from common.errors import InputError
-from eval.benchmark_files import Row, read_task
-from eval.files import read_json, read_jsonl
+from eval.answer_files import match, read_answer_records
+from eval.benchmark_files import Row, read_task, vlrewardbench_key
+from eval.files import need, read_any, read_records
 from eval.flags import add_data_flags, add_model_flags, add_switch
 from eval.results import Scores, meta_path, save, sha256
 from eval.score import write_scores
@@ -52,12 +54,13 @@ def vlrewardbench_vote(reply: str, swapped: bool, better: int) -> str:
 def score_vlrewardbench_votes(
     rows: list[Row], replies: list[dict], votes: int | None = None
 ) -> tuple[Scores, list[dict]]:
-    """Generative judge: an id counts as agree or reject with more than half of its votes, unparsed ones included.
+    """Generative judge: a question counts as agree or reject with more than half of its votes, unparsed ones included.
 
-    Args: `replies` of {id, random_number (1 = shown swapped), reply}; `votes` keeps that many per id, drawn as cal.py does
-        (seed 1234). Ids without a majority for agree or reject leave all percentages.
+    Args: `replies` of {id, random_number (1 = shown swapped), reply}, and query and response where ids repeat in the data;
+        `votes` keeps that many per question, drawn as cal.py does (seed 1234). Questions without a majority for agree or
+        reject leave all percentages.
     """
-    better = {r["id"]: int(r["better"]) for r in rows}
+    better = {str(r["id"]): int(r["better"]) for r in rows}
     if votes:
         replies = list(replies)
         draw = random.Random(1234)
@@ -65,12 +68,15 @@ def score_vlrewardbench_votes(
             j = draw.randint(0, len(replies) - 1)
             replies[i], replies[j] = replies[j], replies[i]
     counts: dict[str, list[str]] = {str(r["id"]): [] for r in rows}
+    known = _vlrewardbench_names(rows)
     for reply in replies:
-        if reply["id"] not in counts:
-            raise InputError(f"the replies hold the id '{reply['id']}', which is not in the data")
-        if votes is None or len(counts[reply["id"]]) < votes:
-            vote = vlrewardbench_vote(reply["reply"], bool(reply["random_number"]), better[reply["id"]])
-            counts[reply["id"]].append(vote)
+        name = known.get(_vlrewardbench_reply_key(reply))
+        if name is None:
+            raise InputError(
+                f"the replies hold the id '{reply['id']}', which is not in the data, or there more than once"
+            )
+        if votes is None or len(counts[name]) < votes:
+            counts[name].append(vlrewardbench_vote(reply["reply"], bool(reply["random_number"]), better[name]))
     verdicts = []
     for row in rows:
         cast = counts[str(row["id"])]
@@ -79,6 +85,26 @@ def score_vlrewardbench_votes(
     details = [{"id": r["id"], "answer": v, "correct": v == "agree", "parsed": v,
                 "category": vlrewardbench_group(str(r["id"]))} for r, v in zip(rows, verdicts, strict=True)]  # fmt: skip
     return _vlrewardbench(rows, verdicts), details
+
+
+def _vlrewardbench_names(rows: list[Row]) -> dict[object, str]:
+    """Row id by the full key of a question, and by its public id where that is there once."""
+    public = Counter(r.get("public_id", r["id"]) for r in rows)
+    names: dict[object, str] = {
+        r.get("public_id", r["id"]): str(r["id"]) for r in rows if public[r.get("public_id", r["id"])] == 1
+    }
+    full = {
+        (r.get("public_id", r["id"]), r["question"], *sorted(r["responses"])): str(r["id"])
+        for r in rows
+        if "responses" in r
+    }
+    return names | full
+
+
+def _vlrewardbench_reply_key(reply: dict) -> object:
+    if "query" in reply and "response" in reply:
+        return vlrewardbench_key(reply)
+    return str(reply["id"])
 
 
 def _vlrewardbench(rows: list[Row], verdicts: list[str]) -> Scores:
@@ -100,13 +126,18 @@ def score_mmrb(rows: list[Row], pairs: list[Pair]) -> tuple[Scores, list[dict]]:
     return _mmrb(rows, ["A" if a > b else "B" for a, b in pairs], [f"{a:.4f} / {b:.4f}" for a, b in pairs])
 
 
-def score_mmrb_replies(rows: list[Row], replies: list[str]) -> tuple[Scores, list[dict]]:
-    """Generative judge: [[A]] anywhere is A, else [[B]] is B, else a coin (random.seed(123), in file order)."""
+def score_mmrb_replies(
+    rows: list[Row], replies: list[str], order: list[int] | None = None
+) -> tuple[Scores, list[dict]]:
+    """Generative judge: [[A]] anywhere is A, else [[B]] is B, else a coin (random.seed(123), in the order of the replies' file).
+
+    Args: `order`: the rows in the order of the file; default: the order of the data.
+    """
     coin = random.Random(123)
-    verdicts = []
-    for reply in replies:
-        shown = next((v for v in "AB" if f"[[{v}]]" in reply), None)
-        verdicts.append(shown or ("A" if coin.random() < 0.5 else "B"))
+    verdicts = [""] * len(rows)
+    for n in range(len(rows)) if order is None else order:
+        shown = next((v for v in "AB" if f"[[{v}]]" in replies[n]), None)
+        verdicts[n] = shown or ("A" if coin.random() < 0.5 else "B")
     return _mmrb(rows, verdicts, replies)
 
 
@@ -135,21 +166,28 @@ MMRLHF_CATEGORIES = ("mcq", "long", "short", "safety", "video")
 def score_mmrlhf(rows: list[Row], pairs: list[Pair]) -> tuple[Scores, list[dict]]:
     """accuracy = chosen strictly above rejected; acc_plus = ids all of whose pairs are right; fractions.
 
-    Kwai-YuanQi/MM-RLHF cal_performance_mmreweard_bench.py: the category is the first keyword in the image's or video's path;
-    rows without one count in the overall numbers only.
+    Kwai-YuanQi/MM-RLHF cal_performance_mmreweard_bench.py. A pair's category is the first keyword in its image's or video's
+    path; pairs without one count in the overall numbers only. Of an id all pairs must be right, whatever their category: then
+    it counts for the first keyword that any of its paths holds. The divisor of a category are the ids with the keyword in any
+    path, whether it is the first one there or not.
     """
-    cells: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    cells: dict[str, list[bool]] = defaultdict(list)
+    groups: dict[str, list[tuple[str, bool]]] = defaultdict(list)  # id -> (path, right) of its pairs
     details = []
     for row, (chosen, rejected) in zip(rows, pairs, strict=True):
-        category = next((c for c in MMRLHF_CATEGORIES if c in str(row["source"])), None)
+        source, right = str(row["source"]), chosen > rejected
+        category = next((c for c in MMRLHF_CATEGORIES if c in source), None)
         for name in ["overall"] + ([category] if category else []):
-            cells[name][str(row["group"])].append(chosen > rejected)
-        details.append(_detail(row, (chosen, rejected), chosen > rejected, category or "other"))
+            cells[name].append(right)
+        groups[str(row["group"])].append((source, right))
+        details.append(_detail(row, (chosen, rejected), right, category or "other"))
+    whole = [[source for source, _ in members] for members in groups.values() if all(right for _, right in members)]
+    first = Counter(next((c for c in MMRLHF_CATEGORIES if any(c in s for s in sources)), None) for sources in whole)
     scores: Scores = {}
-    for name, groups in cells.items():
-        every = [right for rights in groups.values() for right in rights]
-        scores[f"{name}/accuracy"] = sum(every) / len(every)
-        scores[f"{name}/acc_plus"] = sum(map(all, groups.values())) / len(groups)
+    for name, rights in cells.items():
+        with_keyword = [g for g in groups.values() if name == "overall" or any(name in source for source, _ in g)]
+        scores[f"{name}/accuracy"] = sum(rights) / len(rights)
+        scores[f"{name}/acc_plus"] = (len(whole) if name == "overall" else first[name]) / len(with_keyword)
     return scores, details
 
 
@@ -157,20 +195,31 @@ SCORERS = {"vlrewardbench": score_vlrewardbench, "mmrb": score_mmrb, "mmrlhf": s
 
 
 def read_scores(path: str | Path, rows: list[Row]) -> list[Pair]:
-    """One pair of scores per row, in the order of the two responses: JSON lines {id | ID | line, scores | rewards}."""
-    found: dict[str, object] = {}
-    for number, r in enumerate(read_jsonl(path)):
-        key = r.get("line", r.get("id", r.get("ID", number)))
-        if str(key) in found:
-            raise InputError(f"{path}: row {number} scores '{key}' a second time; delete one of the two lines")
-        found[str(key)] = r.get("scores", r.get("rewards"))
+    """One pair of scores per row, in the order of the two responses: rows {id | ID | line, scores | rewards}.
+
+    Rows without such a column, or whose ids repeat, are matched in their order if the questions agree.
+    """
     out = []
-    for row in rows:
-        values = found.get(str(row["id"]))
+    for row, record in zip(rows, match(read_answer_records(path), rows, path), strict=True):
+        values = record.get("scores", record.get("rewards"))
         if not isinstance(values, list) or len(values) != 2:
             raise InputError(f"{path} has no two scores for '{row['id']}'; run the command again without --scores")
+        if any(isinstance(v, bool) or not isinstance(v, int | float) or math.isnan(v) for v in values):
+            raise InputError(f"{path}: the scores of '{row['id']}' are {values}, two numbers are expected")
         out.append((float(values[0]), float(values[1])))
     return out
+
+
+def read_judge_replies(path: str | Path, rows: list[Row]) -> tuple[list[str], list[int]]:
+    """The judge's reply to every row {ID | id, output | reply}, and the rows in the order of the file."""
+    records = read_answer_records(path)
+    matched = match(records, rows, path)
+    replies = [record.get("output", record.get("reply")) for record in matched]
+    missing = next((row["id"] for row, reply in zip(rows, replies, strict=True) if not isinstance(reply, str)), None)
+    if missing is not None:
+        raise InputError(f"{path} has no reply for '{missing}': a text named output or reply is expected")
+    place = {id(record): n for n, record in enumerate(records)}
+    return replies, sorted(range(len(rows)), key=lambda n: place[id(matched[n])])
 
 
 def _detail(row: Row, pair: Pair, right: bool, category: str) -> dict:
@@ -215,7 +264,7 @@ def main(argv: list[str], description: str | None = None) -> None:
     if not source:
         source = str(Path(args.output or args.model_name_or_path) / f"scores_{args.task}.jsonl")
         write_scores(args, source)
-    meta = read_json(meta_path(source)) if meta_path(source).exists() else {}
+    meta = read_any(meta_path(source)) if meta_path(source).exists() else {}
     if meta and meta["data_sha256"] != sha256(args.data_path):
         raise InputError(
             f"{source} was computed from another {Path(args.data_path).name}; pass --data_path {meta['data']}"
@@ -228,15 +277,12 @@ def main(argv: list[str], description: str | None = None) -> None:
     args.answers = source
     if not args.replies:
         return save(args, args.task, *SCORERS[args.task](rows, read_scores(source, rows)), meta)
-    replies = read_jsonl(source)
     if args.task == "vlrewardbench":
+        replies = read_records(source)
+        need(replies, "id random_number reply", source)
         scored = score_vlrewardbench_votes(rows, replies, args.votes)
     elif args.task == "mmrb":
-        by_id = {r.get("ID", r.get("id")): r.get("output", r.get("reply")) for r in replies}
-        missing = next((r["id"] for r in rows if not isinstance(by_id.get(r["id"]), str)), None)
-        if missing is not None:
-            raise InputError(f"{source} has no reply for '{missing}'")
-        scored = score_mmrb_replies(rows, [by_id[r["id"]] for r in rows])
+        scored = score_mmrb_replies(rows, *read_judge_replies(source, rows))
     else:
         raise InputError("MM-RLHF-RewardBench takes scores, not replies")
     save(args, f"{args.task}_generative", *scored, meta)

@@ -200,6 +200,20 @@ AMBER_TYPES = {
 }
 
 
+def amber_annotations(given: str | None, data: str | Path) -> Path:
+    """annotations.json: as given (the file, or its folder), else beside the questions or, as in AMBER's repository, one folder up."""
+    if given:
+        return Path(given) / "annotations.json" if Path(given).is_dir() else Path(given)
+    places = [
+        Path(data).absolute().parent / "annotations.json",
+        Path(data).absolute().parent.parent / "annotations.json",
+    ]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise InputError(f"{places[0]} does not exist, nor does it one folder up; pass --annotations")
+    return found
+
+
 def read_amber_truth(path: str | Path, rows: list[Row]) -> list[dict]:
     """The annotation of every row, by id. Official code takes position id - 1, which is the same in the public file."""
     annotations = read_records(path)
@@ -258,11 +272,11 @@ def _detail(row: Row, answer: str, right: bool, parsed: str, category: object) -
 
 def main(argv: list[str] | None = None) -> None:
     parser = scorer_parser(__doc__, ("pope", "mme", "hallusion", "amber"))
-    parser.add_argument("--annotations", help="AMBER's annotations.json; default: beside --data_path")
+    parser.add_argument("--annotations", help="AMBER's annotations.json; default: beside --data_path, or one folder up")
     args = parser.parse_args(argv)
     rows, answers, meta = load(args)
     if args.task == "amber":
-        truth = read_amber_truth(args.annotations or Path(args.data_path).parent / "annotations.json", rows)
+        truth = read_amber_truth(amber_annotations(args.annotations, args.data_path), rows)
         scores, details = score_amber_discriminative(rows, answers, truth)
         return save(args, "amber_discriminative", scores, details, meta)
     scorer = {"pope": score_pope, "mme": score_mme, "hallusion": score_hallusion}[args.task]

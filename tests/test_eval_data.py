@@ -101,8 +101,11 @@ WRONG = [
     ("pope", '{"question_id": 1, "image": "a", "text": "t", "label": "yes"}\n{"question_id"', r"line 2 is not JSON"),
     ("pope", "", "holds no rows"),
     ("pope", '{"question_id": 1, "image": "a", "text": "t", "label": "yes"}\n' * 2, r"row 1 repeats the id 'f/1'"),
-    ("pope", "[1]", "line 1 is not a JSON object"),
-    ("amber", '{"id": 1}', "is not a JSON list of objects"),
+    ("pope", "[1]", "row 0 is a JSON number, an object is expected"),
+    ("pope", "[1]\n[2]", "line 1 is not a JSON object"),
+    ("pope", "7", "holds one JSON number; a list of objects, or one object per line, is expected"),
+    ("pope", '{"question_id": 1,\n "image"', "line 2 is not JSON"),
+    ("amber", '{"id": 1}', "row 0 has no 'image'"),
     ("mmvet", "[]", r"pass mm-vet\.json"),
     ("seed", "{}", r"pass SEED-Bench\.json"),
     ("mmhal", '[{"question_type": "a", "image_id": 1, "image_src": "x", "image_content": [], "question": "q", "gt_answer": "a"}]',
@@ -113,10 +116,10 @@ WRONG = [
     ("mme", "index\timage\tquestion\tanswer\tcategory\n0\t" + "*" * 80 + "\tq\tYes\tOCR\n", "image of row 0 is not base64"),
     ("hallusion", "[{}]", "row 0 has no 'category'"),
     ("chair", "{}", "has no 'images'; pass a COCO 2014 annotation file"),
-    ("mmmu", "text", "is not a parquet file"),
+    ("mmmu", "text", "is not JSON, and it holds no tab-separated rows"),
     ("plain", "[{}]", "row 0 has no 'question' or 'prompt'"),
     ("mmrb", '[{"ID": "a", "Text": "t", "Output1": "x", "Output2": "y", "Better": "Output1"}]', "row 0 has no 'Category'"),
-    ("vlrewardbench", "text", "is not a parquet file"),
+    ("vlrewardbench", "text", "is not JSON, and it holds no tab-separated rows"),
 ]  # fmt: skip
 
 
@@ -134,9 +137,11 @@ def test_missing_file_and_unknown_task(tmp_path: Path) -> None:
         read_task("mme", tmp_path / "MME.tsv")
     with pytest.raises(InputError, match="unknown task 'mm'"):
         read_task("mm", tmp_path)
-    (tmp_path / "x.json").write_bytes(b"PAR1\xff\xfe")
-    with pytest.raises(InputError, match="is not a UTF-8 text file"):
-        read_task("amber", tmp_path / "x.json")
+    for start, sentence in {b"PAR1\xff\xfe": "is not a parquet file", b"\xff\xd8JFIF": "is not a UTF-8 text file",
+                            b"PK\x03\x04": "is a zip archive; unpack it", b"\x1f\x8b\x08": "is a gzip archive"}.items():  # fmt: skip
+        (tmp_path / "x.json").write_bytes(start)
+        with pytest.raises(InputError, match=sentence):
+            read_task("amber", tmp_path / "x.json")
 
 
 ROWS = [{"id": "a"}, {"id": "b"}]
@@ -159,7 +164,8 @@ def test_answers_of_other_tools(content: str, tmp_path: Path) -> None:
     [('{"id": "a", "answer": "1"}', r"has no answer to 'b' \(1 of 2 are missing\); run eval\.generate again"),
      ('{"id": "a", "answer": "1"}\n{"id": "a", "answer": "1"}', "row 1 answers 'a' a second time"),
      ('{"id": "a", "answer": 1}\n{"id": "b", "answer": "1"}', "the answer of row a is int, a string is expected"),
-     ('{"answer": "1"}', "1 answers without ids for 2 questions"), ('{"id": "a"}', "row 0 has no answer")],
+     ('{"answer": "1"}', "1 answers without ids for 2 questions"), ('{"id": "a"}\n{"id": "b"}', "row 0 has no answer"),
+     ('{"answer": "1"}\n{"id": "b", "answer": "1"}', "row 0 has no 'id', which names the question")],
 )  # fmt: skip
 def test_wrong_answers_are_one_sentence(content: str, sentence: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(content)

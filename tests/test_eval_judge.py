@@ -12,7 +12,7 @@ import pytest
 
 from common.errors import InputError
 from eval import judged, mathvista
-from eval.files import read_jsonl
+from eval.files import read_records
 from eval.judge import Judge, ask_all
 
 GOLDENS = Path(__file__).parent / "goldens" / "eval"
@@ -108,7 +108,7 @@ def test_lasting_trouble_keeps_what_was_answered(server: FakeJudge, tmp_path: Pa
     server.script = [500, 500, 503]
     with pytest.raises(InputError, match=r"failed 3 times, last with HTTP 503; the replies so far are kept in"):
         judge.ask("second")
-    assert len(read_jsonl(tmp_path / "cache.jsonl")) == 1
+    assert len(read_records(tmp_path / "cache.jsonl")) == 1
 
 
 @pytest.mark.parametrize(
@@ -135,14 +135,14 @@ def test_torn_cache_line_is_asked_again(server: FakeJudge, tmp_path: Path) -> No
     cache.write_text(cache.read_text()[:-10])
     judge = client(server, tmp_path)
     assert judge.ask("a") == "reply to a" and judge.ask("b") == "reply to b"
-    assert len(server.requests) == 3 and len(read_jsonl(cache)) == 2
+    assert len(server.requests) == 3 and len(read_records(cache)) == 2
 
 
 def test_many_at_a_time_stay_in_order(server: FakeJudge, tmp_path: Path) -> None:
     judge = client(server, tmp_path)
     prompts = [str(i) for i in range(40)]
     assert ask_all(judge.ask, prompts, workers=8) == [f"reply to {i}" for i in prompts]
-    assert len(read_jsonl(tmp_path / "cache.jsonl")) == 40
+    assert len(read_records(tmp_path / "cache.jsonl")) == 40
 
 
 def run(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], *argv: object) -> None:

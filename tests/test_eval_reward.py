@@ -13,7 +13,7 @@ from base.reward import VLRewardModel
 from common.errors import InputError
 from eval import reward
 from eval.benchmark_files import read_task
-from eval.files import read_jsonl
+from eval.files import read_records
 from models import core_mapper_for
 from models.assemble import add_lora
 from tests import zoo
@@ -77,7 +77,7 @@ def test_reward_model_scores_pairs(
         2,
     )
     command(monkeypatch, *argv)
-    scores = {r["id"]: r["scores"] for r in read_jsonl(tmp_path / "scores_mmrlhf.jsonl")}
+    scores = {r["id"]: r["scores"] for r in read_records(tmp_path / "scores_mmrlhf.jsonl")}
     assert list(scores) == ["0", "1", "2"]
     assert "overall/accuracy" in capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())["mmrlhf"]
@@ -116,7 +116,7 @@ def test_implicit_reward_is_beta_times_the_log_ratio(
     command(monkeypatch, *argv, "--model", adapter, "--output", tmp_path / "folder")
     command(monkeypatch, *argv, "--model", merged, "--ref", llava, "--output", tmp_path / "full")
     found = [
-        [r["scores"] for r in read_jsonl(tmp_path / n / "scores_mmrlhf.jsonl")] for n in ("lora", "folder", "full")
+        [r["scores"] for r in read_records(tmp_path / n / "scores_mmrlhf.jsonl")] for n in ("lora", "folder", "full")
     ]
     assert found[0] == found[1] == [pytest.approx(s, abs=2e-4) for s in found[2]]
     meta = json.loads((tmp_path / "folder" / "results.json").read_text())["mmrlhf"]

@@ -10,7 +10,7 @@ from common.errors import InputError
 from eval import benchmark_files, chair, choice, judged, mathvista, reward_benchmarks, yesno
 from eval.answer_files import read_answers
 from eval.benchmark_files import read_task
-from eval.files import read_jsonl
+from eval.files import read_records
 
 GOLDENS = Path(__file__).parent / "goldens" / "eval"
 
@@ -206,7 +206,9 @@ def recorded_words(benchmark: str, file: str, singular: str):
 
 
 def test_chair_is_official():
-    rows = [{"id": str(r["image_id"]), "image_id": r["image_id"]} for r in read_jsonl(GOLDENS / "chair/captions.jsonl")]
+    rows = [
+        {"id": str(r["image_id"]), "image_id": r["image_id"]} for r in read_records(GOLDENS / "chair/captions.jsonl")
+    ]
     answers = read_answers(GOLDENS / "chair/captions.jsonl", rows)
     words_of = recorded_words("chair", "nltk_pattern_outputs.json", "singular")
     table = chair.ObjectTable(GOLDENS / "chair/synonyms.txt", all_pairs=False)
@@ -236,7 +238,7 @@ def test_object_halbench_is_official(objhal, mode):
     find = chair.rule_mentions(table, words_of)
     if mode == "judged":
         tags = golden("objhal", "spacy_tokens.json")
-        queue = iter(read_jsonl(GOLDENS / "objhal/judge_replies.jsonl"))
+        queue = iter(read_records(GOLDENS / "objhal/judge_replies.jsonl"))
 
         def find(answer: str):
             replies = next(queue)["replies"]  # of this row, in the order asked
@@ -313,7 +315,7 @@ def test_mathvista_is_official(name):
 
 def test_mmhal_is_official():
     rows, answers = load("mmhal", "mmhal", "mmhal-bench_answer_template.json", "answers.jsonl")
-    reviews = [r["review"] for r in read_jsonl(GOLDENS / "mmhal/judge_replies.jsonl")]
+    reviews = [r["review"] for r in read_records(GOLDENS / "mmhal/judge_replies.jsonl")]
     scores, details = judged.score_mmhal(rows, answers, reviews)
     expected = golden("mmhal")
     assert [d["parsed"] for d in details] == expected["scores"]
@@ -370,7 +372,7 @@ def test_vl_rewardbench_is_official():
     expected = golden("vl_rewardbench")
     scores, _ = reward_benchmarks.score_vlrewardbench(rows, pairs)
     assert scores == expected["scalar"]["metrics"]
-    replies = read_jsonl(GOLDENS / "vl_rewardbench/judge_replies.jsonl")
+    replies = read_records(GOLDENS / "vl_rewardbench/judge_replies.jsonl")
     votes, details = reward_benchmarks.score_vlrewardbench_votes(rows, replies)
     assert votes == expected["generative_k5"]["metrics"]
     assert {d["id"]: d["parsed"] for d in details} == expected["generative_k5"]["classify"]
@@ -387,7 +389,7 @@ def test_multimodal_rewardbench_is_official():
     )
     expected = golden("multimodal_rewardbench")
     assert scores == {k: pytest.approx(v["acc"]) for k, v in expected["scalar"]["metrics"].items()}
-    replies = [r["output"] for r in read_jsonl(GOLDENS / "multimodal_rewardbench/judge_replies.jsonl")]
+    replies = [r["output"] for r in read_records(GOLDENS / "multimodal_rewardbench/judge_replies.jsonl")]
     scores, _ = reward_benchmarks.score_mmrb_replies(rows, replies)
     assert scores == {k: pytest.approx(v["acc"]) for k, v in expected["judge"]["metrics"].items()}
 
