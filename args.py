@@ -105,6 +105,12 @@ class DataArguments:
     image_root: str | None = field(
         default=None, metadata={"help": "Folder that image names in the rows are relative to."}
     )
+    columns: str | None = field(
+        default=None,
+        metadata={
+            "help": "Our names for the file's columns: prompt=question,image=file; =mask leaves mask out. Several sets: joined by ;."
+        },
+    )
     dataset_weights: str | None = field(default=None, metadata={"help": "Mixing weights of several sets: .7,.3"})
     data_ratio: float = field(default=1.0, metadata={"help": "Use this share of the rows, drawn with --seed."})
     eval_ratio: float = field(default=0.0, metadata={"help": "Hold out this share for evaluation; never trained on."})

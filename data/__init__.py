@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset, Features, Value, concatenate_datasets
 
 from args import DataArguments
 from common.errors import InputError
 from data import (
     conversational,
+    hadpo,
     llava_instruct,
     mmrlhf,
     plain_dpo,
@@ -30,6 +32,7 @@ from data import (
     vlfeedback_paired,
     vlquery_json,
 )
+from data.columns import used_and_left_out
 from data.rows import OPTIONAL, REQUIRED, Kind, features_of
 from data.source import image_root_of
 from data.splits import held_out, interleaved, kept
@@ -52,6 +55,7 @@ DATASET_MAP: dict[str, Loader] = {
     "rlaifv": rlaifv.load,
     "mmrlhf": mmrlhf.load,
     "llava_instruct": llava_instruct.load,
+    "hadpo": hadpo.load,
 }
 
 
@@ -163,10 +167,12 @@ def load_rows(data_args: DataArguments, kind: Kind | None = None) -> tuple[Datas
 
 
 def _as_prompts(rows: Dataset, have: Kind) -> Dataset:
-    features = features_of("prompt", _holds_bytes(rows)) | {n: rows.features[n] for n in ("problem", "skipped")}
+    features = features_of("prompt", _holds_bytes(rows))
+    answers = features_of(have, False).keys() - features.keys()
+    features |= {name: rows.features[name] for name in rows.column_names if name not in (*features, *answers)}
     if have == "conversation":
         return rows.map(_last_answer_off, remove_columns=["messages"], features=Features(features), desc="To prompts")
-    return rows.select_columns([name for name in rows.column_names if name in features])
+    return rows.remove_columns([name for name in rows.column_names if name in answers])
 
 
 def _last_answer_off(row: dict) -> dict:
@@ -191,11 +197,42 @@ def _load_part(args: DataArguments, kind: Kind, data_args: DataArguments) -> _Pa
     bad = sum(not entry["skipped"] for entry in refused)
     counts: dict[str, object] = {"name": args.dataset_name, "file": args.data_path, "rows": len(rows), "bad": bad}
     counts["skipped"] = len(refused) - bad
-    usable = rows.remove_columns(["problem", "skipped"])
+    counts |= about_columns(rows)
+    usable = rows.remove_columns([name for name in ("problem", "skipped", "columns") if name in rows.column_names])
     part = _Part(args.dataset_name, usable, verdicts.group, verdicts.content, counts, refused)
     part = _select(part, good)
     counts["duplicates"] = len(part.content) - len(np.unique(part.content))
+    counts["without_image"] = without_image(part.rows)
+    if left_out := counts["columns_left_out"]:
+        listed = ", ".join(f"{name} ({why})" for name, why in left_out.items())  # type: ignore[attr-defined]
+        logger.warning("%s: columns that are not kept: %s.", args.data_path or args.dataset_name, listed)
+    if counts["without_image"] == len(part.rows) > 0 and args.image_root:
+        logger.warning(
+            "%s: NOT ONE ROW HAS AN IMAGE, though --image_root %s is given. The model will see texts alone. Columns read: %s; "
+            "kept as your own: %s.",
+            args.data_path or args.dataset_name,
+            args.image_root,
+            ", ".join(counts["columns_read"]) or "-",  # type: ignore[arg-type]
+            ", ".join(counts["columns_kept"]) or "-",  # type: ignore[arg-type]
+        )
     return part
+
+
+def about_columns(rows: Dataset) -> dict[str, object]:
+    """Which of a file's columns were read, kept as columns of the user's own, and left out (with the reason)."""
+    used, left_out = used_and_left_out(rows)
+    kind: Kind = next(k for k, columns in REQUIRED.items() if set(columns) <= set(rows.column_names))
+    project = {*features_of(kind, False), "problem", "skipped", "columns"}
+    kept = [name for name in rows.column_names if name not in project]
+    return {"columns_read": used, "columns_kept": kept, "columns_left_out": left_out}
+
+
+def without_image(rows: Dataset) -> int:
+    """Rows without any image."""
+    if not len(rows):
+        return 0
+    lengths = pc.list_value_length(rows.select_columns("images").with_format("arrow")[:]["images"])
+    return pc.sum(pc.equal(lengths, 0)).as_py() or 0
 
 
 def refused_rows(rows: Dataset, verdicts: Verdicts, name: str) -> list[dict[str, object]]:
@@ -225,7 +262,7 @@ def _report_refused(parts: list[_Part], on_bad_row: str, output_dir: str | os.Pa
             raise InputError(f"{first}. Rows count from 0. --on_bad_row drop would leave the row out.")
         listed = f"all are listed in {path}" if path else "python -m data.check lists all"
         raise InputError(
-            f"{len(bad)} of {rows} rows cannot be used (rows count from 0; {listed}). The first: {first}. Mend them, or "
+            f"{len(bad)} of {rows} rows cannot be used (rows count from 0; {listed}). The first: {first}. Fix them, or "
             "leave them out with --on_bad_row drop."
         )
     for skipped, what in ((False, "dropped as they cannot be used"), (True, "left out as they hold no preference")):
@@ -251,10 +288,22 @@ def _joined(parts: list[_Part], order: np.ndarray | None = None) -> Dataset:
     for part in parts:
         rows = part.rows.remove_columns([n for n in OPTIONAL if n in part.rows.column_names and not filled[n]])
         sets.append(_with_image_bytes(rows) if image_bytes else rows)
-    joined = concatenate_datasets(sets) if len(sets) > 1 else sets[0]
+    joined = concatenate_datasets(_with_equal_types(sets)) if len(sets) > 1 else sets[0]
     if order is None or np.array_equal(order, np.arange(len(joined))):
         return joined
     return joined.select(order)
+
+
+def _with_equal_types(sets: list[Dataset]) -> list[Dataset]:
+    """The sets, of which a column of the user's own that has another type in another set is left out."""
+    types: dict[str, set[str]] = {}
+    for rows in sets:
+        for name, feature in rows.features.items():
+            types.setdefault(name, set()).add(str(feature))
+    differing = [name for name, found in types.items() if len(found) > 1]
+    if differing:
+        logger.warning("Columns of different types in different data sets are left out: %s.", ", ".join(differing))
+    return [rows.remove_columns([name for name in differing if name in rows.column_names]) for rows in sets]
 
 
 def _has_values(rows: Dataset, name: str) -> bool:
@@ -273,7 +322,7 @@ def _with_image_bytes(rows: Dataset) -> Dataset:
     if _holds_bytes(rows):
         return rows
     kind: Kind = next(k for k, columns in REQUIRED.items() if set(columns) <= set(rows.column_names))
-    features = Features({n: f for n, f in features_of(kind, image_bytes=True).items() if n in rows.column_names})
+    features = Features(rows.features | {n: f for n, f in features_of(kind, True).items() if n in rows.column_names})
     return rows.map(_wrap_paths, features=features, desc="Joining data sets")
 
 
@@ -289,11 +338,18 @@ def per_name(data_args: DataArguments, path_field: str) -> Iterator[DataArgument
     names = [name.strip() for name in data_args.dataset_name.split(",")]
     paths = _aligned(getattr(data_args, path_field), len(names), f"--{path_field}")
     roots = _aligned(data_args.image_root, len(names), "--image_root", repeat=True)
-    for name, path, root in zip(names, paths, roots, strict=True):
+    columns = (data_args.columns or "").split(";")
+    if len(columns) not in (1, len(names)):
+        raise InputError(
+            f"--columns {data_args.columns} has {len(columns)} maps for {len(names)} names of --dataset_name: give one per "
+            "name, separated by semicolons."
+        )
+    columns = columns * len(names) if len(columns) == 1 else columns
+    for name, path, root, own in zip(names, paths, roots, columns, strict=True):
         if not name:
             raise InputError(f"--dataset_name {data_args.dataset_name} holds an empty name: take the comma out.")
         args = copy.copy(data_args)
-        args.dataset_name, args.data_path, args.image_root = name, path, root
+        args.dataset_name, args.data_path, args.image_root, args.columns = name, path, root, own or None
         yield args
 
 

@@ -5,11 +5,14 @@ reader infers one type per column (an `image` that is a name here and a list the
 row is wrong.
 """
 
+import csv
 import glob
 import hashlib
 import json
+import logging
 import os
 import re
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
@@ -18,6 +21,9 @@ import datasets
 from datasets import Dataset, Features, Value
 
 from common.errors import InputError
+from data.rows import shorten
+
+logger = logging.getLogger(__name__)
 
 # One record. More is a file without line ends or without brackets, and would be held in memory.
 MAX_RECORD_BYTES = 16 << 20
@@ -32,7 +38,41 @@ _RECORD = Features(
         "file": Value("string"),
         "row": Value("int64"),
         "line": Value("int64"),
+        "table": Value("bool"),  # its values are cells
+        "root": Value("string"),  # the folder of its images, where a meta file names one
     }
+)
+# Files that users take for data files.
+_OTHER_FILES = [
+    (b"\x1f\x8b", "compressed (gzip)"),
+    (b"BZh", "compressed (bzip2)"),
+    (b"\xfd7zXZ", "compressed (xz)"),
+    (b"(\xb5/\xfd", "compressed (zstandard)"),
+    (b"PK\x03\x04", "a zip archive or an Excel file"),
+    (b"\x80\x04", "a pickle, which is not opened as it can run programs"),
+    (b"\xff\xfe", "UTF-16 text"),
+    (b"\xfe\xff", "UTF-16 text"),
+    (b"\x89PNG", "a picture"),
+    (b"\xff\xd8\xff", "a picture"),
+    (b"%PDF", "a PDF"),
+    (b"SQLite", "a database"),
+]
+_TAR_ENDINGS = {"json", "txt", "text", "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
+# Columns by which one object is one row, not a collection of rows.
+_ROW_NAMES = {
+    "messages",
+    "conversations",
+    "conversation",
+    "prompt",
+    "question",
+    "query",
+    "instruction",
+    "image",
+    "images",
+}
+_ROW_NAMES |= {"chosen", "rejected", "responses"}
+_COLUMNS_NOT_ROWS = (
+    "holds columns instead of rows: write one object per row (pandas: to_json(path, orient='records', lines=True))."
 )
 
 
@@ -49,34 +89,81 @@ def code_state() -> str:
 
 
 def read_file(path: str, what: str) -> tuple[Dataset, bool]:
-    """Records of a JSON, JSON lines or parquet file, or of a folder of them; `what` is the flag that named it.
+    """Records of a file or folder, whatever its name: its content says what it is. `what` is the flag that named it.
+
+    JSON (a list, lines, an object that holds rows, InternVL's meta file), CSV and TSV, parquet, Arrow, webdataset's tar;
+    a folder of those, or of `save_to_disk`.
 
     Returns:
-        The data set, and whether its rows are JSON texts (columns text, unreadable, file, row, line) instead of columns.
+        The data set, and whether its rows are JSON texts (the columns of `_RECORD`) instead of columns.
 
     Raises:
         InputError: missing file, unknown kind of file, or a file that is damaged as a whole.
     """
     if os.path.isdir(path):
+        if os.path.exists(os.path.join(path, "dataset_dict.json")):
+            return _guarded(path, lambda: _one_split(path, datasets.load_from_disk(path))), False
         if os.path.exists(os.path.join(path, "state.json")):
             return _guarded(path, lambda: datasets.load_from_disk(path)), False
-        files = sorted(glob.glob(os.path.join(glob.escape(path), "**", "*.parquet"), recursive=True))
-        # A hub-style folder names the split in the file name; without any split everything is training data.
-        files = [f for f in files if os.path.basename(f).startswith("train")] or files
+        files = _files_of_folder(path)
         if not files:
-            files = sorted(glob.glob(os.path.join(glob.escape(path), "*.json*")))
-        if not files:
-            raise InputError(f"{what} {path} is a folder without parquet or JSON files: name the file.")
+            raise InputError(f"{what} {path} is a folder without parquet, JSON, CSV, TSV or tar files: name the file.")
     elif os.path.isfile(path):
         files = [path]
     else:
         raise InputError(f"{what} {path} does not exist: give the path of a file or folder.")
-    if all(f.endswith(".parquet") for f in files):
-        return _guarded(path, lambda: datasets.load_dataset("parquet", data_files=files, split="train")), False
-    if all(f.endswith((".json", ".jsonl")) for f in files):
-        stamps = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
-        return _guarded(path, lambda: _json(stamps)), True
-    raise InputError(f"{what} {path} is no .json, .jsonl or .parquet: convert it to one of them.")
+    kinds = {_guarded(path, lambda f=f: kind_of_file(f)) for f in files}
+    if len(kinds) > 1:
+        raise InputError(f"{what} {path} holds files of several kinds ({', '.join(sorted(kinds))}): name one file.")
+    match kinds.pop():
+        case "parquet":
+            return _guarded(path, lambda: datasets.load_dataset("parquet", data_files=files, split="train")), False
+        case "arrow":
+            return _guarded(path, lambda: datasets.load_dataset("arrow", data_files=files, split="train")), False
+        case "tar":
+            return _guarded(path, lambda: _webdataset(files)), False
+        case _:
+            parts = [part for f in files for part in _guarded(path, lambda f=f: parts_of_meta(f) or [(f, None)])]
+            stamps = [(f, root, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f, root in parts]
+            return _guarded(path, lambda: _json(stamps)), True
+
+
+def _files_of_folder(path: str) -> list[str]:
+    for names in ("*.parquet", "*.json*", "*.csv", "*.tsv", "*.tar", "*.arrow"):
+        files = sorted(glob.glob(os.path.join(glob.escape(path), "**", names), recursive=True))
+        if not names.startswith(("*.parquet", "*.tar")):
+            files = [f for f in files if os.path.dirname(f) == path.rstrip("/")]
+        files = [f for f in files if os.path.basename(f) not in ("dataset_info.json", "state.json")]
+        # A hub-style folder names the split in the file name; without any split everything is training data.
+        files = [f for f in files if os.path.basename(f).startswith("train")] or files
+        if files:
+            return files
+    return []
+
+
+def _one_split(path: str, found: datasets.DatasetDict) -> Dataset:
+    if "train" not in found and len(found) > 1:
+        splits = ", ".join(found)
+        raise InputError(f"{path} holds the splits {splits}, none of them train: name the folder of one ({path}/...).")
+    return found["train"] if "train" in found else next(iter(found.values()))
+
+
+def _webdataset(files: list[str]) -> Dataset:
+    for path in files:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                ending = member.name.rpartition(".")[2].lower()
+                if member.isfile() and ending not in _TAR_ENDINGS and not os.path.basename(member.name).startswith("."):
+                    raise InputError(
+                        f"{path} holds {member.name}: of a tar file, pictures, .json and .txt are read, nothing else."
+                    )
+    # The columns of a sample's .json stand beside its picture, which is the image whatever its ending.
+    found = datasets.load_dataset("webdataset", data_files=files, split="train").remove_columns("__url__")
+    pictures = [name for name, feature in found.features.items() if isinstance(feature, datasets.Image)]
+    if len(pictures) > 1:
+        raise InputError(f"{files[0]} has samples with {', '.join(pictures)}: one picture each is read.")
+    found = found.rename_columns(dict.fromkeys(pictures, "image")).flatten()
+    return found.rename_columns({n: n.removeprefix("json.") for n in found.column_names if n.startswith("json.")})
 
 
 def read_hub(name: str) -> Dataset:
@@ -91,7 +178,7 @@ def read_hub(name: str) -> Dataset:
         ) from error
 
 
-def _json(stamps: list[tuple[str, int, int]]) -> Dataset:
+def _json(stamps: list[tuple[str, str | None, int, int]]) -> Dataset:
     # Size and time of change are part of what `datasets` keys its cache by.
     kwargs = {"stamps": stamps, "code": code_state()}
     return Dataset.from_generator(_records_of_files, features=_RECORD, gen_kwargs=kwargs)
@@ -111,20 +198,256 @@ def _guarded(path: str, load: Callable[[], Dataset]) -> Dataset:
         raise InputError(f"{path} cannot be read ({type(error).__name__}: {error}): is the file whole?") from error
 
 
-def _records_of_files(stamps: list[tuple[str, int, int]], code: str) -> Iterator[dict[str, object]]:
+def _records_of_files(stamps: list[tuple[str, str | None, int, int]], code: str) -> Iterator[dict[str, object]]:
     empty = True
-    for path, *_ in stamps:
-        records = json_list if path.endswith(".json") and _first_character(path) == "[" else json_lines
-        for row, record in enumerate(records(path)):
+    readers = {"list": json_list, "lines": json_lines, "object": json_object, "table": table}
+    for path, root, *_ in stamps:
+        for row, record in enumerate(readers[kind_of_file(path)](path)):
             empty = False
-            yield record | {"file": path, "row": row}
+            yield {"unreadable": None, "table": False} | record | {"file": path, "row": row, "root": root}
     if empty:
         raise InputError(f"{', '.join(path for path, *_ in stamps)} holds no rows: is it the right file?")
 
 
-def _first_character(path: str) -> str:
+# ----------------------------------------------------------------------------------------------------------------------
+# What a file is
+
+
+def kind_of_file(path: str) -> str:
+    """parquet, arrow, tar; or list, lines, object (of JSON) or table: by content, whatever the name says.
+
+    Raises:
+        InputError: none of them, with a guess at what it is.
+    """
     with open(path, "rb") as file:
-        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1].decode("latin-1")
+        head = file.read(4096)
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        return "arrow"
+    if head[257:262] == b"ustar":
+        return "tar"
+    for magic, name in _OTHER_FILES:
+        if head.startswith(magic):
+            raise InputError(f"{path} is {name}: unpack or convert it to JSON lines, CSV or parquet.")
+    if b"\0" in head[:64]:
+        raise InputError(
+            f"{path} is a binary file of a kind that is not known: convert it to JSON lines, CSV or parquet."
+        )
+    lines = _first_lines(path)
+    if not lines:
+        return "lines"  # and none of them
+    first = lines[0].removeprefix(b"\xef\xbb\xbf").strip()
+    if first.startswith(b"["):
+        # A line that is a list of its own is a bad row of JSON lines, or all that a JSON file of one line holds.
+        return "lines" if len(lines) > 1 and _parses(first) else "list"
+    if first.startswith(b"{"):
+        if _parses(first):
+            return "lines" if len(lines) > 1 or not _holds_rows(first) else "object"
+        broken = len(lines) > 1 and not first.endswith((b"{", b"[", b":", b","))
+        return "lines" if broken and any(_parses(line) for line in lines[1:]) else "object"
+    if len(lines) > 1 and lines[1].strip().startswith(b"{"):
+        return "lines"  # the first one is broken
+    if _separator(first.decode("utf-8", "replace")) and len(lines) > 1:
+        return "table"
+    if first[:1] in b'"-0123456789' or first in (b"null", b"true", b"false"):
+        raise InputError(f"{path} holds one JSON value that is no row ({first[:40].decode('utf-8', 'replace')}).")
+    raise InputError(
+        f"{path} is neither JSON (a list, lines or an object), nor CSV or TSV with a line of column names, nor parquet: "
+        "convert it to one of them."
+    )
+
+
+def _first_lines(path: str, number: int = 4) -> list[bytes]:
+    """The first lines that are not blank."""
+    found: list[bytes] = []
+    with open(path, "rb") as file:
+        while len(found) < number and (line := file.readline(MAX_RECORD_BYTES)):
+            if line.removeprefix(b"\xef\xbb\xbf").strip():
+                found.append(line)
+    return found
+
+
+def _parses(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict | list)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _holds_rows(line: bytes) -> bool:
+    """Whether the one object of a file stands for rows, instead of being one."""
+    value = json.loads(line)
+    try:
+        return list(_rows_of_object(value)) != [value]
+    except ValueError:
+        return True
+
+
+def _separator(line: str) -> str | None:
+    """What separates the names in a table's first line: a tab, comma or semicolon."""
+    found = [s for s in "\t,;" if s in line]
+    names = next(csv.reader([line], delimiter=found[0])) if found else []
+    wanted = (
+        len(names) > 1 and all(name.strip() and len(name) < 200 for name in names) and len(set(names)) == len(names)
+    )
+    return found[0] if wanted and not line.startswith(("{", "[", "<")) else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# InternVL's meta files
+
+
+def parts_of_meta(path: str) -> list[tuple[str, str]]:
+    """[(annotation file, image folder)] of a meta file {name: {"root", "annotation", ...}} (InternVL, MMPR); else [].
+
+    Raises:
+        InputError: a file or folder that it names is not found.
+    """
+    if os.path.getsize(path) > MAX_RECORD_BYTES or _text_kind(path) not in ("object", "lines"):
+        return []
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            meta = json.load(file)
+    except (ValueError, RecursionError):
+        return []
+    if not isinstance(meta, dict) or not meta:
+        return []
+    if not all(isinstance(entry, dict) and entry.get("annotation") for entry in meta.values()):
+        return []
+    parts = []
+    for name, entry in meta.items():
+        files = entry["annotation"] if isinstance(entry["annotation"], list) else [entry["annotation"]]
+        root = _beside(path, str(entry.get("root") or "."), os.path.isdir)
+        if root is None:
+            raise InputError(
+                f"{path} is a meta file whose set {name} has its images in {entry['root']}, which is no folder here or above "
+                f"it: pass its annotation file as --data_path and the folder as --image_root."
+            )
+        for annotation in files:
+            found = _beside(path, str(annotation), os.path.isfile)
+            if found is None:
+                raise InputError(
+                    f"{path} is a meta file whose set {name} names {annotation}, which does not exist here or above it: pass "
+                    "that annotation file as --data_path and its root as --image_root."
+                )
+            parts.append((found, root))
+        if entry.get("repeat_time", 1) != 1:
+            logger.warning(
+                "%s: repeat_time %s of %s is not used, each row comes once (see --dataset_weights).",
+                path,
+                entry["repeat_time"],
+                name,
+            )
+    return parts
+
+
+def _text_kind(path: str) -> str:
+    try:
+        return kind_of_file(path)
+    except InputError:
+        return ""
+
+
+def _beside(path: str, name: str, exists: Callable[[str], bool]) -> str | None:
+    """A name of a meta file: relative to where the program runs, to the file's folder, or to one of those above it."""
+    folder = os.path.dirname(os.path.abspath(path))
+    for _ in range(4):
+        if exists(found := os.path.normpath(os.path.join(folder, name))):
+            return found
+        folder = os.path.dirname(folder)
+    return os.path.abspath(name) if exists(name) else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Readers: {"text" (one record as JSON), "line" (from 1), "unreadable" (why it is none), "table"} of each row
+
+
+def table(path: str) -> Iterator[dict[str, object]]:
+    """Rows of a CSV or TSV file, whose first line names the columns. Cells are texts; empty ones are missing."""
+    csv.field_size_limit(MAX_RECORD_BYTES)
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            line = file.readline()
+            while not line.strip():
+                line = file.readline()
+            separator = _separator(line) or ","
+            names = [name.strip() for name in next(csv.reader([line], delimiter=separator))]
+            start = 1  # line of the last row's end
+            reader = csv.reader(file, delimiter=separator, strict=True)
+            for cells in reader:
+                first, start = start + 1, reader.line_num + 1
+                if not any(cells):
+                    continue
+                if len(cells) == len(names):
+                    record = {name: cell for name, cell in zip(names, cells, strict=True) if cell != ""}
+                    yield {"text": json.dumps(record), "line": first, "table": True}
+                else:
+                    why = f"has {len(cells)} cells where the first line names {len(names)} columns"
+                    yield {"text": None, "line": first, "unreadable": why}
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 ({error.reason}): save it as UTF-8.") from None
+    except csv.Error as error:
+        raise InputError(
+            f"{path} does not parse as a table after line {start} ({error}): quote cells that hold {separator!r}, quotes or "
+            'line breaks, and write " as "".'
+        ) from None
+
+
+def json_object(path: str) -> Iterator[dict[str, object]]:
+    """Rows of a file that holds one JSON object, or several one after the other: {"data": [...]}, {id: row} or a row itself.
+
+    Raises:
+        InputError: with line and column, where it stops being JSON.
+    """
+    with open(path, encoding="utf-8-sig") as file:
+        try:
+            text = file.read()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path} is not UTF-8 ({error.reason}): save it as UTF-8.") from None
+    start, size = 0, len(text.rstrip())
+    while start < size:
+        start = _NO_SPACE.match(text, start).end()  # type: ignore[union-attr]
+        try:
+            value, start = _DECODER.raw_decode(text, start)
+        except RecursionError:
+            raise InputError(f"{path} is nested too deeply to be rows of data.") from None
+        except ValueError as error:
+            place = getattr(error, "pos", start)
+            line, column = text.count("\n", 0, place) + 1, place - text.rfind("\n", 0, place)
+            raise InputError(
+                f"{path} does not parse as JSON at line {line}, column {column} "
+                f"({getattr(error, 'msg', error)}): correct that place."
+            ) from None
+        if not isinstance(value, dict):
+            raise InputError(f"{path} holds {shorten(repr(value))} after an object: rows are objects.")
+        try:
+            for record in _rows_of_object(value):
+                yield {"text": json.dumps(record), "line": None}
+        except ValueError as error:
+            raise InputError(f"{path} {error}") from None
+
+
+def _rows_of_object(value: dict) -> Iterator[dict]:
+    """The rows that an object stands for: those of its one list, its values under their names, or itself.
+
+    Raises:
+        ValueError: it holds columns instead of rows.
+    """
+    lists = {name: v for name, v in value.items() if isinstance(v, list) and v}
+    of_rows = [name for name, v in lists.items() if all(isinstance(row, dict) for row in v)]
+    tables = [v for v in value.values() if isinstance(v, dict) and v and all(k.isdigit() for k in v)]
+    if value and (len(tables) == len(value) or (len(lists) == len(value) > 1 and not of_rows)):
+        raise ValueError(_COLUMNS_NOT_ROWS)
+    if _ROW_NAMES & value.keys():
+        yield value
+    elif len(of_rows) == 1:
+        yield from value[of_rows[0]]
+    elif value and all(isinstance(v, dict) for v in value.values()):
+        for name, row in value.items():
+            yield row if "id" in row else {"id": name, **row}
+    else:
+        yield value
 
 
 def json_lines(path: str) -> Iterator[dict[str, object]]:
@@ -235,5 +558,5 @@ class _ListReader:
         self.count_to(position)
         return InputError(
             f"{self.path} does not parse as JSON at line {self.line}, column {self.column}, in row {self.row} "
-            f"(rows count from 0; {reason}): mend that place."
+            f"(rows count from 0; {reason}): correct that place."
         )

@@ -7,12 +7,11 @@
 from datasets import Dataset
 
 from args import DataArguments
-from data.rows import Kind, Row, image_column, preference, refuse_video, require
+from data.rows import Kind, Row, image_column, preference, require
 from data.source import load_source
 
 
 def convert(record: dict, kind: Kind) -> Row:
-    refuse_video(record)
     require(record, "prompt", "chosen", "rejected")
     row = preference(record, record["prompt"], [record["chosen"], record["rejected"]], ranks=[0, 1])
     return row | {"images": image_column(record)}

@@ -1,4 +1,4 @@
-"""The three kinds of row, the texts' checks, and the step that turns one record of a file into one row.
+"""The three kinds of row, what a format's `convert` reads them with, and the texts' checks.
 
 | kind         | columns |
 |---|---|
@@ -8,27 +8,47 @@
 | prompt       | images, prompt (messages), optionally reference |
 
 A message is {"role": system | user | assistant, "content": text}, with one `<image>` mark in a user's text per image.
-Every row also has `where`, the file and row that it came from, and `source`, the name of its data set. Until
-`load_train_eval` has dealt with them, rows have `problem` (why the row cannot be used, or None) and `skipped` (True:
-nothing is wrong with it, it just holds no preference).
+Every row also has `where`, the file and row that it came from, `source`, the name of its data set, and the file's other
+columns as far as they are texts, numbers, booleans or lists of those. Until `load_train_eval` has dealt with them, rows
+have `problem` (why the row cannot be used, or None), `skipped` (True: nothing is wrong with it, it just holds no
+preference) and `columns` (which columns of the file were read, and which were not kept).
 """
 
-import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 from datasets import Features, Value
 
 Kind = Literal["conversation", "preference", "prompt"]
 Row = dict[str, object]
-Message = dict[str, str]
+Message = dict[str, Any]
 
 IMAGE_MARK = "<image>"
 # Longer than any context: a text like this is a broken file, and tokenising it would take minutes.
 MAX_TEXT_CHARS = 1_000_000
+
+# Tokens that stand for pictures in one family or another: in a text they are no words.
+IMAGE_TOKENS = re.compile(
+    r"<\|?/?(?:image|img|video|vision|media)_?(?:pad|start|end|placeholder|context|soft_token|patch)\|?>"
+    r"|<\|(?:begin|end|start)_of_(?:image|img|video)\|>|<(?:start|end)_of_image>|<\|(?:image|img|video|audio)(?:_\d+)?\|>"
+    r"|<img_(?:patch|line_break)>|<\|img_(?:patch|line_break)\|>|<imagehere>|<im_patch>|<fake_token_around_image>|<global-img>"
+    r"|<row_\d+_col_\d+>|\[img(?:_break|_end)?\]|</?img>",
+    re.IGNORECASE,
+)
+# Qwen's parts may say how large a picture is to be shown.
+_PIXEL_KEYS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+# What names a picture, a film or a sound within a question; answers may be about such texts.
+_NAMED_IN_TEXT = re.compile(r"<img>[^<]{0,500}|!\[[^\]]{0,200}\]\([^)\s]{1,500}\)|<(?:video|audio)>", re.IGNORECASE)
+# Scores of chosen and rejected, under the names that public sets give them.
+PAIR_SCORES = [
+    ("chosen_score", "rejected_score"),
+    ("score_chosen", "score_rejected"),
+    ("chosen_rating", "rejected_rating"),
+    ("rating_chosen", "rating_rejected"),
+]
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 
@@ -85,16 +105,17 @@ def require(record: Mapping[str, object], *columns: str) -> None:
     """Raises BadRow naming the first missing column and those that are there."""
     for column in columns:
         if record.get(column) is None:
-            there = ", ".join(sorted(str(name) for name, value in record.items() if value is not None)) or "nothing"
+            there = ", ".join(sorted(str(name) for name, value in dict.items(record) if value is not None)) or "nothing"
             raise BadRow(
-                f"has no `{column}` (it has {shorten(there)}): add it, or choose the --dataset_name of this format"
+                f"has no `{column}` (it has {shorten(there)}): add it, name the column that holds it (--columns "
+                f"{column}=...), or choose the --dataset_name of this format"
             )
 
 
 def text_of(value: object, name: str, may_be_empty: bool = False) -> str:
     """`value` if it is a text that can be trained on. Raises BadRow otherwise."""
     if not isinstance(value, str):
-        raise BadRow(f"its {name} is {_type_name(value)}, not a text: write it as a string")
+        raise BadRow(f"its {name} is {type_name(value)}, not a text: write it as a string")
     if len(value) > MAX_TEXT_CHARS:
         raise BadRow(f"its {name} has {len(value):,} characters, more than any model reads: shorten it")
     if not value.strip() and not may_be_empty:
@@ -116,7 +137,7 @@ def numbers_of(value: object, name: str, length: int) -> list[float]:
 
 def number_of(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadRow(f"its {name} is {_type_name(value)}, not a number")
+        raise BadRow(f"its {name} is {type_name(value)}, not a number")
     try:
         number = float(value)
     except OverflowError:
@@ -127,7 +148,11 @@ def number_of(value: object, name: str) -> float:
 
 
 def messages_of(value: object, name: str = "messages") -> list[Message]:
-    """Messages from [{"role", "content"}] or [{"from", "value"}]; a content is a text or a list of text and image parts."""
+    """Messages from [{"role", "content"}], [{"from", "value"}] or [{"human", "assistant"}], or from one such message.
+
+    A content is a text, or a list of text and image parts; pictures that parts name stand in the message's `images`.
+    """
+    value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, list) or not value:
         raise BadRow(
             f"its `{name}` must be a list of messages with a role and a text each: it is {shorten(repr(value))}"
@@ -136,29 +161,64 @@ def messages_of(value: object, name: str = "messages") -> list[Message]:
     for i, message in enumerate(value):
         here = f"{name}[{i}]"
         if not isinstance(message, Mapping):
-            raise BadRow(f"its {here} is {_type_name(message)}: a message is an object with a role and a text")
+            raise BadRow(f"its {here} is {type_name(message)}: a message is an object with a role and a text")
+        if message.get("human") is not None and message.get("assistant") is not None:
+            for role in ("user", "assistant"):
+                text = text_of(message["human" if role == "user" else role], f"{here}.{role}")
+                messages.append({"role": role, "content": text})
+            continue
         role_key, text_key = ("from", "value") if message.get("from") is not None else ("role", "content")
         require({f"{here}.{key}": v for key, v in message.items()}, f"{here}.{role_key}", f"{here}.{text_key}")
         role = message[role_key]
         if not isinstance(role, str) or role not in ROLES:
             raise BadRow(f"its {here} has the role {shorten(repr(role))}: use system, user (human) or assistant (gpt)")
-        content = message[text_key]
+        _refuse_extras({k: v for k, v in message.items() if k not in (role_key, text_key)}, here)
+        content, images = message[text_key], []
         if isinstance(content, list):
-            content = "".join(_part_text(part, f"{here}.{text_key}[{j}]") for j, part in enumerate(content))
-        messages.append({"role": ROLES[role], "content": text_of(content, f"{here}.{text_key}")})
+            content = "".join(_part_text(part, f"{here}.{text_key}[{j}]", images) for j, part in enumerate(content))
+        text = text_of(content, f"{here}.{text_key}")
+        messages.append({"role": ROLES[role], "content": text} | ({"images": images} if images else {}))
     return messages
 
 
-def _part_text(part: object, name: str) -> str:
+def _refuse_extras(extras: Mapping[str, object], name: str) -> None:
+    """Raises BadRow for what a message holds beside its text and would lose."""
+    for key, value in extras.items():
+        if key in ("loss", "weight", "loss_weight") and value is not None and not value:
+            raise BadRow(f"its {name} has {key} {value}: all answers are trained, or with --train_on last the last one")
+        if value and key in ("tool_calls", "function_call", "reasoning_content", "thinking", "audio", "video"):
+            raise BadRow(f"its {name} has `{key}`, which is not supported: take the row out")
+        if value and key in ("image", "images", "image_url", "img"):
+            raise BadRow(
+                f"its {name} names a picture in `{key}`: put it into `images` of the row, or into an image part"
+            )
+
+
+def _part_text(part: object, name: str, images: list[object]) -> str:
+    """The text of one part; a picture that it names is added to `images`."""
     if not isinstance(part, Mapping):
-        raise BadRow(f"its {name} is {_type_name(part)}: a part is an object with a type")
-    match part.get("type"):
+        raise BadRow(f"its {name} is {type_name(part)}: a part is an object with a type")
+    # Qwen-VL's parts have no type; parquet files give every part all keys.
+    kind = part.get("type") or next((key for key in ("text", "image", "image_url") if part.get(key) is not None), None)
+    picture = next((part[key] for key in ("image", "image_url", "path", "url") if part.get(key) is not None), None)
+    if set_here := [key for key in _PIXEL_KEYS if part.get(key) is not None]:
+        raise BadRow(f"its {name} sets {set_here[0]} for one picture, which is not supported: resize the file instead")
+    match kind:
         case "text":
+            if picture is not None:
+                raise BadRow(f"its {name} is a text part that names a picture: make that an image part")
             text = text_of(part.get("text"), name, may_be_empty=True)
             if IMAGE_MARK in text:
                 raise BadRow(f"its {name} is a text part that holds an {IMAGE_MARK} mark: use an image part instead")
             return text
-        case "image":
+        case "image" | "image_url":
+            if part.get("text"):
+                raise BadRow(f"its {name} is an image part that holds a text: make that a text part")
+            if isinstance(picture, Mapping) and isinstance(picture.get("url"), str):
+                picture = picture["url"]
+            if picture is not None:
+                (picture,) = images_of(picture, name)
+                images.append(picture.removeprefix("file://") if isinstance(picture, str) else picture)
             return IMAGE_MARK
         case other:
             raise BadRow(f"its {name} has the type {shorten(repr(other))}: only text and image parts are supported")
@@ -202,18 +262,17 @@ def preference(record: Mapping[str, object], prompt: object, responses: list[obj
         if record.get(name) is not None:
             value, label = record[name], f"`{name}`"
             row[name] = number_of(value, label) if of == "row" else numbers_of(value, label, len(responses))
+    for names in PAIR_SCORES if len(responses) == 2 and "scores" not in row else ():
+        found = [dict.get(record, name) for name in names]  # type: ignore[arg-type]
+        if all(type(score) in (int, float) and math.isfinite(score) for score in found):
+            row["scores"] = [number_of(record[name], f"`{name}`") for name in names]
+            break
     if record.get("image_rejected") is not None:
         images = images_of(record["image_rejected"], "image_rejected")
         if len(images) != 1:
             raise BadRow(f"its `image_rejected` holds {len(images)} images: it is one image")
         row["image_rejected"] = images[0]
     return row
-
-
-def refuse_video(record: Mapping[str, object]) -> None:
-    if record.get("video") is not None or record.get("videos") is not None:
-        name = record.get("video") or record.get("videos")
-        raise BadRow(f"is a video row ({shorten(repr(name))}): videos are not supported, take it out")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -224,6 +283,8 @@ def check_row(kind: Kind, row: Row) -> Row:
     """The row with its image marks in place. Raises BadRow if it cannot be trained on. Looks at no file."""
     messages: list[Message] = row["messages" if kind == "conversation" else "prompt"]  # type: ignore[assignment]
     _check_turns(messages, ends_with="assistant" if kind == "conversation" else "user")
+    for i, message in enumerate(messages):
+        _refuse_tokens(message["content"], f"message {i}", asked=message["role"] == "user")
     _place_marks(messages, len(row["images"]))  # type: ignore[arg-type]
     if kind == "preference":
         _check_responses(row["responses"], row["ranks"])  # type: ignore[arg-type]
@@ -247,6 +308,20 @@ def _check_turns(messages: Sequence[Message], ends_with: str) -> None:
     if not turns or turns[-1] != ends_with:
         last = turns[-1] if turns else "system"
         raise BadRow(f"ends with a message of {last}: it must end with one of {ends_with}")
+
+
+def _refuse_tokens(text: str, name: str, asked: bool) -> None:
+    """Raises BadRow for a text with another family's (or the model's own) image tokens, or that names a picture itself."""
+    if asked and (named := _NAMED_IN_TEXT.search(text)):
+        raise BadRow(
+            f"names {shorten(named.group(), 80)} in the text of {name}, which no model sees: put pictures into the image "
+            f"column and {IMAGE_MARK} where they stand; video and audio are not supported"
+        )
+    if token := IMAGE_TOKENS.search(text):
+        raise BadRow(
+            f"has {token.group()} in {name}, which a model takes for a picture: write {IMAGE_MARK} in a question where an "
+            "image stands, and no such token elsewhere"
+        )
 
 
 def _place_marks(messages: list[Message], num_images: int) -> None:
@@ -277,6 +352,7 @@ def _check_responses(responses: Sequence[object], ranks: Sequence[float]) -> Non
         text = text_of(response, name)
         if IMAGE_MARK in text:
             raise BadRow(f"has an {IMAGE_MARK} mark in its {name}: a model answers in words")
+        _refuse_tokens(text, f"its {name}", asked=False)
         same, same_rank = rank_of.setdefault(text.strip(), (i, rank))
         if same_rank != rank:
             raise BadRow(
@@ -287,7 +363,7 @@ def _check_responses(responses: Sequence[object], ranks: Sequence[float]) -> Non
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# One record to one row
+# Names of images, and words for messages
 
 
 def normal_path(name: str, image_root: str, allow_outside: bool) -> str:
@@ -309,80 +385,6 @@ def is_inside(path: str, folder: str) -> bool:
     return path.startswith(folder if folder.endswith(os.sep) else folder + os.sep)
 
 
-def _with_paths(images: list[object], image_root: str, allow_outside: bool, image_bytes: bool) -> list[object]:
-    found = []
-    for image in images:
-        data, name = (image.get("bytes"), image.get("path")) if isinstance(image, Mapping) else (None, image)
-        # Beside bytes the path is only a label.
-        path = name if data is not None else normal_path(str(name), image_root, allow_outside)
-        if data is not None and not image_bytes:
-            raise BadRow("holds an image as bytes where other rows name files")
-        found.append({"bytes": data, "path": path} if image_bytes else path)
-    return found
-
-
-def convert_batch(
-    batch: dict[str, list],
-    indices: list[int],
-    *,
-    convert: Callable[[dict, Kind], Row],
-    kind: Kind,
-    is_text: bool,
-    image_bytes: bool,
-    image_root: str,
-    allow_outside: bool,
-    source: str,
-    label: str,
-    code: str,
-) -> dict[str, list]:
-    """Records to rows, for `datasets.map`. What cannot be converted becomes an empty row with its `problem`.
-
-    `code` is the state of this package's sources: it makes a row that an older version converted no match in the cache.
-    """
-    columns = [*features_of(kind, image_bytes), "problem", "skipped"]
-    out: dict[str, list] = {column: [] for column in columns}
-    for i, index in enumerate(indices):
-        record = {name: values[i] for name, values in batch.items()}
-        row: Row = {}
-        problem, skipped = None, False
-        where = f"{label}, row {index}"
-        try:
-            if is_text:
-                where = f"{record['file']}, row {record['row']} (line {record['line']})"
-                record = _parse(record)
-            row = convert(record, kind)
-            row["images"] = _with_paths(row.get("images") or [], image_root, allow_outside, image_bytes)  # type: ignore
-            if row.get("image_rejected") is not None:
-                row["image_rejected"] = _with_paths([row["image_rejected"]], image_root, allow_outside, image_bytes)[0]
-            row = check_row(kind, row)
-        except BadRow as error:
-            row, problem, skipped = {}, str(error), isinstance(error, SkippedRow)
-        except Exception as error:  # a loader's mistake, not the file's: keep its traceback, and say where it happened
-            error.add_note(f"The record was {where}.")
-            raise
-        row |= {"source": source, "where": where, "problem": problem, "skipped": skipped}
-        for column in columns:
-            out[column].append(row.get(column))
-    return out
-
-
-def _parse(record: Mapping[str, object]) -> dict:
-    if record["unreadable"]:
-        raise BadRow(str(record["unreadable"]))
-    try:
-        value = json.loads(record["text"])  # type: ignore[arg-type]
-    except json.JSONDecodeError as error:
-        line, column = int(record["line"]) + error.lineno - 1, error.colno  # type: ignore[call-overload]
-        raise BadRow(f"does not parse as JSON at line {line}, column {column} ({error.msg}): mend that place") from None
-    except RecursionError:
-        raise BadRow("is nested too deeply to be a row of data") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise BadRow(f"does not parse as JSON at line {record['line']} ({error})") from None
-    if not isinstance(value, dict):
-        raise BadRow(f"is {_type_name(value)}, not an object with columns")
-    return value
-
-
 def shorten(text: str, length: int = 120) -> str:
     """Fit for an error message: one printable line that a hostile file cannot blow up."""
     if not text.isprintable():
@@ -394,7 +396,7 @@ def _count(number: int, name: str) -> str:
     return f"{number} {name}" + ("" if number == 1 else "s")
 
 
-def _type_name(value: object) -> str:
+def type_name(value: object) -> str:
     names = {
         dict: "an object",
         list: "a list",

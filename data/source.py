@@ -2,16 +2,16 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Audio, Dataset, Features, Image, Value, Video
 
 from args import DataArguments
 from common.errors import InputError
+from data.columns import column_map, with_own_columns
+from data.convert import convert_batch
 from data.files import code_state, read_file, read_hub
-from data.rows import Kind, Row, convert_batch, features_of
-
-_IMAGE_COLUMNS = ("images", "image", "image_rejected", "img_path")
+from data.rows import Kind, Row, features_of
 
 
 def load_source(
@@ -41,18 +41,26 @@ def to_rows(
     is_text: bool = False,
 ) -> Dataset:
     """Convert records to rows in parallel; cached by `datasets`."""
-    dataset = _undecoded(dataset)
-    image_bytes = not is_text and any(_holds_bytes(dataset, name) for name in _IMAGE_COLUMNS)
+    names = column_map(data_args.columns)
+    there = columns_of(dataset, is_text)
+    if there and (gone := [theirs for theirs in names if theirs not in there]):
+        raise InputError(
+            f"--columns names {', '.join(gone)}, which {label} does not have (it has {', '.join(sorted(there))})."
+        )
+    image_bytes = not is_text and any(map(_holds_bytes, dataset.features.values()))
     features = features_of(kind, image_bytes) | {"problem": Value("string"), "skipped": Value("bool")}
+    features |= {"columns": Value("string"), "kept": Value("string")}
+    num_proc = _processes(data_args, len(dataset))
     small = 100 if image_bytes else 1000  # rows held at a time: images are some hundred kB each
     try:
-        return dataset.map(
+        # As Arrow tables no image is decoded: that is the collators' work.
+        rows = dataset.with_format("arrow").map(
             convert_batch,
             with_indices=True,
             batched=True,
             batch_size=small,
             writer_batch_size=small,
-            num_proc=_processes(data_args, len(dataset)),
+            num_proc=num_proc,
             remove_columns=dataset.column_names,
             features=Features(features),
             desc=f"Reading {data_args.dataset_name}",
@@ -65,9 +73,11 @@ def to_rows(
                 "allow_outside": data_args.allow_outside_image_root,
                 "source": data_args.dataset_name,
                 "label": label,
+                "names": names,
                 "code": code_state(),
             },
         )
+        return with_own_columns(rows.with_format(None), num_proc)
     except UnicodeDecodeError as error:  # parquet's texts are decoded row by row, by `datasets`
         row = next(i for i in range(len(dataset)) if not _decodes(dataset, i))
         raise InputError(f"{label}, row {row}: a text is not UTF-8 ({error.reason}): is the file whole?") from error
@@ -85,34 +95,47 @@ def image_root_of(data_args: DataArguments) -> str:
     return os.path.abspath(path) if os.path.isdir(path) else os.getcwd()
 
 
-def columns_of(dataset: Dataset, is_text: bool) -> set[str]:
-    """Column names; of JSON records, the keys of the first one that parses (of the first hundred)."""
+def first_record(dataset: Dataset, is_text: bool, names: Mapping[str, str]) -> dict[str, object]:
+    """The first record that parses (of the first hundred), without nulls, under the names of `--columns`."""
     if not is_text:
-        return set(dataset.column_names)
+        columns = dataset.with_format("arrow")[:1].to_pylist() or [{}]
+        record = {name: columns[0].get(name) for name in dataset.column_names}
+        return {names.get(name, name): value for name, value in record.items() if names.get(name, name)}
     for i in range(min(len(dataset), 100)):
         try:
             record = json.loads(dataset[i]["text"] or "null")
         except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
-            return {name for name, value in record.items() if value is not None}
-    return set()
+            record = {names.get(name, name): value for name, value in record.items() if value is not None}
+            return {name: value for name, value in record.items() if name}
+    return {}
 
 
-def _undecoded(dataset: Dataset) -> Dataset:
-    """The data set with its images as {"bytes", "path"}: nothing is decoded before the collator."""
-    for name, feature in dataset.features.items():
-        if isinstance(feature, Image):
-            dataset = dataset.cast_column(name, Image(decode=False))
-        elif isinstance(getattr(feature, "feature", None), Image):
-            dataset = dataset.cast_column(name, List(Image(decode=False)))
-    return dataset
+def columns_of(dataset: Dataset, is_text: bool) -> set[str]:
+    """Column names; of JSON records, all keys of the first hundred that parse."""
+    if not is_text:
+        return set(dataset.column_names)
+    found: set[str] = set()
+    for text in dataset.select(range(min(len(dataset), 100)))["text"]:
+        try:
+            record = json.loads(text or "null")
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict):
+            found.update(record)
+    return found
 
 
-def _holds_bytes(dataset: Dataset, name: str) -> bool:
-    feature = dataset.features.get(name)
-    feature = getattr(feature, "feature", feature)
-    return feature is not None and not isinstance(feature, Value)
+def _holds_bytes(feature: object) -> bool:
+    """Whether a column, or anything within it, is bytes."""
+    if isinstance(feature, Mapping):
+        return any(map(_holds_bytes, feature.values()))
+    if isinstance(feature, list | tuple):
+        return any(map(_holds_bytes, feature))
+    if hasattr(feature, "feature"):
+        return _holds_bytes(feature.feature)
+    return isinstance(feature, Image | Audio | Video) or getattr(feature, "dtype", "") in ("binary", "large_binary")
 
 
 def _decodes(dataset: Dataset, row: int) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from datasets import Dataset
 
 from args import DataArguments
-from data.conversational import dense_ranks
+from data.conversational import dense_ranks, ranked
 from data.rows import BadRow, Kind, Row, SkippedRow, image_column, question, require, shorten
 from data.source import load_source
 
@@ -19,6 +19,9 @@ HUB_ID = "MMInstruction/VLFeedback"
 
 def convert(record: dict, kind: Kind) -> Row:
     require(record, "prompt", "completions")
+    if _is_scored(record["completions"]):
+        row = ranked(record, "completions", question(record["prompt"]))
+        return row | {"images": image_column(record)}
     responses, scores = [], []
     for response, annotations in _completions(record["completions"]):
         score = _score(annotations)
@@ -36,6 +39,12 @@ def convert(record: dict, kind: Kind) -> Row:
 
 def load(data_args: DataArguments) -> Dataset:
     return load_source(data_args, convert, "preference", HUB_ID)
+
+
+def _is_scored(completions: object) -> bool:
+    """BPO's layout: a `score` in the place of annotations."""
+    first = completions[0] if isinstance(completions, list) and completions else completions
+    return isinstance(first, Mapping) and first.get("annotations") is None and first.get("score") is not None
 
 
 def _completions(value: object) -> list[tuple[object, object]]:

@@ -7,12 +7,11 @@ system prompt.
 from datasets import Dataset
 
 from args import DataArguments
-from data.rows import Kind, Row, image_column, messages_of, refuse_video, require
+from data.rows import Kind, Row, image_column, messages_of, require
 from data.source import load_source
 
 
 def convert(record: dict, kind: Kind) -> Row:
-    refuse_video(record)
     require(record, "conversations")
     return {"images": image_column(record), "messages": messages_of(record["conversations"], "conversations")}
 

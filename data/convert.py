@@ -1,0 +1,149 @@
+"""One record of a file -> one row: what is common to all formats around a format's own `convert`."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+
+from data.columns import Record, own_columns, renamed
+from data.rows import BadRow, Kind, Row, SkippedRow, check_row, features_of, normal_path, text_of, type_name
+
+# Columns of a table whose cells may hold JSON or numbers; all other cells are texts.
+_STRUCTURED = {"image", "images", "messages", "conversations", "responses", "completions", "ranks", "scores", "history"}
+_NUMBERS = {"margin"}
+
+
+def convert_batch(
+    batch: Mapping[str, list],
+    indices: list[int],
+    *,
+    convert: Callable[[dict, Kind], Row],
+    kind: Kind,
+    is_text: bool,
+    image_bytes: bool,
+    image_root: str,
+    allow_outside: bool,
+    source: str,
+    label: str,
+    names: Mapping[str, str],
+    code: str,
+) -> dict[str, list]:
+    """Records to rows, for `datasets.map`. What cannot be converted becomes an empty row with its `problem`.
+
+    `names` is `--columns`. `code` is the state of this package's sources: it makes a row that an older version converted no
+    match in the cache.
+    """
+    batch = {name: batch[name].to_pylist() for name in batch.column_names}  # type: ignore[attr-defined]
+    columns = [*features_of(kind, image_bytes), "problem", "skipped", "columns", "kept"]
+    out: dict[str, list] = {column: [] for column in columns}
+    for i, index in enumerate(indices):
+        raw = {name: values[i] for name, values in batch.items()}
+        row: Row = {}
+        problem, skipped, root = None, False, image_root
+        where = f"{label}, row {index}"
+        try:
+            if is_text:
+                line = f" (line {raw['line']})" if raw["line"] else ""
+                where = f"{raw['file']}, row {raw['row']}{line}"
+                root = raw["root"] or image_root
+                record = Record(renamed(_parse(raw), names))
+                if raw["table"]:
+                    record.update(_cells(record))
+            else:
+                record = Record(renamed(raw, names))
+            row = convert(record, kind)
+            _use_system(record, row, kind)
+            _use_images_of_parts(row, kind)
+            kept, left_out = own_columns(record, row, kind)
+            row["images"] = _with_paths(row["images"], root, image_root, allow_outside, image_bytes)  # type: ignore
+            if row.get("image_rejected") is not None:
+                (row["image_rejected"],) = _with_paths(
+                    [row["image_rejected"]], root, image_root, allow_outside, image_bytes
+                )
+            row = check_row(kind, row)
+            used = sorted(record.read & record.present().keys())
+            row["columns"] = json.dumps({"used": used} | ({"left_out": left_out} if left_out else {}))
+            row["kept"] = json.dumps(kept) if kept else None
+        except BadRow as error:
+            row, problem, skipped = {}, str(error), isinstance(error, SkippedRow)
+        except Exception as error:  # a loader's mistake, not the file's: keep its traceback, and say where it happened
+            error.add_note(f"The record was {where}.")
+            raise
+        row |= {"source": source, "where": where, "problem": problem, "skipped": skipped}
+        for column in columns:
+            out[column].append(row.get(column))
+    return out
+
+
+def _parse(record: Mapping[str, object]) -> dict:
+    if record["unreadable"]:
+        raise BadRow(str(record["unreadable"]))
+    try:
+        value = json.loads(record["text"])  # type: ignore[arg-type]
+    except json.JSONDecodeError as error:
+        line, column = int(record["line"]) + error.lineno - 1, error.colno  # type: ignore[call-overload]
+        raise BadRow(
+            f"does not parse as JSON at line {line}, column {column} ({error.msg}): correct that place"
+        ) from None
+    except RecursionError:
+        raise BadRow("is nested too deeply to be a row of data") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise BadRow(f"does not parse as JSON at line {record['line']} ({error})") from None
+    if not isinstance(value, dict):
+        raise BadRow(f"is {type_name(value)}, not an object with columns")
+    return value
+
+
+def _cells(record: Record) -> dict[str, object]:
+    """The cells of a table that are no texts: JSON lists and objects in columns that hold such, and numbers."""
+    found: dict[str, object] = {}
+    for name, cell in record.present().items():
+        if isinstance(cell, str) and (name in _NUMBERS or (name in _STRUCTURED and cell.lstrip()[:1] in ("[", "{"))):
+            try:
+                found[name] = json.loads(cell)
+            except (ValueError, RecursionError):
+                raise BadRow(f"has a `{name}` that does not parse as JSON: {cell[:80]!r}") from None
+    return found
+
+
+def _use_system(record: Record, row: Row, kind: Kind) -> None:
+    """A `system` column that the format has not read is the first message."""
+    for name in ("system", "system_prompt"):
+        value = record.unread().get(name)
+        if value is None:
+            continue
+        text = text_of(record[name], f"`{name}`", may_be_empty=True)
+        messages: list = row["messages" if kind == "conversation" else "prompt"]  # type: ignore[assignment]
+        if messages and messages[0]["role"] == "system":
+            if text.strip() and messages[0]["content"].strip() != text.strip():
+                raise BadRow(f"has a `{name}` and another system message: keep one of them")
+        elif text.strip():
+            messages.insert(0, {"role": "system", "content": text})
+
+
+def _use_images_of_parts(row: Row, kind: Kind) -> None:
+    """Pictures that image parts name are the row's images."""
+    messages: list = row["messages" if kind == "conversation" else "prompt"]  # type: ignore[assignment]
+    images = list(row.get("images") or [])  # type: ignore[call-overload]
+    named = [image for message in messages for image in message.pop("images", [])]
+    if named and images and named != images:
+        raise BadRow("names pictures in `images` and others in the image parts of its messages: keep one of the two")
+    row["images"] = images or named
+
+
+def _with_paths(
+    images: list[object], folder: str, image_root: str, allow_outside: bool, image_bytes: bool
+) -> list[object]:
+    """File names as absolute paths: relative ones lie in `folder`, which is `image_root` but for meta files."""
+    found = []
+    for image in images:
+        data, name = (image.get("bytes"), image.get("path")) if isinstance(image, Mapping) else (None, image)
+        # Beside bytes the path is only a label.
+        path = name
+        if data is None:
+            name = str(name)
+            inside = name if folder == image_root or "://" in name[:12] else os.path.join(folder, name)
+            path = normal_path(inside, image_root, allow_outside)
+        if data is not None and not image_bytes:
+            raise BadRow("holds an image as bytes where other rows name files")
+        found.append({"bytes": data, "path": path} if image_bytes else path)
+    return found
