@@ -13,6 +13,7 @@ from datasets import Dataset
 import args
 import losses
 import train_dpo
+from base.callbacks import RunningDelta
 from base.preference_inputs import preference_batch
 from common.errors import InputError
 from data import DataSplits
@@ -164,6 +165,28 @@ def test_token_kl_and_logit_shift_against_full_logits(llava, rows, tmp_path):
     shift = raw - raw[batch["corrupted_of"].clamp(min=0)]
     torch.testing.assert_close(pairs.policy.rejected_logit_shift, shift[batch["rejected"]], atol=1e-4, rtol=1e-4)
     assert shift[batch["rejected"]].abs().max() > 1e-3
+
+
+def test_running_delta_is_the_mean_reward_of_training_batches(llava, rows, tmp_path):
+    """Mean of beta * log-ratio over both sides of all batches so far, this one included; evaluation does not count."""
+    trainer = trainer_for(llava, rows, tmp_path, f"{LORA} --loss_type mpo --beta 0.3")
+    state = next(c for c in trainer.callback_handler.callbacks if isinstance(c, RunningDelta))
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    rewards, deltas = [], []
+    for mode, part in ((True, rows[:2]), (True, rows[2:5]), (False, rows[5:7])):
+        trainer.model.train(mode)
+        batch = trainer.data_collator(part)
+        batch["image_inputs"] = trainer.image_inputs(trainer.model, batch)
+        policy, reference = trainer.response_logps(trainer.model, batch), trainer.reference_logps(batch)
+        trainer.preference_loss(policy, reference, batch)
+        rewards.append(0.3 * (policy.logps - reference.logps).detach().sum(1))  # two responses, one pair a row
+        deltas.append(state.mean)
+    assert torch.cat(rewards).abs().min() > 1e-3
+    expected = [rewards[0].mean(), torch.cat(rewards[:2]).mean(), torch.cat(rewards[:2]).mean()]
+    torch.testing.assert_close(torch.stack(deltas), torch.stack(expected), atol=1e-5, rtol=1e-5)
+    assert state.count == 10
 
 
 def test_running_delta_survives_a_resume(command, tmp_path):
