@@ -148,7 +148,7 @@ def _records_of_object(data: dict, path: Path) -> list[Record]:
         return lists[0]
     names = {_plain(k) for k in data}
     columns = list(data.values())
-    if names & {*REPLY_COLUMNS, "answer"} and all(
+    if names & {*REPLY_COLUMNS, *ID_COLUMNS, "answer"} and all(
         isinstance(c, dict | list) and len(c) == len(columns[0]) for c in columns
     ):
         keys = [list(c) if isinstance(c, dict) else list(range(len(c))) for c in columns]
@@ -278,28 +278,25 @@ def _refuse_missing(keys: list[str | None], column: str, path: str | Path) -> No
 
 def _match_pictures(records: list[Record], rows: list[Row], names: dict[str, str]) -> list[Record] | None:
     """MME: the picture and the question name a row, within its task if the records tell it."""
-    question = next((names[c] for c in QUESTION_COLUMNS if c in names), None)
     pictures = [
         n for plain, n in names.items() if plain.rpartition(".")[2] in ("image", "image_path", "question_id", "img")
     ]
-    if question is None or not rows or "image_id" not in rows[0] or "category" not in rows[0]:
+    questions = [names[c] for c in QUESTION_COLUMNS if c in names]
+    if not rows or "image_id" not in rows[0] or "category" not in rows[0]:
         return None
     categories = [n for plain, n in names.items() if plain.rpartition(".")[2] == "category"] or [None]
-    for picture, category in itertools.product(pictures, categories):
-        found: dict[tuple, list[Record]] = {}
+    for picture, question, category in itertools.product(pictures, questions, categories):
+        shown: dict[tuple, list[Record]] = {}
         for record in records:
-            key = (
-                record.get(category) if category else None,
-                Path(str(record.get(picture))).name,
-                _words(record.get(question)),
-            )
-            found.setdefault(key, []).append(record)
-        keys = [
-            (row["category"] if category else None, Path(str(row["image_id"])).name, _words(row["question"]))
-            for row in rows
+            key = (record.get(category) if category else None, Path(str(record.get(picture))).name)
+            shown.setdefault(key, []).append(record)
+        keys = [(row["category"] if category else None, Path(str(row["image_id"])).name) for row in rows]
+        fits = [
+            [record for record in shown.get(key, []) if _same_question(row, record.get(question))]
+            for row, key in zip(rows, keys, strict=True)
         ]
-        if len(set(keys)) == len(keys) and all(len(found.get(key, [])) == 1 for key in keys):
-            return [found[key][0] for key in keys]
+        if all(len(found) == 1 for found in fits) and len({id(found[0]) for found in fits}) == len(rows):
+            return [found[0] for found in fits]
     return None
 
 

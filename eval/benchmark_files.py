@@ -71,6 +71,7 @@ def _mme(path: str | Path, image_root: str | None) -> list[Row]:
         cell = r["image"] if isinstance(r["image"], str) else str(shown)
         out.append({"id": str(r.get("index", n)), "images": [_picture(r["image"], image_root, path, n)],
                     "question": r["question"], "label": r["answer"], "category": r["category"],
+                    "bare_question": str(r["question"]).replace(" Please answer yes or no.", ""),
                     "image_id": shown or hashlib.sha1(cell.encode()).hexdigest()})  # fmt: skip
     return out
 
@@ -257,7 +258,7 @@ def _mathvista(path: str | Path, image_root: str | None) -> list[Row]:
 
 _HINT = "Hint: Please answer the question {}, at the end."
 MATHVISTA_HINTS = {
-    "text": _HINT.format("and provide the correct option letter, e.g., A, B, C, D"),
+    "letter": _HINT.format("and provide the correct option letter, e.g., A, B, C, D"),
     "integer": _HINT.format("requiring an integer answer and provide the final value, e.g., 1, 2, 3"),
     "float 1": _HINT.format(
         "requiring a floating-point number with one decimal place and provide the final value, e.g., 1.2, 1.3, 1.4"
@@ -276,7 +277,7 @@ def mathvista_query(problem: dict, path: str | Path, number: int) -> str:
 
     lupantech/MathVista evaluation/build_query.py, shot_num 0, in the order of the published data/query.json.
     """
-    kind = "text" if problem["question_type"] == "multi_choice" else str(problem["answer_type"])
+    kind = "letter" if problem["question_type"] == "multi_choice" else str(problem["answer_type"])
     if kind == "float":
         kind = f"float {float(problem.get('precision') or 0):g}"
     if kind not in MATHVISTA_HINTS:
