@@ -118,6 +118,10 @@ class DataArguments:
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes for reading and checking the rows."}
     )
+    check_images: Literal["all", "sample", "none"] = field(
+        default="all",
+        metadata={"help": "Whose image files are looked at before training: of all rows, of 1000, or of none."},
+    )
     on_bad_row: Literal["error", "drop"] = field(
         default="error", metadata={"help": "Stop at a bad row, or drop it and write it to bad_rows.jsonl."}
     )

@@ -22,6 +22,7 @@ from args import DataArguments, LoraArguments, ModelArguments, PPOConfig, parse,
 from base.ppo_trainer import VLPPOTrainer
 from base.resume import checkpoint_to_resume
 from base.rewards import load_rewards
+from base.row_checks import ProcessorCheck
 from data import DataSplits, load_train_eval
 from data.lengths import LengthLimits
 from models import core_mapper_for
@@ -53,7 +54,9 @@ def build(
     collator = adapter.ppo_collator(processor, LengthLimits.from_args(data_args), share_prefix=plan.share_prefix)
     with training_args.main_process_first(desc="reading the data"):
         # EDIT: rows of your own, as a Dataset with the columns of docs/data.md
-        data = data or load_train_eval(data_args, "prompt", training_args.seed, training_args.output_dir)
+        data = data or load_train_eval(
+            data_args, "prompt", training_args.seed, training_args.output_dir, ProcessorCheck(processor)
+        )
         train_dataset, lengths = collator.drop_overlong(data.train, data_args.dataset_num_proc)
 
     # ---- Training --------------------------------------------------------------------------------------------------

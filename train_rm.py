@@ -21,6 +21,7 @@ from transformers import set_seed
 
 from args import DataArguments, LoraArguments, ModelArguments, RMConfig, parse, run, write_run_json
 from base.resume import checkpoint_to_resume
+from base.row_checks import ProcessorCheck
 from base.trainer import VLRMTrainer
 from data import DataSplits, load_train_eval
 from data.lengths import LengthLimits
@@ -56,7 +57,9 @@ def build(
     )
     with training_args.main_process_first(desc="reading the data"):
         # EDIT: rows of your own, as a Dataset with the columns of docs/data.md
-        data = data or load_train_eval(data_args, "preference", training_args.seed, training_args.output_dir)
+        data = data or load_train_eval(
+            data_args, "preference", training_args.seed, training_args.output_dir, ProcessorCheck(processor)
+        )
         train_dataset, lengths = collator.drop_overlong(data.train, data_args.dataset_num_proc)
         eval_dataset, _ = collator.drop_overlong(data.eval, data_args.dataset_num_proc)
 

@@ -21,6 +21,7 @@ from transformers import set_seed
 
 from args import DataArguments, LoraArguments, ModelArguments, SFTConfig, parse, run, write_run_json
 from base.resume import checkpoint_to_resume
+from base.row_checks import ProcessorCheck
 from base.trainer import VLSFTTrainer
 from data import DataSplits, load_train_eval
 from data.lengths import LengthLimits
@@ -49,7 +50,9 @@ def build(
     collator = adapter.sft_collator(processor, LengthLimits.from_args(data_args), train_on=data_args.train_on)
     with training_args.main_process_first(desc="reading the data"):
         # EDIT: rows of your own, as a Dataset with the columns of docs/data.md
-        data = data or load_train_eval(data_args, "conversation", training_args.seed, training_args.output_dir)
+        data = data or load_train_eval(
+            data_args, "conversation", training_args.seed, training_args.output_dir, ProcessorCheck(processor)
+        )
         train_dataset, lengths = collator.drop_overlong(data.train, data_args.dataset_num_proc)
         eval_dataset, _ = collator.drop_overlong(data.eval, data_args.dataset_num_proc)
 

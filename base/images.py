@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
-import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from common.errors import InputError
-from data.images import FORMATS
+from data.images import FORMATS, to_rgb
 
 ImageSource = str | os.PathLike[str] | bytes | dict[str, Any] | Image.Image
 ImageFile = str | io.BytesIO | Image.Image
@@ -26,7 +25,7 @@ def image_file(image: ImageSource) -> ImageFile:
 
 
 def load_image(image: ImageSource) -> Image.Image:
-    """Decode one image to upright 8-bit RGB.
+    """Decode one image to upright 8-bit RGB (data.images.to_rgb: transparency on white, deep greys scaled).
 
     Raises:
         InputError: the file is missing, truncated or not an image; names it.
@@ -34,13 +33,7 @@ def load_image(image: ImageSource) -> Image.Image:
     file = image_file(image)
     try:
         decoded = file if isinstance(file, Image.Image) else Image.open(file, formats=FORMATS)
-        decoded = ImageOps.exif_transpose(decoded)
-        if decoded.mode.startswith("I;16") or decoded.mode in ("I", "F"):
-            # Pillow clips 16-bit greys at 255; scale them instead.
-            grey = np.asarray(decoded, dtype=np.float64)
-            top = 65535 if grey.max() > 255 else 255
-            decoded = Image.fromarray((grey.clip(0, top) / top * 255).astype(np.uint8))
-        return decoded.convert("RGB")
+        return to_rgb(decoded)
     except (OSError, SyntaxError, ValueError, NotImplementedError, Image.DecompressionBombError) as error:
         raise _unreadable(file, error) from error
 

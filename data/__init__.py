@@ -10,11 +10,12 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Value, concatenate_datasets
 
@@ -43,6 +44,8 @@ __all__ = ["DATASET_MAP", "DataSplits", "load_train_eval"]
 logger = logging.getLogger(__name__)
 
 Loader = Callable[[DataArguments], Dataset]
+# (usable rows, their kind, sizes of their images (see Verdicts), processes) -> why a row cannot be used, or None
+RowCheck = Callable[[Dataset, Kind, pa.ChunkedArray, int | None], Sequence[str | None]]
 
 
 # Any other --dataset_name is a hub id or a path in TRL's conversational format.
@@ -79,7 +82,11 @@ class _Part(NamedTuple):
 
 
 def load_train_eval(
-    data_args: DataArguments, kind: Kind, seed: int, output_dir: str | os.PathLike[str] | None = None
+    data_args: DataArguments,
+    kind: Kind,
+    seed: int,
+    output_dir: str | os.PathLike[str] | None = None,
+    check: RowCheck | None = None,
 ) -> DataSplits:
     """All rows of `--dataset_name`, checked, split by content and interleaved.
 
@@ -90,6 +97,7 @@ def load_train_eval(
     Args:
         kind: what the script trains on. Preference and conversation rows also serve as prompts.
         output_dir: where `bad_rows.jsonl` is written if any row is refused or skipped.
+        check: what else makes a row a bad one (base.row_checks.ProcessorCheck: what the model's processor refuses).
 
     Raises:
         InputError: an unreadable file, bad rows with `--on_bad_row error`, flags that do not fit together, no rows left.
@@ -99,8 +107,8 @@ def load_train_eval(
     if data_args.data_ratio <= 0:
         raise InputError("--data_ratio 0 leaves no rows: give a share above 0.")
     weights = _weights(data_args)
-    parts = [_load_part(args, kind, data_args) for args in per_name(data_args, "data_path")]
-    eval_parts = [_load_part(args, kind, data_args) for args in per_name(data_args, "eval_data_path") if args.data_path]
+    parts = [_load_part(args, kind, check) for args in per_name(data_args, "data_path")]
+    eval_parts = [_load_part(args, kind, check) for args in per_name(data_args, "eval_data_path") if args.data_path]
     _report_refused([*parts, *eval_parts], data_args.on_bad_row, output_dir)
 
     group = np.concatenate([part.group for part in parts])
@@ -180,18 +188,8 @@ def _last_answer_off(row: dict) -> dict:
     return {"prompt": messages[:-1], "reference": messages[-1]["content"]}
 
 
-def _load_part(args: DataArguments, kind: Kind, data_args: DataArguments) -> _Part:
-    rows, _ = load_rows(args, kind)
-    preference = kind == "preference"
-    verdicts = verify(
-        rows,
-        kind,
-        image_root_of(args),
-        args.allow_outside_image_root,
-        pairs=data_args.pairs if preference else None,
-        score_margin=data_args.score_margin if preference else None,
-        num_proc=args.dataset_num_proc,
-    )
+def _load_part(args: DataArguments, kind: Kind, check: RowCheck | None) -> _Part:
+    rows, verdicts, _ = checked_rows(args, kind, check)
     refused = refused_rows(rows, verdicts, args.dataset_name)
     good = np.array([problem is None for problem in verdicts.problem], dtype=bool)
     bad = sum(not entry["skipped"] for entry in refused)
@@ -233,6 +231,37 @@ def without_image(rows: Dataset) -> int:
         return 0
     lengths = pc.list_value_length(rows.select_columns("images").with_format("arrow")[:]["images"])
     return pc.sum(pc.equal(lengths, 0)).as_py() or 0
+
+
+def checked_rows(
+    args: DataArguments, kind: Kind | None, check: RowCheck | None = None, decode: bool = False
+) -> tuple[Dataset, Verdicts, Kind]:
+    """All rows of one data set, the verdict on each (rows, images, pairs, then `check`), and their kind.
+
+    Raises:
+        InputError: as `load_rows`.
+    """
+    rows, kind = load_rows(args, kind)
+    preference = kind == "preference"
+    verdicts = verify(
+        rows,
+        kind,
+        image_root_of(args),
+        args.allow_outside_image_root,
+        pairs=args.pairs if preference else None,
+        score_margin=args.score_margin if preference else None,
+        num_proc=args.dataset_num_proc,
+        decode=decode,
+        check_images=args.check_images,
+    )
+    good = [i for i, problem in enumerate(verdicts.problem) if problem is None]
+    if check is not None and good:
+        reasons = check(rows.select(good), kind, verdicts.sizes.take(good), args.dataset_num_proc)
+        problem = list(verdicts.problem)
+        for i, reason in zip(good, reasons, strict=True):
+            problem[i] = reason
+        verdicts = verdicts._replace(problem=problem)
+    return rows, verdicts, kind
 
 
 def refused_rows(rows: Dataset, verdicts: Verdicts, name: str) -> list[dict[str, object]]:

@@ -29,12 +29,11 @@ from PIL import Image
 from args import DataArguments, parse, run
 from base.images import load_image
 from base.processor import IGNORE_INDEX, VLProcessor
+from base.row_checks import ProcessorCheck
 from common.errors import InputError
-from data import load_rows, per_name, refused_rows
+from data import checked_rows, per_name, refused_rows
 from data.lengths import LengthLimits
 from data.rows import IMAGE_MARK, NUMBER_COLUMNS, Kind, Row
-from data.source import image_root_of
-from data.verify import verify
 from models import core_mapper_for
 
 _SAMPLE = 1000  # rows that lengths and image sizes are measured on
@@ -70,18 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     table: list[tuple[str, str]] = []
     sections, refused, bad = [], [], 0
     for args in per_name(data_args, "data_path"):
-        rows, kind = load_rows(args, check_args.kind)
-        preference = kind == "preference"
-        verdicts = verify(
-            rows,
-            kind,
-            image_root_of(args),
-            args.allow_outside_image_root,
-            pairs=data_args.pairs if preference else None,
-            score_margin=data_args.score_margin if preference else None,
-            num_proc=args.dataset_num_proc,
-            decode=check_args.decode_images,
-        )
+        check = ProcessorCheck(processor) if processor is not None else None
+        rows, verdicts, kind = checked_rows(args, check_args.kind, check, check_args.decode_images)
         good = [i for i, problem in enumerate(verdicts.problem) if problem is None]
         found = refused_rows(rows, verdicts, args.dataset_name)
         bad += sum(not entry["skipped"] for entry in found)

@@ -102,10 +102,8 @@ def read_file(path: str, what: str) -> tuple[Dataset, bool]:
     """
     if os.path.isdir(path):
         if os.path.exists(os.path.join(path, "dataset_dict.json")):
-            return _guarded(path, lambda: _one_split(path, datasets.load_from_disk(path))), False
-        if os.path.exists(os.path.join(path, "state.json")):
-            return _guarded(path, lambda: datasets.load_from_disk(path)), False
-        files = _files_of_folder(path)
+            path = _guarded(path, lambda: _one_split(path))
+        files = _guarded(path, lambda: _files_of_folder(path))
         if not files:
             raise InputError(f"{what} {path} is a folder without parquet, JSON, CSV, TSV or tar files: name the file.")
     elif os.path.isfile(path):
@@ -129,11 +127,14 @@ def read_file(path: str, what: str) -> tuple[Dataset, bool]:
 
 
 def _files_of_folder(path: str) -> list[str]:
-    for names in ("*.parquet", "*.json*", "*.csv", "*.tsv", "*.tar", "*.arrow"):
+    if os.path.exists(os.path.join(path, "state.json")):  # save_to_disk; what is cached beside the data is not data
+        with open(os.path.join(path, "state.json"), encoding="utf-8") as file:
+            return [os.path.join(path, part["filename"]) for part in json.load(file)["_data_files"]]
+    for names in ("*.parquet", "*.json*", "*.csv", "*.tsv", "*.tar"):
         files = sorted(glob.glob(os.path.join(glob.escape(path), "**", names), recursive=True))
         if not names.startswith(("*.parquet", "*.tar")):
             files = [f for f in files if os.path.dirname(f) == path.rstrip("/")]
-        files = [f for f in files if os.path.basename(f) not in ("dataset_info.json", "state.json")]
+        files = [f for f in files if os.path.basename(f) not in ("dataset_info.json",)]
         # A hub-style folder names the split in the file name; without any split everything is training data.
         files = [f for f in files if os.path.basename(f).startswith("train")] or files
         if files:
@@ -141,11 +142,15 @@ def _files_of_folder(path: str) -> list[str]:
     return []
 
 
-def _one_split(path: str, found: datasets.DatasetDict) -> Dataset:
-    if "train" not in found and len(found) > 1:
-        splits = ", ".join(found)
-        raise InputError(f"{path} holds the splits {splits}, none of them train: name the folder of one ({path}/...).")
-    return found["train"] if "train" in found else next(iter(found.values()))
+def _one_split(path: str) -> str:
+    """The folder of a saved DatasetDict's `train`, or of its only split."""
+    with open(os.path.join(path, "dataset_dict.json"), encoding="utf-8") as file:
+        splits = json.load(file)["splits"]
+    if "train" not in splits and len(splits) > 1:
+        raise InputError(
+            f"{path} holds the splits {', '.join(splits)}, none of them train: name the folder of one ({path}/...)."
+        )
+    return os.path.join(path, "train" if "train" in splits else splits[0])
 
 
 def _webdataset(files: list[str]) -> Dataset:
@@ -192,7 +197,7 @@ def _guarded(path: str, load: Callable[[], Dataset]) -> Dataset:
         if isinstance(cause, InputError):
             raise cause from None
         raise InputError(f"{path} cannot be read ({type(cause).__name__}: {cause}): is the file whole?") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} cannot be read ({type(error).__name__}: {error}): is the file whole?") from error

@@ -12,9 +12,10 @@ import os
 import stat
 import warnings
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
-from PIL import Image
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
 
 from data.rows import BadRow, is_inside, shorten
 
@@ -24,8 +25,15 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF
 _ENDS = 4096  # bytes read at each end of a file
 
 
-def check_image(image: str | Mapping[str, Any], image_root: str, allow_outside: bool, decode: bool = False) -> bytes:
-    """Signature of an image (path or {"bytes", "path"}) that is whole as far as its header and end tell.
+class Checked(NamedTuple):
+    """signature: equal for equal files. size: width and height in pixels, upright as `base.images.load_image` makes it."""
+
+    signature: bytes
+    size: tuple[int, int]
+
+
+def check_image(image: str | Mapping[str, Any], image_root: str, allow_outside: bool, decode: bool = False) -> Checked:
+    """Signature and size of an image (path or {"bytes", "path"}) that is whole as far as its header and end tell.
 
     Equal files have equal signatures whatever their names; different files with equal size, start and end share one, too.
     With `decode` the whole image is decoded as training will do it.
@@ -39,7 +47,13 @@ def check_image(image: str | Mapping[str, Any], image_root: str, allow_outside: 
             raise BadRow("has an image of 0 bytes: restore it or take the row out")
         with io.BytesIO(data) as file:
             return _check_open_image(file, len(data), "its image", decode)
-    name = shorten(str(path))
+    return _check_file(str(path), image_root, allow_outside, decode)
+
+
+# Many rows ask about one picture. `data.verify` empties the memory before it looks at a data set.
+@functools.lru_cache(maxsize=65536)
+def _check_file(path: str, image_root: str, allow_outside: bool, decode: bool) -> Checked:
+    name = shorten(path)
     try:
         info = os.stat(path)
         real = os.path.join(_real_folder(os.path.dirname(path)), os.path.basename(path))
@@ -63,7 +77,38 @@ def check_image(image: str | Mapping[str, Any], image_root: str, allow_outside: 
         raise BadRow(f"names the image {name}, which cannot be read ({error.strerror or error})") from None
 
 
-def _check_open_image(file: BinaryIO, size: int, name: str, decode: bool) -> bytes:
+def forget_images() -> None:
+    """Look at every file anew: it may have changed."""
+    _check_file.cache_clear()
+    _real_folder.cache_clear()
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Upright 8-bit RGB of a decoded or undecoded picture. Transparency is laid on white, deep greys are scaled.
+
+    Deep greys (16 or 32 bits, floats) have no common white: it is 1, 255 or 65535, whichever the largest value fits, and
+    where values are negative or larger their own range is stretched.
+
+    Raises:
+        ValueError: values that are no numbers.
+    """
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
+        grey = np.asarray(picture, dtype=np.float64)
+        low, high = grey.min(), grey.max()
+        if not np.isfinite([low, high]).all():
+            raise ValueError("it holds values that are no numbers")
+        white = next((top for top in (1, 255, 65535) if low >= 0 and high <= top), None)
+        black, white = (0, white) if white else (low, max(high, low + 1e-12))
+        picture = Image.fromarray(((grey - black) / (white - black) * 255).astype(np.uint8))
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white_sheet = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white_sheet, picture)
+    return picture.convert("RGB")
+
+
+def _check_open_image(file: BinaryIO, size: int, name: str, decode: bool) -> Checked:
     head = file.read(_ENDS)
     file.seek(max(size - _ENDS, 0))
     tail = file.read(_ENDS)
@@ -73,12 +118,13 @@ def _check_open_image(file: BinaryIO, size: int, name: str, decode: bool) -> byt
             warnings.simplefilter("ignore")  # of odd metadata; the size is checked here
             with Image.open(file, formats=FORMATS) as opened:
                 width, height = opened.size
+                turned = _turned(opened)
                 if width < 1 or height < 1:
                     raise BadRow(f"has {name} of {width} x {height} pixels: replace the file")
                 if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
                     raise Image.DecompressionBombError
                 if decode or not _ends_well(opened.format, head, tail, size):
-                    opened.convert("RGB")
+                    to_rgb(opened)
                 elif opened.format == "PNG":
                     opened.verify()  # checksums of all chunks, nothing is decoded
     except BadRow:
@@ -92,7 +138,18 @@ def _check_open_image(file: BinaryIO, size: int, name: str, decode: bool) -> byt
         ) from None
     except Exception as error:  # Pillow's plugins raise whatever their parser meets in a broken file
         raise BadRow(f"has {name}, which is broken or cut off ({_reason(error)}): replace the file") from None
-    return hashlib.blake2b(size.to_bytes(8, "big") + head + tail, digest_size=16).digest()
+    signature = hashlib.blake2b(size.to_bytes(8, "big") + head + tail, digest_size=16).digest()
+    return Checked(signature, (height, width) if turned else (width, height))
+
+
+def _turned(opened: Image.Image) -> bool:
+    """Whether the camera's mark says that width and height change places."""
+    if "exif" not in opened.info and opened.format != "TIFF":
+        return False  # a PNG would be decoded to look for it
+    try:
+        return opened.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except Exception:  # odd metadata is no reason to refuse a picture
+        return False
 
 
 def _ends_well(image_format: str | None, head: bytes, tail: bytes, size: int) -> bool:

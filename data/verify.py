@@ -2,19 +2,27 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, Features, Value
 
 from data.files import code_state
-from data.images import check_image
+from data.images import check_image, forget_images
 from data.pairs import ordered_pairs
-from data.rows import IMAGE_MARK, BadRow, Kind, Message, Row, SkippedRow, first_user_text
+from data.rows import IMAGE_MARK, REQUIRED, BadRow, Kind, Message, Row, SkippedRow, first_user_text
 
+SAMPLE = 1000  # rows whose images `--check_images sample` looks at
 _VERDICT = Features(
-    {"problem": Value("string"), "skipped": Value("bool"), "group": Value("int64"), "content": Value("int64")}
+    {
+        "problem": Value("string"),
+        "skipped": Value("bool"),
+        "group": Value("int64"),
+        "content": Value("int64"),
+        "sizes": [Value("int32")],
+    }
 )
 
 
@@ -23,12 +31,14 @@ class Verdicts(NamedTuple):
 
     problem: why the row cannot be used, or None. skipped: it holds no preference, which is no mistake.
     group: int64 key of the images and the first user's text. content: int64 key of the whole row.
+    sizes: lists of int32: width and height of each image, one after the other, in pixels; null where no file was looked at.
     """
 
     problem: list[str | None]
     skipped: np.ndarray
     group: np.ndarray
     content: np.ndarray
+    sizes: pa.ChunkedArray
 
 
 def verify(
@@ -40,13 +50,16 @@ def verify(
     score_margin: float | None = None,
     num_proc: int | None = None,
     decode: bool = False,
+    check_images: Literal["all", "sample", "none"] = "all",
 ) -> Verdicts:
     """Look at the image files of every row, in parallel. Cached by `datasets`; an image that failed is looked at again.
 
     Args:
         pairs: with `score_margin`, the pairs that a loss will use: rows without any are skipped. None: no pairs are needed.
         decode: decode every image in full, and trust no cache.
+        check_images: which rows' files are looked at. Unless it is all, equal images are known by their names, not by bytes.
     """
+    forget_images()
     image_bytes = not isinstance(rows.features["images"].feature, Value)
     batch_size = 100 if image_bytes else 1000
     kwargs: dict[str, Any] = {
@@ -56,12 +69,27 @@ def verify(
         "pairs": pairs,
         "score_margin": score_margin,
         "decode": decode,
+        "every": {"all": 1, "sample": max(len(rows) // SAMPLE, 1), "none": 0}[check_images],
+        "by_name": check_images != "all",
         "code": code_state(),
     }
+    needed = (
+        *REQUIRED[kind],
+        "images",
+        "image_rejected",
+        "ranks",
+        "scores",
+        "responses",
+        "reference",
+        "problem",
+        "skipped",
+    )
+    rows = rows.select_columns([name for name in dict.fromkeys(needed) if name in rows.column_names])
 
     def run(fresh: bool) -> Dataset:
         return rows.map(
             verify_batch,
+            with_indices=True,
             batched=True,
             batch_size=batch_size,
             num_proc=num_proc if len(rows) > 1000 else None,
@@ -79,15 +107,19 @@ def verify(
         failed = [i for i, own in zip(failed, _column(rows.select(failed), "problem"), strict=True) if own is None]
         for start in range(0, len(failed), batch_size):
             some = failed[start : start + batch_size]
-            if verify_batch(rows[some], **kwargs)["problem"] != verdict[some]["problem"]:
+            if verify_batch(rows[some], some, **kwargs)["problem"] != verdict[some]["problem"]:
                 verdict = run(fresh=True)
                 break
     skipped, group, content = (np.array(_column(verdict, name)) for name in ("skipped", "group", "content"))
-    return Verdicts(_column(verdict, "problem"), skipped.astype(bool), group.astype(np.int64), content.astype(np.int64))
+    sizes = verdict.with_format("arrow")[:]["sizes"] if len(verdict) else pa.chunked_array([[]], pa.list_(pa.int32()))
+    return Verdicts(
+        _column(verdict, "problem"), skipped.astype(bool), group.astype(np.int64), content.astype(np.int64), sizes
+    )
 
 
 def verify_batch(
     batch: Mapping[str, list],
+    indices: Sequence[int],
     *,
     kind: Kind,
     image_root: str,
@@ -95,48 +127,57 @@ def verify_batch(
     pairs: str | None,
     score_margin: float | None,
     decode: bool,
+    every: int,
+    by_name: bool,
     code: str,
 ) -> dict[str, list]:
-    """Verdicts of some rows, for `datasets.map`. `code` is part of the cache's key."""
+    """Verdicts of some rows, for `datasets.map`: the images of each row whose number `every` divides. `code` is part of the cache's key."""
     out: dict[str, list] = {name: [] for name in _VERDICT}
-    for i in range(len(batch["problem"])):
+    for i, index in enumerate(indices):
         row: Row = {name: values[i] for name, values in batch.items()}
-        problem, skipped, group, content = row["problem"], row["skipped"], 0, 0
+        problem, skipped, group, content, sizes = row["problem"], row["skipped"], 0, 0, None
         if problem is None:
             try:
-                group, content = _verify_row(row, kind, image_root, allow_outside, pairs, score_margin, decode)
+                images = list(row["images"])  # type: ignore[call-overload]
+                shown = len(images)
+                if row.get("image_rejected") is not None:
+                    images.append(row["image_rejected"])
+                signatures = [_name_of(image) for image in images]
+                if every and index % every == 0:
+                    checked = [check_image(image, image_root, allow_outside, decode) for image in images]
+                    sizes = [side for found in checked[:shown] for side in found.size]
+                    signatures = signatures if by_name else [found.signature for found in checked]
+                _check_pairs(row, pairs, score_margin)
+                group, content = _keys(row, kind, signatures, shown)
             except BadRow as error:
                 problem, skipped = str(error), isinstance(error, SkippedRow)
-        for name, value in zip(_VERDICT, (problem, skipped, group, content), strict=True):
+        for name, value in zip(_VERDICT, (problem, skipped, group, content, sizes), strict=True):
             out[name].append(value)
     return out
 
 
-def _verify_row(
-    row: Row,
-    kind: Kind,
-    image_root: str,
-    allow_outside: bool,
-    pairs: str | None,
-    score_margin: float | None,
-    decode: bool,
-) -> tuple[int, int]:
-    images = list(row["images"])  # type: ignore[call-overload]
-    if row.get("image_rejected") is not None:
-        images.append(row["image_rejected"])
-    signatures = [check_image(image, image_root, allow_outside, decode) for image in images]
-    if pairs is not None:
-        if score_margin is not None and row["scores"] is None:
-            raise BadRow("has ranks and no scores, which --score_margin needs: leave the flag out or add `scores`")
-        if not ordered_pairs(row["ranks"], row["scores"], pairs, score_margin):  # type: ignore[arg-type]
-            why = "its responses are ranked equal" if score_margin is None else "no two scores are far enough apart"
-            raise SkippedRow(f"holds no pair: {why}")
+def _name_of(image: object) -> bytes:
+    """What tells an image that nobody opens from others: its path, or its bytes."""
+    data, path = (image.get("bytes"), image["path"]) if isinstance(image, Mapping) else (None, image)
+    return hashlib.blake2b(data if data is not None else str(path).encode(), digest_size=16).digest()
+
+
+def _check_pairs(row: Row, pairs: str | None, score_margin: float | None) -> None:
+    if pairs is None:
+        return
+    if score_margin is not None and row["scores"] is None:
+        raise BadRow("has ranks and no scores, which --score_margin needs: leave the flag out or add `scores`")
+    if not ordered_pairs(row["ranks"], row["scores"], pairs, score_margin):  # type: ignore[arg-type]
+        why = "its responses are ranked equal" if score_margin is None else "no two scores are far enough apart"
+        raise SkippedRow(f"holds no pair: {why}")
+
+
+def _keys(row: Row, kind: Kind, signatures: list[bytes], shown: int) -> tuple[int, int]:
     messages: list[Message] = row["messages" if kind == "conversation" else "prompt"]  # type: ignore[assignment]
-    shown = b"".join(signatures[: len(row["images"])])  # type: ignore[arg-type]
     # Neither spaces nor the place of the image makes another question.
     asked = " ".join(first_user_text(messages).replace(IMAGE_MARK, " ").split())
     texts = [messages, row.get("responses"), row.get("ranks"), row.get("reference")]
-    return _key(shown, asked), _key(b"".join(signatures), json.dumps(texts))
+    return _key(b"".join(signatures[:shown]), asked), _key(b"".join(signatures), json.dumps(texts))
 
 
 def _key(data: bytes, text: str) -> int:

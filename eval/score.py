@@ -19,6 +19,7 @@ from args import DataArguments
 from base.adapters import adapter_active
 from base.loading import base_model_path
 from base.reward import score_rows
+from base.row_checks import ProcessorCheck
 from common.errors import InputError
 from common.files import replacing
 from data import load_train_eval
@@ -153,7 +154,7 @@ def score_data_set(args: argparse.Namespace) -> dict[str, float]:
     )
     model.to(device)
     processor = adapter.processor(args.model_name_or_path)
-    rows = load_train_eval(data_args, "preference", 0, output.parent).train
+    rows = load_train_eval(data_args, "preference", 0, output.parent, ProcessorCheck(processor)).train
     right = pairs = 0
     with (
         replacing(output) as part,

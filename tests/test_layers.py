@@ -22,6 +22,7 @@ BASE = [
         "images",
         "packing",
         "processor",
+        "row_checks",
         "template",
         "views",
     },

@@ -1,0 +1,129 @@
+"""What a model's processor would refuse in the middle of training, found with the rows: pictures, numbers of pictures, turns, tokens.
+
+Nothing is decoded: the sizes of the pictures are known from their headers, and each arrangement of turns and pictures, and
+each odd size, is tried once on blank pictures.
+"""
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Features, Value
+from PIL import Image
+
+from base.processor import VLProcessor
+from data.rows import IMAGE_MARK, Kind
+
+# Sizes that some image processor may refuse; others are not tried.
+_SMALL, _NARROW = 64, 20
+# Beyond this a picture whose short side is scaled up fills the memory.
+_TOO_NARROW = 1000
+_MAX_TRIED = 500
+_FOUND = Features({"token": Value("string"), "shape": Value("string")})
+
+
+class ProcessorCheck:
+    """`data.RowCheck`: why a row cannot be made into a batch of this processor, or None."""
+
+    def __init__(self, processor: VLProcessor) -> None:
+        self.processor = processor
+
+    def __call__(
+        self, rows: Dataset, kind: Kind, sizes: pa.ChunkedArray, num_proc: int | None = None
+    ) -> list[str | None]:
+        column = "messages" if kind == "conversation" else "prompt"
+        columns = [name for name in (column, "responses") if name in rows.column_names]
+        found = rows.select_columns(columns).map(
+            _look_at_batch,
+            batched=True,
+            num_proc=num_proc if len(rows) > 1000 else None,
+            remove_columns=columns,
+            features=_FOUND,
+            desc="Checking texts",
+            fn_kwargs={"column": column, "pattern": self.tokens().pattern},
+        )
+        reasons: list[str | None] = [None] * len(rows)
+        narrow = self.refused_sizes(sizes)
+        for i in _rows_with(sizes, narrow):
+            flat = sizes[i].as_py()
+            reasons[i] = next(narrow[size] for size in zip(flat[::2], flat[1::2], strict=True) if size in narrow)
+        shapes = found.data.column("shape")
+        for shape in pc.unique(shapes).to_pylist()[:_MAX_TRIED]:
+            if reason := self.refused_shape(json.loads(shape), kind):
+                for i in np.flatnonzero(pc.equal(shapes, shape)):
+                    reasons[i] = reason
+        tokens = found.data.column("token")
+        for i in np.flatnonzero(pc.is_valid(tokens)):
+            reasons[i] = f"has {tokens[i].as_py()} in its texts, which stands for a picture: take it out"
+        return reasons
+
+    def tokens(self) -> re.Pattern[str]:
+        """The tokens of this tokenizer that stand for pictures, video or sound, but for the mark `<image>`."""
+        tokenizer = self.processor.tokenizer
+        names = {self.processor.image_token, *tokenizer.get_added_vocab()}
+        odd = [n for n in names if re.search(r"\W", n) and re.search("image|img|vision|video|audio", n, re.IGNORECASE)]
+        return re.compile(
+            "|".join(re.escape(n) for n in sorted(odd, key=len, reverse=True) if n != IMAGE_MARK) or "(?!)"
+        )
+
+    def refused_shape(self, shape: Sequence[tuple[str, int]], kind: Kind) -> str | None:
+        """Whether turns of these roles, with these numbers of pictures, can be encoded."""
+        messages = [{"role": role, "content": IMAGE_MARK * images + "a"} for role, images in shape]
+        pictures = [Image.new("RGB", (_SMALL, _SMALL))] * sum(images for _, images in shape)
+        return self._refused(messages, pictures, kind)
+
+    def refused_sizes(self, sizes: pa.ChunkedArray) -> dict[tuple[int, int], str]:
+        """Of all pictures' sizes, those that the processor refuses, with the reason."""
+        flat = pc.list_flatten(sizes).to_numpy().reshape(-1, 2)
+        if not len(flat):
+            return {}
+        found = np.unique(flat, axis=0)
+        narrow = found.max(1) / found.min(1)
+        odd = (narrow > _NARROW) | (found.min(1) < _SMALL)
+        order = np.argsort(-narrow[odd], kind="stable")
+        refused = {}
+        for n, (width, height) in enumerate(found[odd][order].tolist()):
+            name = f"has a picture of {width} x {height} pixels"
+            if max(width, height) / min(width, height) > _TOO_NARROW:
+                refused[width, height] = f"{name}, too narrow for any model: crop it or take the row out"
+            elif n < _MAX_TRIED:
+                blank = Image.new("RGB", (width, height))
+                reason = self._refused([{"role": "user", "content": f"{IMAGE_MARK}a"}], [blank], "prompt")
+                if reason is not None:
+                    refused[width, height] = f"{name}, which the model's processor refuses ({reason})"
+        return refused
+
+    def _refused(self, messages: list[dict[str, str]], pictures: list[Image.Image], kind: Kind) -> str | None:
+        processor = self.processor
+        try:
+            if kind == "conversation":
+                processor.process_batch_conv([messages], [pictures])
+            else:
+                text = processor.render(messages, add_generation_prompt=True, images=len(pictures))
+                processor.encode_prompts([text], [pictures])
+        except ValueError as error:  # InputErrors are ValueErrors
+            return str(error).rstrip(".")
+        return None
+
+
+def _rows_with(sizes: pa.ChunkedArray, some: Collection[tuple[int, int]]) -> list[int]:
+    """Rows with a picture of one of these sizes."""
+    if not some:
+        return []
+    flat = pc.list_flatten(sizes).to_numpy().reshape(-1, 2).astype(np.int64)
+    wanted = np.isin(flat[:, 0] << 32 | flat[:, 1], [width << 32 | height for width, height in some])
+    row_of = pc.list_parent_indices(sizes).to_numpy()[::2]
+    return np.unique(row_of[wanted]).tolist()
+
+
+def _look_at_batch(batch: Mapping[str, list], column: str, pattern: str) -> dict[str, list]:
+    tokens = re.compile(pattern)
+    out: dict[str, list] = {"token": [], "shape": []}
+    for i, messages in enumerate(batch[column]):
+        texts = [m["content"] for m in messages] + (batch["responses"][i] if "responses" in batch else [])
+        out["token"].append(next((m.group() for m in map(tokens.search, texts) if m), None))
+        out["shape"].append(json.dumps([[m["role"], m["content"].count(IMAGE_MARK)] for m in messages]))
+    return out
