@@ -1,12 +1,13 @@
-"""Look at a data set before a GPU hour is spent: all checks, a table of what they found, and a page with the first rows.
+"""Look at a data set before a GPU hour is spent: what was understood of it, all checks, token lengths, and a page with rows.
 
     python -m data.check --dataset_name plain_dpo --data_path pairs.json --image_root images
     python -m data.check --dataset_name plain_dpo --data_path pairs.json --image_root images \\
         --model_name_or_path llava-hf/llava-1.5-7b-hf --max_length 1024 --decode_images True
 
 Takes the data flags of the training scripts. With a model the page shows the prompt as the model reads it, special
-tokens and all, the trained tokens of a conversation in colour, and token counts. Exit status: 0 if every row can be
-used, 1 if some cannot, 2 for wrong flags or files.
+tokens and all, the trained tokens of a conversation in colour, and token counts; and what its processor refuses is found.
+`--fix rows.jsonl` writes the usable rows in the project's own format. Exit status: 0 if every row can be used, 1 if some
+cannot or there are none, 2 for wrong flags or files.
 """
 
 import base64
@@ -31,12 +32,15 @@ from base.images import load_image
 from base.processor import IGNORE_INDEX, VLProcessor
 from base.row_checks import ProcessorCheck
 from common.errors import InputError
-from data import checked_rows, per_name, refused_rows
+from data import about_columns, checked_rows, per_name, refused_rows, without_image
+from data.images import FORMATS
 from data.lengths import LengthLimits
-from data.rows import IMAGE_MARK, NUMBER_COLUMNS, Kind, Row
+from data.rows import IMAGE_MARK, NUMBER_COLUMNS, Kind, Row, features_of, is_inside, shorten
+from data.source import image_root_of
 from models import core_mapper_for
 
 _SAMPLE = 1000  # rows that lengths and image sizes are measured on
+_PICTURES = 200  # of which single colours are counted: they are decoded
 _PICTURE = 360  # longest side on the page, in pixels
 
 
@@ -55,6 +59,12 @@ class CheckArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Show what this model's processor makes of the rows, and count tokens."}
     )
+    fix: str | None = field(
+        default=None,
+        metadata={
+            "help": "Write the usable rows of the one data set to this file, as JSON lines in the project's format."
+        },
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,8 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = Path(check_args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     table: list[tuple[str, str]] = []
-    sections, refused, bad = [], [], 0
-    for args in per_name(data_args, "data_path"):
+    sections, refused, bad, empty = [], [], 0, False
+    sets = list(per_name(data_args, "data_path"))
+    if check_args.fix and len(sets) > 1:
+        raise InputError(f"--fix writes one data set: give one name to --dataset_name, not {len(sets)}.")
+    for args in sets:
         check = ProcessorCheck(processor) if processor is not None else None
         rows, verdicts, kind = checked_rows(args, check_args.kind, check, check_args.decode_images)
         good = [i for i, problem in enumerate(verdicts.problem) if problem is None]
@@ -76,7 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         bad += sum(not entry["skipped"] for entry in found)
         refused += found
         usable = rows.select(good)
+        empty = empty or not good
+        about = _about(args, kind, rows, usable)
         facts = _facts(args.dataset_name, kind, rows, usable, found, len(set(verdicts.content[good].tolist())))
+        facts[1:1] = about
         if processor is not None and good:
             collators = {
                 "conversation": adapter.sft_collator,
@@ -85,10 +101,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             }
             collator = collators[kind](processor, LengthLimits.from_args(data_args))
             counts = collator.drop_overlong(usable, args.dataset_num_proc)[1]
+            facts += _token_facts(usable, kind, processor, data_args.train_on)
             facts += [(f"  length limits: {name.replace('_', ' ')}", f"{n:,}") for name, n in counts.items()]
         table += facts
         shown = usable.select(range(min(check_args.show_rows, len(usable))))
         sections.append(_section(args.dataset_name, kind, shown, facts, found, processor, data_args.train_on))
+        if check_args.fix:
+            write_rows(usable, kind, check_args.fix, image_root_of(args))
 
     _print_table(table)
     (out / "bad_rows.jsonl").write_text(
@@ -96,11 +115,110 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     (out / "index.html").write_text(_PAGE.replace("<!-- sections -->", "\n".join(sections)), encoding="utf-8")
     print(f"\nPage: {out / 'index.html'}   refused rows: {out / 'bad_rows.jsonl'}")
-    return 1 if bad else 0
+    if check_args.fix:
+        print(
+            f"Usable rows: {check_args.fix}   (load them with --dataset_name {check_args.fix} and the same --image_root)"
+        )
+    return 1 if bad or empty else 0
+
+
+def write_rows(rows: Dataset, kind: Kind, path: str, image_root: str) -> None:
+    """JSON lines that load to the same rows, as `--dataset_name PATH --image_root IMAGE_ROOT`.
+
+    Pictures that are bytes are written to a folder beside the file, PATH without its ending; their names then are
+    relative to the file's folder, which is the image root if the flag is left out.
+    """
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pictures = file.with_suffix("")
+    project = {*features_of(kind, False), "problem", "skipped", "columns"}
+    with open(file, "w", encoding="utf-8") as out:
+        for i, row in enumerate(rows):
+            names = [_named(image, image_root, pictures / f"{i}_{n}") for n, image in enumerate(row["images"])]
+            written: dict = {"images": names} if names else {}
+            if kind == "conversation":
+                written["messages"] = row["messages"]
+            else:
+                written["prompt"] = row["prompt"]
+            if kind == "preference" and row["ranks"] == [0, 1]:
+                written["chosen"], written["rejected"] = row["responses"]
+            elif kind == "preference":
+                written |= {"responses": row["responses"], "ranks": row["ranks"]}
+            if row.get("image_rejected") is not None:
+                written["image_rejected"] = _named(row["image_rejected"], image_root, pictures / f"{i}_rejected")
+            written |= {n: row[n] for n in ("scores", "severity", "margin", "reference") if row.get(n) is not None}
+            written |= {name: value for name, value in row.items() if name not in project and value is not None}
+            out.write(json.dumps(written, ensure_ascii=False) + "\n")
+
+
+def _named(image: object, image_root: str, to: Path) -> str:
+    """The name of a picture, relative to the image root if it lies there; bytes are written to a file first."""
+    data, path = (image["bytes"], image["path"]) if isinstance(image, dict) else (None, str(image))
+    if data is None:
+        return str(Path(path).relative_to(image_root)) if is_inside(path, image_root) else path
+    with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+        to = to.with_name(f"{to.name}.{opened.format.lower()}")  # type: ignore[union-attr]
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_bytes(data)
+    return f"{to.parent.name}/{to.name}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The table
+
+
+def _about(args: DataArguments, kind: Kind, rows: Dataset, usable: Dataset) -> list[tuple[str, str]]:
+    """What was understood of the file: columns, and whether there are images."""
+    found = about_columns(rows)
+    types = {name: str(getattr(f, "dtype", "list")) for name, f in rows.features.items()}
+    none = without_image(usable)
+    facts = [
+        ("  file", str(args.data_path or args.dataset_name)),
+        ("  columns read", ", ".join(found["columns_read"]) or "-"),  # type: ignore[arg-type]
+        (
+            "  columns kept as your own",
+            ", ".join(f"{name} ({types[name]})" for name in found["columns_kept"]) or "-",  # type: ignore[attr-defined]
+        ),
+        ("  columns not kept", "; ".join(f"{n}: {w}" for n, w in found["columns_left_out"].items()) or "-"),  # type: ignore[attr-defined]
+        ("  images from", image_root_of(args)),
+        ("  usable rows without an image", f"{none:,}"),
+    ]
+    if none == len(usable) > 0 and args.image_root:
+        facts.append(("  NOT ONE ROW HAS AN IMAGE", "though --image_root is given: the model will see texts alone"))
+    if not len(usable):
+        facts.append(("  NOT ONE ROW CAN BE USED", "see the reasons below"))
+    return facts
+
+
+def _token_facts(rows: Dataset, kind: Kind, processor: VLProcessor, train_on: str) -> list[tuple[str, str]]:
+    """Token lengths of a sample, image tokens included, without decoding an image."""
+    whole, prompts, answers = [], [], []
+    with processor.lengths_only():
+        for row in _sample(rows):
+            images = row["images"]
+            if kind == "conversation":
+                encoded = processor.process_batch_conv([row["messages"]], [images], train_on)
+                whole.append(len(encoded["input_ids"][0]))
+                answers.append(sum(label != IGNORE_INDEX for label in encoded["labels"][0]))
+                continue
+            text = processor.render(row["prompt"], add_generation_prompt=True, images=len(images))
+            prompts.append(len(processor.encode_prompts([text], [images])[0][0]))
+            own = [len(processor.encode_response(response)) for response in row.get("responses") or []]
+            answers += own
+            whole.append(prompts[-1] + max(own, default=0))
+    facts = [("  tokens of a prompt, images included", _spread(prompts))] if prompts else []
+    if answers:
+        facts.append(("  trained tokens" if kind == "conversation" else "  tokens of a response", _spread(answers)))
+    facts.append(("  tokens of a row (with its longest response)", _spread(whole)))
+    for limit in (1024, 2048, 4096, 8192):
+        if (longer := sum(n > limit for n in whole)) or limit == 1024:
+            facts.append((f"    rows longer than {limit:,} tokens", f"{longer / max(len(whole), 1):.1%}"))
+    return facts
+
+
+def _sample(rows: Dataset) -> Dataset:
+    """Up to 1000 rows, evenly spread."""
+    return rows.select(range(0, len(rows), max(len(rows) // _SAMPLE, 1))[:_SAMPLE])
 
 
 def _facts(
@@ -116,18 +234,23 @@ def _facts(
         reasons = Counter(_kind_of_reason(entry["reason"]) for entry in found if entry["skipped"] == skipped)
         facts.append((f"  {label}", f"{sum(reasons.values()):,}"))
         facts += [(f"    {reason}", f"{count:,}") for reason, count in reasons.most_common(12)]
-    sample = usable.select(range(min(_SAMPLE, len(usable))))
+    sample = _sample(usable)
+    if len(sample) < len(usable):
+        facts.append(("  the following is of a sample of rows", f"{len(sample):,}"))
     images = Counter(len(images) for images in sample["images"])
     facts.append(("  images per row", ", ".join(f"{n}: {count:,}" for n, count in sorted(images.items())) or "-"))
     sizes = [_size_of(image) for images in sample["images"] for image in images]
     facts.append(("  image width in pixels", _spread(width for width, _ in sizes)))
     facts.append(("  image height in pixels", _spread(height for _, height in sizes)))
+    if sizes:
+        plain = sum(_is_plain(image) for image in _different(sample)[:_PICTURES])
+        facts.append((f"  pictures of a single colour, of {min(len(_different(sample)), _PICTURES):,}", f"{plain:,}"))
     if kind == "conversation":
         facts.append(("  turns of the assistant", _spread(len(_answers(row)) for row in sample)))
         facts.append(("  characters of an answer", _spread(len(a) for row in sample for a in _answers(row))))
     else:
         facts.append(
-            ("  characters of the last question", _spread(len(row["prompt"][-1]["content"]) for row in sample))
+            ("  characters of the last question", _spread(len(_words(row["prompt"][-1]["content"])) for row in sample))
         )
     if kind == "preference":
         facts.append(("  responses per row", _spread(len(responses) for responses in sample["responses"])))
@@ -140,6 +263,27 @@ def _facts(
             # A preference for the longer answer is the best-known way in which a reward model goes wrong.
             facts.append(("  rows whose best response is longer than the worst", f"{longer / len(sample):.0%}"))
     return facts
+
+
+def _words(question: str) -> str:
+    return question.replace(IMAGE_MARK, "").strip()
+
+
+def _different(rows: Dataset) -> list:
+    """The pictures of the rows, each once."""
+    found = {}
+    for images in rows["images"]:
+        for image in images:
+            found.setdefault(image if isinstance(image, str) else image["bytes"] or image["path"], image)
+    return list(found.values())
+
+
+def _is_plain(image: object) -> bool:
+    """Whether all pixels are alike: an empty picture, or ink that was lost."""
+    try:
+        return all(low == high for low, high in load_image(image).getextrema())  # type: ignore[arg-type]
+    except InputError:
+        return False
 
 
 def _kind_of_reason(reason: str) -> str:
@@ -164,7 +308,8 @@ def _spread(values: Iterable[int]) -> str:
     numbers = sorted(values)
     if not numbers:
         return "-"
-    return f"{numbers[0]:,} to {numbers[-1]:,}, median {statistics.median(numbers):,.0f}"
+    high = numbers[min(int(0.99 * len(numbers)), len(numbers) - 1)]
+    return f"{numbers[0]:,} to {numbers[-1]:,}, median {statistics.median(numbers):,.0f}, 99 % up to {high:,}"
 
 
 def _print_table(table: Sequence[tuple[str, str]]) -> None:
@@ -215,6 +360,10 @@ def _card(row: Row, kind: Kind, processor: VLProcessor | None, train_on: str) ->
             text += _responses(row, processor)
         elif row.get("reference"):
             text += f"<h4>reference</h4><pre>{html.escape(str(row['reference']))}</pre>"
+    project = {*features_of(kind, False), "problem", "skipped", "columns"}
+    own = [f"{name}: {shorten(str(v))}" for name, v in row.items() if name not in project and v is not None]
+    if own:
+        text += f"<p class=count>your columns: {html.escape('; '.join(own))}</p>"
     return f"<article><div class=pictures>{pictures}</div><div><h4>{html.escape(str(row['where']))}</h4>{text}</div></article>"
 
 
@@ -259,7 +408,7 @@ def _responses(row: Row, processor: VLProcessor | None) -> str:
     out = []
     for i in sorted(range(len(ranks)), key=ranks.__getitem__):
         side = "best" if ranks[i] == min(ranks) else "worst" if ranks[i] == max(ranks) else "middle"
-        notes = [f"rank {ranks[i]:g}"]
+        notes = [f"{side}, rank {ranks[i]:g}"]
         for name, of in NUMBER_COLUMNS.items():
             if of == "response" and row.get(name) and row[name][i] is not None:  # type: ignore[index]
                 notes.append(f"{name.removesuffix('s')} {row[name][i]:g}")  # type: ignore[index]
@@ -328,6 +477,12 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13.5px/1.5 ui-monosp
 pre.best { border-color: #2c8a4b } pre.worst { border-color: #b8403a } pre.middle { border-color: #c79a2b }
 .special { background: #dfe7fb; color: #2346a0; border-radius: 3px; padding: 0 .3em; font-size: .92em }
 .trained { background: #d7f0dd } .trained .special { background: #b5e2c1; color: #14602f }
+@media (prefers-color-scheme: dark) {
+  body { background: #14181d; color: #dde3ea } h2 { border-color: #dde3ea } pre { background: #1e242b; border-color: #49535e }
+  article, figure img { border-color: #39424c } h4, figcaption, .count, .none, .legend { color: #9aa6b3 }
+  .special { background: #24345e; color: #b9caff } .trained { background: #1d3f29 }
+  .trained .special { background: #265c38; color: #b8f0c8 } .role { color: #9db5ff } tr.d2 td:first-child { color: #f09a94 }
+}
 .role { font-weight: 600; color: #2346a0 } .bad li { margin: .25em 0; overflow-wrap: anywhere }
 </style><h1>Data check</h1><!-- sections --></html>
 """
