@@ -41,6 +41,11 @@ __all__ = [
 ]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What is trained, on which rows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 @dataclass
 class ModelArguments:
     """Which checkpoint to train and how to load it."""
@@ -158,6 +163,11 @@ class DataArguments:
         for name in ("data_ratio", "eval_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"--{name} is a share between 0 and 1, not {getattr(self, name)}.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How it is trained: one class per algorithm
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -431,6 +441,11 @@ class PPOConfig(VLConfig):
             self.max_steps = self.total_episodes // size
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line -> one instance per dataclass
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def parse(*classes: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
     """Read the command line (or `argv`) and `--config file.yaml` into one instance per dataclass.
 
@@ -440,10 +455,7 @@ def parse(*classes: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
         InputError: unknown flags, a missing or malformed config file, flags that contradict each other.
     """
     argv = [*(sys.argv[1:] if argv is None else argv)]
-    if "--config" in argv:
-        path = Path(argv[argv.index("--config") + 1]) if argv[-1] != "--config" else Path()
-        if not path.is_file():
-            raise InputError(f"Config file {path} does not exist: give --config the path of a YAML file.")
+    _check_config_file(argv)
     try:
         kinds = [_with_loss_flags(kind) if issubclass(kind, DPOConfig) else kind for kind in classes]
         parsed = TrlParser(kinds).parse_args_and_config(argv)
@@ -463,8 +475,16 @@ def parse(*classes: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
     return parsed
 
 
+def _check_config_file(argv: Sequence[str]) -> None:
+    """Refuse a `--config` without a file; TrlParser's own error is a traceback."""
+    if "--config" in argv:
+        path = Path(argv[argv.index("--config") + 1]) if argv[-1] != "--config" else Path()
+        if not path.is_file():
+            raise InputError(f"Config file {path} does not exist: give --config the path of a YAML file.")
+
+
 def _refuse_contradictions(parsed: Sequence[Any]) -> None:
-    """A flag that would silently do nothing beside another is refused."""
+    """Refuse flags that would silently do nothing, or something else, beside others."""
     flags = {f.name: getattr(p, f.name) for p in parsed for f in dataclasses.fields(p)}
     if flags.get("q_lora") and not flags.get("use_lora"):
         raise InputError("--q_lora trains an adapter on a quantised base: add --use_lora True.")
@@ -486,6 +506,11 @@ def _refuse_contradictions(parsed: Sequence[Any]) -> None:
         raise InputError("--eval_data_path and --eval_ratio both say what to evaluate on: give one of them.")
     if flags.get("pairs") == "score_margin" and flags.get("score_margin") is None:
         raise InputError("--pairs score_margin needs --score_margin.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run: its errors, and what it leaves in run.json
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def run(main: Callable[[], Any]) -> None:

@@ -21,6 +21,7 @@ from base.loading import load_model
 from common.errors import InputError
 from models import core_mapper_for
 from tests import zoo
+from tests.test_distributed import free_port
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = {"sft": train_sft, "rm": train_rm, "dpo": train_dpo, "ppo": train_ppo}
@@ -253,8 +254,8 @@ def test_wrong_input_ends_in_one_line_and_status_2(script: str):
 @pytest.mark.parametrize(
     "launcher",
     [
-        ["torchrun", "--nproc_per_node", "2", "--master_port", "29511"],
-        ["deepspeed", "--num_accelerators", "1", "--master_port", "29512"],
+        ["torchrun", "--nproc_per_node", "2"],
+        ["deepspeed", "--num_accelerators", "1"],
     ],
     ids=["torchrun", "deepspeed"],
 )
@@ -264,7 +265,13 @@ def test_launchers(command, tmp_path, launcher: list[str]):
     flags = "--use_lora True --lora_dropout 0 --per_device_train_batch_size"
     train_dpo.main(command("dpo", f"{flags} 4", out=tmp_path / "one"))
     deepspeed = "--deepspeed ds_configs/zero2.json" if launcher[0] == "deepspeed" else ""
-    argv = [*launcher, "train_dpo.py", *command("dpo", f"{flags} {4 // ranks} {deepspeed}")]
+    argv = [
+        *launcher,
+        "--master_port",
+        free_port(),
+        "train_dpo.py",
+        *command("dpo", f"{flags} {4 // ranks} {deepspeed}"),
+    ]
     binaries = str(Path(sys.executable).parent)
     environment = os.environ | {
         "PATH": f"{binaries}:{os.environ['PATH']}",
