@@ -15,7 +15,8 @@ class Role:
     """Who computes in a pass: Role.POLICY, Role.VALUE, Role.REFERENCE, or Role.reward(n), the n-th reward adapter.
 
     Attributes:
-        adapter: name of the role's adapter in peft, and of the folder of its weights below a checkpoint (the policy's are the checkpoint itself).
+        adapter: name of the role's adapter in peft, and of the folder of its weights below a checkpoint (the policy's
+            are the checkpoint itself).
     """
 
     adapter: str
@@ -46,7 +47,8 @@ def _switches(model: nn.Module) -> list[nn.Module]:
 def adapter_active(model: nn.Module, name: str | None) -> Iterator[None]:
     """Run with one adapter of a peft model, or with none.
 
-    peft's own set_adapter and disable_adapter also switch `requires_grad`, which would freeze the adapters that train beside.
+    peft's own set_adapter and disable_adapter also switch `requires_grad`, which would freeze the adapters that train
+    beside.
     """
     layers = _switches(model)
     before = [(m._active_adapter, m._disable_adapters) for m in layers]
@@ -66,5 +68,5 @@ def adapter_now(model: nn.Module) -> str | None:
 
 
 def recompute_with_same_adapter(model: nn.Module) -> tuple[Any, Any]:
-    """`context_fn` of gradient checkpointing: layers run again during backward, when another adapter is active than in their forward."""
+    """`context_fn` of gradient checkpointing: layers run again under the adapter that was active in their forward."""
     return contextlib.nullcontext(), adapter_active(model, adapter_now(model))

@@ -1,4 +1,4 @@
-"""Image features between the vision tower and the language model: what is kept of them, and how batches of them are joined."""
+"""Image features between vision tower and language model: what is kept of them, and how batches are joined."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +28,7 @@ def sum_of_tensors(value: Any) -> Any:
 
 
 def join_image_inputs(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Image inputs (pixels, or features of `encode_images`) of several batches as those of one: image after image, batch after batch."""
+    """Image inputs (pixels, or what `encode_images` returns) of several batches as those of one, image after image."""
     return _joined("", list(parts)) if len(parts) > 1 else dict(*parts)
 
 

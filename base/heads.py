@@ -1,7 +1,7 @@
 """Scalar heads on any family's backbone, in memory and on disk.
 
-A head is one row of weights over the hidden states that lm_head reads. It is saved beside the weights or the adapter, in a file of its own, so
-that the folder stays an ordinary checkpoint for AutoModelForImageTextToText or PeftModel.
+A head is one row of weights over the hidden states that lm_head reads. It is saved beside the weights or the adapter,
+in a file of its own, so that the folder stays an ordinary checkpoint for AutoModelForImageTextToText or PeftModel.
 """
 
 import functools
@@ -17,6 +17,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 from base.adapters import recompute_with_same_adapter
@@ -64,7 +65,8 @@ def load_head(folder: str, name: str, backbone: nn.Module) -> nn.Linear:
         weight = file.get_tensor("weight")
     if weight.shape != head.weight.shape:
         raise InputError(
-            f"{path} is a head for hidden size {weight.shape[1]}, the model has {head.weight.shape[1]}: they were not trained together."
+            f"{path} is a head for hidden size {weight.shape[1]}, the model has {head.weight.shape[1]}: "
+            "they were not trained together."
         )
     head.weight = nn.Parameter(weight.float())
     return head
@@ -80,9 +82,10 @@ def head_metadata(folder: str, name: str = REWARD_HEAD) -> dict[str, str]:
 
 
 def checkpoint_fingerprint(model_name_or_path: str) -> str | None:
-    """Identity of a checkpoint's weights: names, shapes and some bytes of every tensor. None if there is no safetensors file.
+    """Identity of a checkpoint's weights: names, shapes and some bytes of every tensor. None without safetensors files.
 
-    Two checkpoints of one family differ, and so does one that was trained on in place; loading in another dtype or quantised does not matter.
+    Two checkpoints of one family differ, and so does one that was trained on in place; loading in another dtype or
+    quantised does not matter.
     """
     index = checkpoint_file(model_name_or_path, "model.safetensors.index.json")
     names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index else ["model.safetensors"]
@@ -127,8 +130,8 @@ def check_same_base(folder: str, metadata: dict[str, str], base: str) -> None:
     trained_on = metadata.get("base")
     if trained_on and (found := checkpoint_fingerprint(base)) and found != trained_on:
         raise InputError(
-            f"The adapter in {folder} was trained on other weights than those of {base}: give the base that it was trained on, "
-            "or train it anew."
+            f"The adapter in {folder} was trained on other weights than those of {base}: give the base that it was "
+            "trained on, or train it anew."
         )
 
 
@@ -154,15 +157,18 @@ class HeadModel(nn.Module):
         return self.backbone.get_base_model() if isinstance(self.backbone, PeftModel) else self.backbone
 
     @property
-    def config(self) -> Any:
+    def config(self) -> PreTrainedConfig:
+        """Of the backbone."""
         return self.backbone.config
 
     @property
     def device(self) -> torch.device:
+        """Of the head."""
         return self.head.weight.device
 
     @property
     def is_activation_checkpointing(self) -> bool:
+        """Whether the backbone recomputes layers during backward."""
         return self.core.is_activation_checkpointing
 
     def activation_checkpointing_enable(
@@ -198,13 +204,14 @@ class HeadModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model_name_or_path: str, **kwargs: Any) -> Self:
-        """Load a full checkpoint with its head, or a LoRA adapter with its head on the base that adapter_config.json names.
+        """Load a full checkpoint with its head, or a LoRA adapter with its head on the base that its config names.
 
         Args:
             kwargs: go to base.loading.load_model.
 
         Raises:
-            InputError: the head or weights are missing, or the adapter was trained on another base than the one it names.
+            InputError: the head or weights are missing, or the adapter was trained on another base than the one it
+                names.
         """
         metadata = head_metadata(model_name_or_path, cls.head_name)
         check_same_base(model_name_or_path, metadata, base_model_path(model_name_or_path))

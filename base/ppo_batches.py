@@ -23,10 +23,16 @@ class BatchSizes:
 
     @classmethod
     def of(cls, args: PPOConfig) -> "BatchSizes":
+        """The sizes that the flags name.
+
+        Raises:
+            InputError: the answers to a prompt do not fit into one micro batch.
+        """
         micro, K = args.per_device_train_batch_size, args.rollouts_per_prompt
         if micro % K:
             raise InputError(
-                f"--per_device_train_batch_size {micro} counts rollouts and must be a multiple of --rollouts_per_prompt {K}."
+                f"--per_device_train_batch_size {micro} counts rollouts and must be a multiple of "
+                f"--rollouts_per_prompt {K}."
             )
         micro_batches = args.gradient_accumulation_steps * args.num_mini_batches
         rollouts = micro * micro_batches * args.world_size
@@ -63,7 +69,7 @@ class PromptBatches:
 
 
 def mini_batches(sizes: BatchSizes, rank: int, seed: int, update: int, ppo_epoch: int) -> list[list[int]]:
-    """Which micro batches of this device make up each mini batch: one out of each block of num_mini_batches, at random."""
+    """Which micro batches of this device make up each mini batch: one of each block of num_mini_batches, at random."""
     M = sizes.mini_batches
     blocks = sizes.micro_batches // M
     parts: list[list[int]] = [[] for _ in range(M)]

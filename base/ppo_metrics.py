@@ -51,7 +51,8 @@ def token_metrics(
     Args:
         logps, entropy, policy_loss, value_loss: (R, T).
         flags: `policy_clipped`, `value_clipped`, (R, T) bool.
-        first: before the first optimizer step of an update policy and sampler are the same: `first/*` are 0 up to rounding.
+        first: before the first optimizer step of an update policy and sampler are the same: `first/*` are 0 up to
+            rounding.
     """
     mask = r.mask
     ratio = torch.exp(logps - r.logps)

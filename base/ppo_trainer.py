@@ -13,17 +13,22 @@ Batch sizes count rollouts (answers), not prompts:
     micro batch   per_device_train_batch_size                            one forward and backward on one device
     mini batch    micro * gradient_accumulation_steps * devices          one optimizer step
     update        mini * num_mini_batches                                one rollout phase
-A micro batch is per_device_train_batch_size / rollouts_per_prompt prompts with all their answers. It is packed once and its images are encoded
-once; both serve every pass of the update.
+A micro batch is per_device_train_batch_size / rollouts_per_prompt prompts with all their answers. It is packed once and
+its images are encoded once; both serve every pass of the update.
 
 Departures from TRL's former PPO (1.10), besides those of losses/ppo.py:
-    1. Policy and value losses are means over the tokens of a mini batch, over accumulation steps and devices; there over each micro batch.
+    1. Policy and value losses are means over the tokens of a mini batch, over accumulation steps and devices; there
+       over each micro batch.
     2. Advantages and rewards are whitened over the update of all devices; there per device.
-    3. Micro batches, not single rollouts, are shuffled between mini batches, one of each block of num_mini_batches per mini batch: every device
-       then gives each mini batch the same number of tokens' rows, and the number of devices does not change a result.
-    4. A sampled token depends on --seed, the update, the prompt's place in it and the answer's number only, not on global random state.
-    5. The images of a frozen vision side are encoded once per update; with --freeze_vision_tower full fine-tuning freezes the projector too.
-    6. Image placeholders are never sampled. With --top_p below 1 sampling leaves out the tail, while log-probs are those of the whole vocabulary.
+    3. Micro batches, not single rollouts, are shuffled between mini batches, one of each block of num_mini_batches per
+       mini batch: every device then gives each mini batch the same number of tokens' rows, and the number of devices
+       does not change a result.
+    4. A sampled token depends on --seed, the update, the prompt's place in it and the answer's number only, not on
+       global random state.
+    5. The images of a frozen vision side are encoded once per update; with --freeze_vision_tower full fine-tuning
+       freezes the projector too.
+    6. Image placeholders are never sampled. With --top_p below 1 sampling leaves out the tail, while log-probs are
+       those of the whole vocabulary.
 """
 
 import math
@@ -41,6 +46,7 @@ from trl.models.utils import prepare_deepspeed, unwrap_model_for_generation
 import losses
 from args import PPOConfig
 from base.adapters import Role, adapter_active
+from base.batch import ImageInputs, PPOBatch
 from base.features import pooled_features
 from base.packing import last_token_positions, scatter_to_responses
 from base.ppo_batches import mini_batches
@@ -58,7 +64,7 @@ from common.tensors import to_device
 
 
 class VLPPOTrainer(UpdateLoop):
-    """PPO. One step of the trainer (of --logging_steps, --save_steps, the learning-rate schedule, ...) is one update."""
+    """PPO; one step of the trainer (of --logging_steps, --save_steps, the schedule, ...) is one update."""
 
     def __init__(
         self,
@@ -103,7 +109,7 @@ class VLPPOTrainer(UpdateLoop):
         model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         return model.core if isinstance(model, VLModelWithValueHead) else model
 
-    def update(self, micro_batches: Sequence[dict[str, Any]], seed: int, places: Sequence[list[int]]) -> None:
+    def update(self, micro_batches: Sequence[PPOBatch], seed: int, places: Sequence[list[int]]) -> None:
         """One update; called by UpdateLoop."""
         # 1. rollout
         sampled = self.rollout(micro_batches, seed, places)
@@ -119,10 +125,10 @@ class VLPPOTrainer(UpdateLoop):
         self.log_metrics(rollouts, sums)
         self._write_samples(rollouts)
 
-    # -- 1. rollout ------------------------------------------------------------------------------------------------------
+    # -- 1. rollout ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def rollout(self, micro_batches: Sequence[dict[str, Any]], seed: int, places: Sequence[list[int]]) -> list[Sampled]:
+    def rollout(self, micro_batches: Sequence[PPOBatch], seed: int, places: Sequence[list[int]]) -> list[Sampled]:
         """Encode the images of every micro batch once and sample answers. For the arguments see `UpdateLoop.update`."""
         self.model.eval()
         prompts = [
@@ -139,14 +145,15 @@ class VLPPOTrainer(UpdateLoop):
                 images = [self._images_to_read(core, p) for p in group]
                 with self.accelerator.autocast():
                     answers = self.sampler.sample(core, group, images, seed)
-                for p, of_prompts in zip(group, answers, strict=True):
-                    end_ids = self.sampler.end_ids
-                    sampled.append(Sampled.of(p, of_prompts, self.data_collator, end_ids, self.args.device))
+                sampled += [
+                    Sampled.of(p, of_p, self.data_collator, self.sampler.end_ids, self.args.device)
+                    for p, of_p in zip(group, answers, strict=True)
+                ]
                 bar.update(len(group))
         return sampled
 
-    def _encode(self, img_inputs: dict[str, Any]) -> Images:
-        """Features while the vision side is frozen, else pixels: of the policy, and of every role with a vision side of its own."""
+    def _encode(self, img_inputs: ImageInputs) -> Images:
+        """Features (pixels while the vision side trains) for the policy and roles with a vision side of their own."""
         model = self.accelerator.unwrap_model(self.model)
         images = {Role.POLICY: self._encode_with(model, img_inputs)}
         for role in self.roles_with_own_vision:
@@ -157,18 +164,18 @@ class VLPPOTrainer(UpdateLoop):
                     images[role] = self._encode_with(model, img_inputs)
         return images
 
-    def _encode_with(self, model: nn.Module, img_inputs: dict[str, Any]) -> dict[str, Any]:
+    def _encode_with(self, model: nn.Module, img_inputs: ImageInputs) -> ImageInputs:
         """Image inputs without their entries per token, which are laid out with the answers."""
         inputs = self.image_inputs(model, {"img_input_dict": self._padded_images(img_inputs)})
         per_token = self.data_collator.processor.per_token_keys
         return pooled_features({k: v for k, v in inputs.items() if k not in per_token})
 
-    def _padded_images(self, img_inputs: dict[str, Any]) -> dict[str, Any]:
+    def _padded_images(self, img_inputs: ImageInputs) -> ImageInputs:
         return to_device(self.data_collator.processor.pad_img_inputs(img_inputs), self.args.device)
 
     @contextmanager
     def _generating_model(self) -> Iterator[nn.Module]:
-        """The adapter's model, its weights gathered unless told otherwise, without the checkpoint's own sampling settings."""
+        """The adapter's model without the checkpoint's sampling settings, weights gathered unless told otherwise."""
         gather = self.args.ds3_gather_for_generation
         with (
             unwrap_model_for_generation(self.model_wrapped, self.accelerator, gather_deepspeed3_params=gather) as model,
@@ -176,8 +183,8 @@ class VLPPOTrainer(UpdateLoop):
         ):
             yield model.core
 
-    def _images_to_read(self, core: nn.Module, prompts: Prompts) -> dict[str, Any]:
-        """What generation reads of a micro batch's images: features. Where the vision side trains, the tower runs here, once on every rank."""
+    def _images_to_read(self, core: nn.Module, prompts: Prompts) -> ImageInputs:
+        """The features that generation reads. Where the vision side trains, the tower runs here, once on every rank."""
         if not core.vision_trains():
             return prompts.images[Role.POLICY]
         images = self._padded_images(prompts.img_inputs)
@@ -187,7 +194,7 @@ class VLPPOTrainer(UpdateLoop):
             features = pooled_features(core.encode_images(images))
         return {k: v for k, v in features.items() if k not in self.data_collator.processor.per_token_keys}
 
-    # -- 2. score --------------------------------------------------------------------------------------------------------
+    # -- 2. score ------------------------------------------------------------------------------------------------------
 
     def score(self, sampled: Sequence[Sampled]) -> list[Scored]:
         """The weighted sum of all rewards, minus the penalty for a missing end, clipped.
@@ -237,7 +244,7 @@ class VLPPOTrainer(UpdateLoop):
                 f"{what} is not finite for {', '.join(r.where(i) for i in bad[:5])}: fix the reward or the row."
             )
 
-    # -- 3. log-probs, reference log-probs, values ------------------------------------------------------------------------
+    # -- 3. log-probs, reference log-probs, values ---------------------------------------------------------------------
 
     @torch.no_grad()
     def evaluate_tokens(self, scored: Sequence[Scored]) -> list[Evaluated]:
@@ -284,7 +291,7 @@ class VLPPOTrainer(UpdateLoop):
         core = self.base_model(self.model)
         return core.packed_inputs(batch["input_ids"], batch["segment_ids"], images, batch["packed"])
 
-    # -- 4. token rewards, 5. advantages -----------------------------------------------------------------------------------
+    # -- 4. token rewards, 5. advantages -------------------------------------------------------------------------------
 
     def token_rewards(self, scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor) -> Tensor:
         """-kl_coef * KL at every token, the score at the last one: (R,), (R, T) each -> (R, T)."""
@@ -327,7 +334,7 @@ class VLPPOTrainer(UpdateLoop):
             self._check_finite("The advantage", result[-1].advantages, r)
         return result
 
-    # -- 6. optimise -------------------------------------------------------------------------------------------------------
+    # -- 6. optimise ---------------------------------------------------------------------------------------------------
 
     def policy_and_value_loss(
         self, logps: Tensor, values: Tensor, r: Advantages
@@ -369,7 +376,7 @@ class VLPPOTrainer(UpdateLoop):
         with torch.no_grad():
             return token_metrics(r, logps, entropy, policy_loss, value_loss, flags, first)
 
-    # -- 7. metrics --------------------------------------------------------------------------------------------------------
+    # -- 7. metrics ----------------------------------------------------------------------------------------------------
 
     def log_metrics(self, rollouts: Sequence[Advantages], sums: dict[str, Tensor]) -> None:
         """Store TRL's metrics, warn of a collapsed policy, and move the KL coefficient."""
@@ -411,7 +418,7 @@ class VLPPOTrainer(UpdateLoop):
         ]
         write_samples(samples[:16], Path(self.args.output_dir), step + 1, self.callback_handler.callbacks)
 
-    # -- evaluation --------------------------------------------------------------------------------------------------------
+    # -- evaluation ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def evaluate(

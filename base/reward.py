@@ -13,6 +13,7 @@ from base.collator import VLRMDataCollatorWithPadding
 from base.heads import REWARD_HEAD, HeadModel, freeze_lm_head
 from base.loading import core_mapper_for
 from base.packing import last_token_positions
+from base.processor import VLProcessor
 from common.errors import InputError
 from common.tensors import to_device
 
@@ -41,7 +42,7 @@ class VLRewardModel(HeadModel):
 @torch.no_grad()
 def score_rows(
     model: VLRewardModel,
-    processor: Any,
+    processor: VLProcessor,
     rows: Sequence[Row],
     batch_size: int = 8,
     share_prefix: bool = True,

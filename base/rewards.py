@@ -1,4 +1,4 @@
-"""The terms of PPO's score: reward adapters on the policy's base, reward models with a base of their own, functions in a user's file."""
+"""The terms of PPO's score: adapters on the policy's base, reward models with a base of their own, users' functions."""
 
 import functools
 import importlib.util
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from args import PPOConfig
 from base.adapters import Role
+from base.batch import ImageInputs
 from base.heads import check_same_base, head_metadata
 from base.loading import core_mapper_for
 from base.processor import VLProcessor
@@ -47,11 +48,11 @@ class ModelReward(Reward):
     processor: VLProcessor
 
     @functools.cached_property
-    def dummy_images(self) -> dict[str, Any]:
+    def dummy_images(self) -> ImageInputs:
         """Image inputs of one grey picture, as this model's processor makes them."""
         return self.processor.dummy_images()
 
-    def score(self, sampled: Sampled, share_prefix: bool, dummy_images: dict[str, Any] | None) -> Tensor:
+    def score(self, sampled: Sampled, share_prefix: bool, dummy_images: ImageInputs | None) -> Tensor:
         """(R,). For the arguments see `score_rows`."""
         texts = sampled.by_prompt(sampled.texts)
         rows = [row | {"responses": of_row} for row, of_row in zip(sampled.rows, texts, strict=True)]
@@ -68,8 +69,8 @@ class FunctionReward(Reward):
     def score(self, sampled: Sequence[Sampled]) -> list[Tensor]:
         """Call the function once for all answers of an update on this device; (R,) per micro batch.
 
-        It gets the keyword arguments images, prompts, responses (one entry per answer: the row's image list, its messages, the answer's
-        text) and, as far as it takes them, the data's other columns.
+        It gets the keyword arguments images, prompts, responses (one entry per answer: the row's image list, its
+        messages, the answer's text) and, as far as it takes them, the data's other columns.
 
         Raises:
             InputError: it does not return one number for each answer.

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from base.adapters import Role
+from base.batch import ImageInputs, ResponseBatch
 from base.collator import VLPPODataCollator
 from base.features import join_image_inputs
 from common.tensors import to_device
 
 Row = dict[str, Any]
 Answers = list[list[list[int]]]  # [prompt][answer] -> token ids, up to and with the end token
-Images = dict[Role, dict[str, Any]]  # image inputs by role; a role that is not there reads the policy's
+Images = dict[Role, ImageInputs]  # image inputs by role; a role that is not there reads the policy's
 Value = TypeVar("Value")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -28,15 +29,19 @@ Value = TypeVar("Value")
 
 
 def prompt_by_prompt(prompts: int, answers: int) -> list[tuple[int, int]]:
-    """(prompt, answer) of every row: all answers to the first prompt, then all to the second. The order where answers share their prompt's row."""
+    """(prompt, answer) of every row: all answers to the first prompt, then all to the second.
+
+    The order where the answers to a prompt share its row.
+    """
     return [(b, k) for b in range(prompts) for k in range(answers)]
 
 
 def round_by_round(prompts: int, answers: int) -> list[tuple[int, int]]:
     """(prompt, answer) of every row: the first answer to each prompt, then the second to each.
 
-    The order where every answer has a row of its own (generation, --share_prefix False): the image inputs of a batch can be repeated as a
-    whole, but not taken apart by prompt, which only their family could do. `VLPPODataCollator.pack` lays out rows in the same order.
+    The order where every answer has a row of its own (generation, --share_prefix False): the image inputs of a batch
+    can be repeated as a whole, but not taken apart by prompt, which only their family could do.
+    `VLPPODataCollator.pack` lays out rows in the same order.
     """
     return [(b, k) for k in range(answers) for b in range(prompts)]
 
@@ -54,13 +59,14 @@ class Prompts:
         rows: (B,) of the dataset.
         tokens: (B,) token ids.
         img_inputs: of the collator, not encoded.
-        images: features, or pixels while the vision side trains; for the policy and for every role with a vision side of its own.
+        images: features, or pixels while the vision side trains; for the policy and for every role with a vision side
+            of its own.
         places: (B,) place of each prompt among those of the update, over all devices.
     """
 
     rows: list[Row]
     tokens: list[list[int]]
-    img_inputs: dict[str, Any]
+    img_inputs: ImageInputs
     images: Images
     places: list[int]
 
@@ -84,7 +90,7 @@ class Sampled:
     order: list[tuple[int, int]]
     texts: list[str]
     ended: Tensor
-    batch: dict[str, Any]
+    batch: ResponseBatch
 
     @classmethod
     def of(

@@ -1,4 +1,4 @@
-"""Tables of samples that people look at during training: image, prompt, response and numbers, as one HTML page per table."""
+"""Tables of samples to look at during training: image, prompt, response and numbers, one HTML page per table."""
 
 import base64
 import html
@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
-from base.images import load_image
+from base.images import ImageFile, load_image
 from common.files import write_text
 
 _STYLE = (
@@ -32,14 +32,14 @@ class Sample:
         kl: of the answer to the reference, in nats.
     """
 
-    images: Sequence[Any]
+    images: Sequence[ImageFile]
     prompt: Sequence[dict[str, Any]]
     response: str
     reward: float
     kl: float
 
 
-def thumbnail(image: Any, size: int = 160) -> str:
+def thumbnail(image: ImageFile, size: int = 160) -> str:
     """An image of a row as a data URL, so that the page is one file."""
     picture = load_image(image)
     picture.thumbnail((size, size))
@@ -70,8 +70,9 @@ def html_page(samples: Sequence[Sample], step: int) -> str:
             f'<td class="n">{s.reward:.3f}</td><td class="n">{s.kl:.3f}</td></tr>'
         )
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Samples of update {step}</title><style>{_STYLE}</style>'
-        f"<h1>Samples of update {step}</h1><table><tr><th>image<th>prompt<th>response<th>reward<th>KL</tr>{''.join(rows)}</table></html>\n"
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Samples of update {step}</title>'
+        f"<style>{_STYLE}</style><h1>Samples of update {step}</h1>"
+        f"<table><tr><th>image<th>prompt<th>response<th>reward<th>KL</tr>{''.join(rows)}</table></html>\n"
     )
 
 
@@ -99,7 +100,7 @@ def _log_to_wandb(samples: Sequence[Sample], step: int) -> None:
 def write_samples(
     samples: Sequence[Sample], output_dir: Path, step: int, callbacks: Sequence[TrainerCallback] = ()
 ) -> Path:
-    """Write `samples/step-000123.html`; give the same table to wandb and TensorBoard where the trainer's callbacks report to them."""
+    """Write `samples/step-000123.html`; the same table goes to wandb and TensorBoard where callbacks report to them."""
     path = output_dir / "samples" / f"step-{step:06d}.html"
     write_text(path, html_page(samples, step))
     for callback in callbacks:

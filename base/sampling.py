@@ -12,6 +12,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from args import PPOConfig
+from base.batch import ImageInputs
 from base.collator import VLPPODataCollator
 from base.features import join_image_inputs
 from base.processor import VLProcessor
@@ -21,9 +22,10 @@ from common.tensors import to_device
 
 
 class SeededSampling(LogitsProcessor):
-    """Sample by inverting the cumulative distribution at given uniform numbers; greedy decoding then takes the sampled token.
+    """Sample by inverting the cumulative distribution at given uniform numbers; greedy decoding takes what was sampled.
 
-    One number per row and step, so that neither batch size, device count nor global random state changes what is sampled.
+    One number per row and step, so that neither batch size, device count nor global random state changes what is
+    sampled.
     """
 
     def __init__(self, uniforms: Tensor, temperature: float, top_p: float = 1.0) -> None:
@@ -36,6 +38,7 @@ class SeededSampling(LogitsProcessor):
         self.first_length: int | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Logits (B, V) after ids (B, L) -> the sampled token at 0, all others at -inf."""
         if self.first_length is None:
             self.first_length = input_ids.shape[1]
         scores = scores.float() / self.temperature
@@ -66,7 +69,7 @@ def end_token_ids(processor: VLProcessor, core: nn.Module) -> list[int]:
 
 @contextmanager
 def plain_generation_config(core: nn.Module) -> Iterator[None]:
-    """Without the checkpoint's own sampling settings (repetition penalty, top-k, ...), which log-probs know nothing of."""
+    """Without the checkpoint's sampling settings (repetition penalty, top-k, ...), which log-probs do not contain."""
     owners = [m for m in core.modules() if isinstance(getattr(m, "generation_config", None), GenerationConfig)]
     before = [m.generation_config for m in owners]
     try:
@@ -80,7 +83,7 @@ def plain_generation_config(core: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Samples --rollouts_per_prompt answers to each prompt, with --temperature, --top_p and up to --response_length tokens."""
+    """Samples --rollouts_per_prompt answers to each prompt; --temperature, --top_p and --response_length say how."""
 
     args: PPOConfig
     collator: VLPPODataCollator
@@ -88,7 +91,7 @@ class Sampler:
 
     @torch.no_grad()
     def sample(
-        self, core: nn.Module, group: Sequence[Prompts], images: Sequence[dict[str, Any]], seed: int
+        self, core: nn.Module, group: Sequence[Prompts], images: Sequence[ImageInputs], seed: int
     ) -> list[Answers]:
         """Answers to several micro batches by one call of generate.
 
@@ -114,7 +117,8 @@ class Sampler:
                 [SeededSampling(uniforms.to(args.device), args.temperature, args.top_p)]
             ),
             **core.rollout_cache,
-            # Weights that are shared out need all ranks at every token, until the longest answer of all ranks has ended.
+            # Weights that are shared out need all ranks at every token, until the longest answer of all ranks has
+            # ended.
             synced_gpus=is_deepspeed_zero3_enabled() and args.world_size > 1 and not args.ds3_gather_for_generation,
         )
         length = inputs["input_ids"].shape[1]

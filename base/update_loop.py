@@ -1,8 +1,8 @@
 """transformers' Trainer for algorithms whose step is an update: rollouts first, then several optimizer steps.
 
-This file alone touches what Trainer and accelerate keep private (`_run_epoch`, `_tr_loss`, `_set_sync_gradients`, ...): a new version of
-either is met here. It knows prompts, updates and optimizer steps; what an update computes, with which advantages and with or without a value
-function, is `update` of a subclass.
+This file alone touches what Trainer and accelerate keep private (`_run_epoch`, `_tr_loss`, `_set_sync_gradients`, ...):
+a new version of either is met here. It knows prompts, updates and optimizer steps; what an update computes, with which
+advantages and with or without a value function, is `update` of a subclass.
 """
 
 import functools
@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from args import PPOConfig
+from base.batch import PPOBatch
 from base.checkpoints import ignore_sigterm
 from base.ppo_batches import BatchSizes, PromptBatches
 from base.trainer import VLHeadTrainer
@@ -51,7 +52,7 @@ class PPOState(TrainerCallback, ExportableState):
 
 
 class UpdateLoop(VLHeadTrainer):
-    """One step of the trainer (of --logging_steps, --save_steps, the learning-rate schedule, ...) is one call of `update`."""
+    """One step of the trainer (of --logging_steps, --save_steps, the schedule, ...) is one call of `update`."""
 
     def __init__(self, model: nn.Module, args: PPOConfig, *rest: Any, **kwargs: Any) -> None:
         self.sizes = BatchSizes.of(args)
@@ -61,9 +62,9 @@ class UpdateLoop(VLHeadTrainer):
         self.add_callback(self.ppo_state)
         self._grad_norm: Tensor | float | None = None
 
-    # -- for a subclass ----------------------------------------------------------------------------------------------------
+    # -- for a subclass ------------------------------------------------------------------------------------------------
 
-    def update(self, micro_batches: Sequence[dict[str, Any]], seed: int, places: Sequence[list[int]]) -> None:
+    def update(self, micro_batches: Sequence[PPOBatch], seed: int, places: Sequence[list[int]]) -> None:
         """Learn from one update's prompts: roll out, make optimizer steps, store metrics.
 
         Args:
@@ -75,13 +76,13 @@ class UpdateLoop(VLHeadTrainer):
 
     @contextmanager
     def accumulating(self, model: nn.Module, last: bool) -> Iterator[None]:
-        """Around forward and backward of a micro batch; devices join their gradients at the last one before an optimizer step."""
+        """Around forward and backward of a micro batch; the last one of a mini batch joins the devices' gradients."""
         self.accelerator.gradient_state._set_sync_gradients(last)
         with nullcontext() if last or self.is_deepspeed_enabled else self.accelerator.no_sync(model):
             yield
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss. DDP and DeepSpeed divide them by the number of devices; nothing divides by the accumulation steps."""
+        """Add the gradients of a loss. They are divided by the number of devices, not by the accumulation steps."""
         self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
 
     def optimizer_step(self, model: nn.Module) -> None:
@@ -113,14 +114,14 @@ class UpdateLoop(VLHeadTrainer):
         with bar:
             yield bar
 
-    # -- the loop ----------------------------------------------------------------------------------------------------------
+    # -- the loop ------------------------------------------------------------------------------------------------------
 
     def _run_epoch(
         self,
         model: nn.Module,
         epoch: int,
         train_dataloader: DataLoader,
-        trial: Any = None,
+        trial: "optuna.Trial | dict[str, Any] | None" = None,  # noqa: F821  (as Trainer declares it)
         ignore_keys_for_eval: list[str] | None = None,
         start_time: float | None = None,
         resume_from_checkpoint: str | None = None,
@@ -164,13 +165,15 @@ class UpdateLoop(VLHeadTrainer):
         log_save_evaluate(self._tr_loss, self._grad_norm)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer's, with the number of rollouts so far."""
         if "loss" in logs:
             logs["episode"] = self.state.global_step * self.sizes.update_rollouts
         super().log(logs, start_time)
 
-    # -- what Trainer asks for ------------------------------------------------------------------------------------------------
+    # -- what Trainer asks for -----------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
+        """Micro batches of this device, in the order of `PromptBatches`."""
         order = PromptBatches(len(self.train_dataset), self.sizes, self.args.process_index, self.args.seed)
         return DataLoader(
             self.train_dataset,
@@ -182,7 +185,7 @@ class UpdateLoop(VLHeadTrainer):
         )
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[int, ...]:
-        """Count in updates: (epochs, updates per epoch, prompts, rollouts, rollouts per update, updates per epoch, updates)."""
+        """(epochs, updates per epoch, prompts, rollouts, rollouts per update, updates per epoch, updates)."""
         updates = dataloader.batch_sampler.updates
         max_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
         rollouts = self.sizes.update_rollouts

@@ -33,7 +33,8 @@ class PolicyOutput(ModelOutput):
     Attributes:
         logps: (N,) float32 log-probs of the tokens at the sampling temperature.
         entropy: (N,) float32, of the next-token distributions, if asked for.
-        state_values: (N,) float32, value of the state before each token. (`values` would hide dict.values, which DDP and DeepSpeed call.)
+        state_values: (N,) float32, value of the state before each token. (`values` would hide dict.values, which DDP
+            and DeepSpeed call.)
     """
 
     logps: Tensor | None = None
@@ -44,9 +45,10 @@ class PolicyOutput(ModelOutput):
 class VLModelWithValueHead(HeadModel):
     """The policy with its value function and, on the same base, reference and reward models as adapters.
 
-    With LoRA one base in memory serves every role: the policy is an adapter, the value function another one (or the policy's trunk) with a head,
-    the reference the base without an adapter (or a frozen one), and a reward model an adapter with a head; `Role` names the adapters. With full
-    fine-tuning the value function has the policy's trunk or a backbone of its own.
+    With LoRA one base in memory serves every role: the policy is an adapter, the value function another one (or the
+    policy's trunk) with a head, the reference the base without an adapter (or a frozen one), and a reward model an
+    adapter with a head; `Role` names the adapters. With full fine-tuning the value function has the policy's trunk or a
+    backbone of its own.
     """
 
     head_name = VALUE_HEAD
@@ -60,7 +62,7 @@ class VLModelWithValueHead(HeadModel):
         # TRL would switch gradient checkpointing off and on around generation; layers only use it in training mode.
         self.is_gradient_checkpointing = False
 
-    # -- building ---------------------------------------------------------------------------------------------------------
+    # -- building ------------------------------------------------------------------------------------------------------
 
     @property
     def separate_value(self) -> bool:
@@ -71,7 +73,8 @@ class VLModelWithValueHead(HeadModel):
         """Give the value function weights of its own: a second adapter, or with full fine-tuning a second backbone.
 
         Args:
-            init_from: output folder of train_rm.py that it starts from, head included; None starts as the policy does, with a fresh head.
+            init_from: output folder of train_rm.py that it starts from, head included; None starts as the policy does,
+                with a fresh head.
         """
         if isinstance(self.backbone, PeftModel):
             if init_from is None:
@@ -104,7 +107,8 @@ class VLModelWithValueHead(HeadModel):
         """
         if not isinstance(self.backbone, PeftModel):
             raise InputError(
-                "--reward_adapter needs --use_lora True: the policy's own weights move, so give --reward_model_name_or_path."
+                "--reward_adapter needs --use_lora True: the policy's own weights move, so give "
+                "--reward_model_name_or_path."
             )
         if checkpoint_file(folder, "adapter_config.json") is None:
             raise InputError(
@@ -126,7 +130,10 @@ class VLModelWithValueHead(HeadModel):
                     parameter.requires_grad_(False)
 
     def has_own_vision(self, role: Role) -> bool:
-        """Whether a role's vision side differs from the policy's (ZeRO-3: this rank's part): then it needs image features of its own."""
+        """Whether a role needs image features of its own: its vision side differs from the policy's.
+
+        Under ZeRO-3 each rank compares its part.
+        """
         vision = self.core.vision_parameters()
         if role != Role.VALUE or self.value_backbone is None:
             return role != Role.POLICY and any(f".{role.adapter}." in name for name in vision)
@@ -137,7 +144,7 @@ class VLModelWithValueHead(HeadModel):
         others = self.value_backbone.vision_parameters()
         return any(not torch.equal(here(vision[name]), here(p)) for name, p in others.items())
 
-    # -- passes ------------------------------------------------------------------------------------------------------------
+    # -- passes --------------------------------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -152,8 +159,10 @@ class VLModelWithValueHead(HeadModel):
         """One pass in one role. Every pass goes through here, because DDP and DeepSpeed only see what does.
 
         Args:
-            completion_index, completion_ids: (N,) flat positions that predict the tokens, and the tokens. For a reward: (R,) last tokens.
-            role: Role.POLICY gives PolicyOutput, values included; Role.REFERENCE log-probs (N,); Role.reward(n) rewards (R,).
+            completion_index, completion_ids: (N,) flat positions that predict the tokens, and the tokens. For a reward:
+                (R,) last tokens.
+            role: Role.POLICY gives PolicyOutput, values included; Role.REFERENCE log-probs (N,); Role.reward(n) rewards
+                (R,).
             value_inputs: instead of `inputs` for the value function, if its vision side differs.
         """
         tokens = {"completion_index": completion_index, "completion_ids": completion_ids, "temperature": temperature}
@@ -176,9 +185,10 @@ class VLModelWithValueHead(HeadModel):
             hidden = policy.hidden
         return PolicyOutput(logps=policy.logps, entropy=policy.entropy, state_values=self.apply_head(self.head, hidden))
 
-    # -- disk --------------------------------------------------------------------------------------------------------------
+    # -- disk ----------------------------------------------------------------------------------------------------------
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """As HeadModel's, for both backbones."""
         super().activation_checkpointing_enable(*args, **kwargs)
         if self.value_backbone is not None:
             self.value_backbone.activation_checkpointing_enable(*args, **kwargs)
@@ -190,7 +200,7 @@ class VLModelWithValueHead(HeadModel):
         super()._save_backbone(save_directory, state_dict, **kwargs)
 
     def save_pretrained(self, save_directory: str, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:
-        """The policy as an ordinary checkpoint; the value function's own weights in the folder `value_function` beside."""
+        """The policy as an ordinary checkpoint; the value function's own weights in its folder `value_function`."""
         super().save_pretrained(save_directory, state_dict, **kwargs)
         if self.value_backbone is not None:
             self.value_backbone.save_pretrained(
@@ -200,6 +210,7 @@ class VLModelWithValueHead(HeadModel):
             )
 
     def load_checkpoint(self, folder: str) -> None:
+        """Take over the weights that `save_pretrained` wrote, to resume."""
         super().load_checkpoint(folder)
         value_folder = os.path.join(folder, Role.VALUE.adapter)
         if self.value_backbone is not None:

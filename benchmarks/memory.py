@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from args import LoraArguments, run
+from base.adapters import Role
 from base.fast_lora import use_fast_lora
 from base.packing import last_token_positions, pack_rows
 from base.reward import VLRewardModel
@@ -160,9 +161,11 @@ def trained_model(model: str, setup: Setup, layers: int | None = None) -> tuple[
                 whole.value_backbone = VLRewardModel(cls._from_config(config, dtype=low)).backbone  # lm_head frozen
             else:
                 whole.add_value_function()
-                whole.backbone.add_adapter("reward_0", copy.copy(whole.backbone.peft_config["default"]))
+                config = copy.copy(whole.backbone.peft_config[Role.POLICY.adapter])
+                whole.backbone.add_adapter(Role.reward(0).adapter, config)
+                trained = (Role.POLICY, Role.VALUE)
                 for name, p in whole.backbone.named_parameters():
-                    p.requires_grad_(".default." in name or ".value_function." in name)
+                    p.requires_grad_(any(f".{role.adapter}." in name for role in trained))
             whole.freeze_vision_side()
         return (whole.to(low) if setup.zero != "0" else whole), core
 
