@@ -1,8 +1,8 @@
 """transformers' Trainer for algorithms whose step is an update: rollouts first, then several optimizer steps.
 
-This file alone touches what Trainer and accelerate keep private (`_run_epoch`, `_tr_loss`, `_set_sync_gradients`, ...):
-a new version of either is met here. It knows prompts, updates and optimizer steps; what an update computes, with which
-advantages and with or without a value function, is `update` of a subclass.
+Of PPO's files this one alone touches what Trainer and accelerate keep private (`_run_epoch`, `_tr_loss`,
+`_set_sync_gradients`, ...): a new version of either is met here. It knows prompts, updates and optimizer steps; what an
+update computes, with which advantages and with or without a value function, is `update` of a subclass.
 """
 
 import functools
