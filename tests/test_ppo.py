@@ -536,7 +536,7 @@ BAD = {
     "no such function": ("{LORA} --reward_fn {file}:missing", r"defines no function missing"),
     "no such file": ("{LORA} --reward_fn nowhere.py:f", r"with a Python file that exists"),
     "rollouts do not divide": ("{LORA} --reward_fn {file}:length --rollouts_per_prompt 3", r"must be a multiple of --rollouts_per_prompt 3"),
-    "episodes do not divide": ("{LORA} --reward_fn {file}:length --total_episodes 10", r"no multiple of the 4 rollouts of an update"),
+    "episodes do not divide": ("{LORA} --reward_fn {file}:length --total_episodes 10", r"not a multiple of the 4 rollouts of an update"),
     "weights for other rewards": ("{LORA} --reward_fn {file}:length --reward_weights 1 2", r"has 2 numbers for 1 reward"),
     "adapter without LoRA": ("--reward_adapter {rm}", r"--reward_adapter needs --use_lora True"),
     "no adapter there": ("{LORA} --reward_adapter {llava}", r"has no adapter_config\.json"),
