@@ -222,6 +222,10 @@ class VLProcessor:
         """Token ids of an assistant's answer as they follow the generation prompt, end token included."""
         return self.template.encode_response(text)
 
+    def decode_response(self, ids: Sequence[int]) -> str:
+        """Text of a generated answer: without special tokens, without its end and without white space around it."""
+        return self.template.decode_response(ids)
+
     def encode_prompts(
         self, texts: Sequence[str], images: Sequence[Sequence[ImageSource]]
     ) -> tuple[list[list[int]], dict[str, Any]]:

@@ -110,13 +110,12 @@ class Sampled:
             order = round_by_round(B, K)
             images = {role: join_image_inputs([inputs] * K) for role, inputs in images.items()}
         in_order = [answers[b][k] for b, k in order]
-        decode = collator.processor.tokenizer.decode
         return cls(
             rows=prompts.rows,
             places=prompts.places,
             images=images,
             order=order,
-            texts=[decode(ids, skip_special_tokens=True).strip() for ids in in_order],
+            texts=[collator.processor.decode_response(ids) for ids in in_order],
             ended=torch.tensor([ids[-1] in end_ids for ids in in_order], device=device),
             batch=to_device(collator.pack(prompts.tokens, answers, collator.per_token(prompts.img_inputs)), device),
         )

@@ -59,7 +59,7 @@ def cut_after_end(ids: Sequence[int], end_ids: Sequence[int]) -> list[int]:
 
 
 def end_token_ids(processor: VLProcessor, core: nn.Module) -> list[int]:
-    """Tokens that end an answer: the template's end of turn, and the checkpoint's own end tokens."""
+    """Tokens that end an answer: the last one that training puts behind it, and the checkpoint's own end tokens."""
     of_template = processor.encode_response("")[-1]
     of_checkpoint = core.generation_config.eos_token_id if core.generation_config is not None else None
     if not isinstance(of_checkpoint, list):

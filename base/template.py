@@ -48,13 +48,13 @@ class ChatTemplate:
         # templates it is not the same.
         self._headers = (before.removeprefix(plain), prompt.removeprefix(plain))
 
-        added = "|".join(map(re.escape, sorted(tokenizer.get_added_vocab(), key=len, reverse=True)))
-        end = re.match(rf"\s*((?:{added})+)", after)  # Cohere's turns end in two
+        end = self._read_end(after)
         # A template without an end token (LLaVA-1.5) gets the EOS token in place of the white space at the end.
-        self._writes_end = end is not None
+        self._writes_end = bool(end)
         self._answer_tail = "" if end else after  # LLaVA-NeXT's template misprints its end token
-        self.answer_end: str = end.group(1) if end else tokenizer.eos_token
-        self._answer_end_ids = tokenizer.convert_tokens_to_ids(re.findall(added, self.answer_end))
+        end = end or [tokenizer.eos_token]
+        self.answer_end = "".join(end)
+        self._answer_end_ids = tokenizer.convert_tokens_to_ids(end)
 
         # Tokenizers with a dummy prefix (SentencePiece) read the start of a text as the start of a word: tokenise
         # answers behind the end of the generation prompt, as the model sees them. Others split the same way without it.
@@ -71,6 +71,22 @@ class ChatTemplate:
         # Some templates write more than the placeholder for the first image, or less without one.
         one = question(1)
         return _inserted(plain, one, self.image_token) or _inserted(one, question(2), self.image_token) or IMAGE_MARK
+
+    def _read_end(self, after: str) -> list[str]:
+        """The tokens that end an answer: the added tokens behind it, up to the last special one.
+
+        Gemma's line breaks are added tokens as well, and belong to the template; Cohere's answers end in two tokens, of
+        which only the second need be special.
+        """
+        added = sorted(self._tokenizer.get_added_vocab(), key=len, reverse=True)
+        special = {token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special}
+        special.update(self._tokenizer.all_special_tokens)
+        one = "|".join(map(re.escape, added))
+        behind = re.match(rf"\s*((?:{one})+)", after)
+        tokens = re.findall(one, behind.group(1)) if behind else []
+        while tokens and tokens[-1] not in special:
+            tokens.pop()
+        return tokens
 
     def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
         """The template's text for messages whose contents are parts.
@@ -154,6 +170,11 @@ class ChatTemplate:
         The text follows what the template lets the model write first, such as an empty block of thoughts.
         """
         return self.encode_answer(self._answer_lead + text)
+
+    def decode_response(self, ids: Sequence[int]) -> str:
+        """Text of a generated answer: without special tokens, without its end and without white space around it."""
+        kept = [token for token in ids if token not in self._answer_end_ids]  # some are not special
+        return self._tokenizer.decode(kept, skip_special_tokens=True).strip()
 
     def encode_answer(self, text: str) -> list[int]:
         """Token ids of an answer as `split` returns it, end token included."""

@@ -10,6 +10,7 @@ from PIL import Image
 from base.images import load_image
 from base.loading import load_model
 from base.processor import IGNORE_INDEX, VLProcessor
+from base.sampling import cut_after_end, end_token_ids
 from common.errors import InputError
 from models import core_mapper_for
 from tests import zoo
@@ -126,3 +127,23 @@ def test_saved_processor_loads_again(processor: VLProcessor, tmp_path):
     again = VLProcessor(str(tmp_path))
     assert again.chat_template == processor.chat_template
     assert again.encode_response("A dog") == processor.encode_response("A dog")
+
+
+@pytest.mark.parametrize(
+    "family, end",
+    [
+        ("gemma3", ["<end_of_turn>"]),
+        ("gemma4", ["<turn|>"]),
+        ("aya_vision", ["<|END_RESPONSE|>", "<|END_OF_TURN_TOKEN|>"]),
+    ],
+)
+def test_an_answer_ends_in_special_tokens_and_not_at_a_line_break(family: str, end: list[str]):
+    """Added tokens that are not special, as Gemma's line breaks are, end no answer; before a special one they belong to the end."""
+    path = zoo.checkpoint(family)
+    processor, model = core_mapper_for(path).processor(path), load_model(path)
+    tokenizer = processor.tokenizer
+    ids = processor.encode_response("one\ntwo\n\nthree")
+    assert tokenizer.convert_ids_to_tokens(ids)[-len(end) :] == end
+    assert not {*tokenizer.convert_tokens_to_ids(end)} & {*ids[: -len(end)]}
+    assert cut_after_end(ids, end_token_ids(processor, model)) == ids
+    assert processor.decode_response(ids) == "one\ntwo\n\nthree"

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import transformers as tf
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 SENTENCES = [
     "USER: What is in this image? ASSISTANT: A red square and a blue circle on the table.",
@@ -91,7 +91,9 @@ def _trained(
     eos: str = "</s>",
     pad: str = "<pad>",
     add_bos: bool = True,
+    plain: Sequence[str] = (),
 ) -> tf.PreTrainedTokenizerFast:
+    """`plain` are added tokens that are not special, as most real tokenizers have some."""
     tokens = list(dict.fromkeys([pad, *([bos] if bos else []), eos, *special]))
     core.train_from_iterator(
         SENTENCES * 20,
@@ -103,6 +105,7 @@ def _trained(
         core.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, core.token_to_id(bos))]
         )
+    core.add_tokens([AddedToken(token, normalized=False, special=False) for token in plain])
     return tf.PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token=bos, eos_token=eos, pad_token=pad, extra_special_tokens=named or {}
     )
@@ -119,6 +122,8 @@ def token_ids(tokenizer: tf.PreTrainedTokenizerFast) -> dict[str, int]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Gemma's tokenizers hold runs of line breaks and of spaces as added tokens that are not special.
+GEMMA = dict(prefix=False, bos="<bos>", eos="<eos>", plain=["\n", "\n\n", "▁▁", "▁▁▁"])
 CHATML = dict(bos=None, eos="<|im_end|>", pad="<|endoftext|>", add_bos=False)  # Qwen's tokenizers have no BOS
 
 
@@ -327,7 +332,7 @@ def _qwen(
     processor_class: type[tf.ProcessorMixin], video_class: type, default_system: bool
 ) -> tuple[tf.ProcessorMixin, dict[str, int]]:
     """Processor and token ids of the Qwen-VL line: 4 to 16 tokens per image here, by its size."""
-    tokenizer = byte_tokenizer(QWEN_SPECIAL, **CHATML)
+    tokenizer = byte_tokenizer(QWEN_SPECIAL, **CHATML, plain=["<think>", "</think>"])
     pixels = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
     processor = processor_class(
         tf.Qwen2VLImageProcessor(size=pixels, patch_size=7, temporal_patch_size=2, merge_size=2),
@@ -496,9 +501,7 @@ def smolvlm() -> Parts:
 def paligemma() -> Parts:
     """PaliGemma: the prompt is a prefix with attention both ways, "<image>... <bos>prompt\\n". No chat template on the
     hub."""
-    tokenizer = sentencepiece_tokenizer(
-        ["<image>"], {"image_token": "<image>"}, prefix=False, bos="<bos>", eos="<eos>", add_bos=False
-    )
+    tokenizer = sentencepiece_tokenizer(["<image>"], {"image_token": "<image>"}, **GEMMA, add_bos=False)
     image_processor = tf.SiglipImageProcessor(size=SQUARE)
     image_processor.image_seq_length = 16
     processor = tf.PaliGemmaProcessor(image_processor, tokenizer)  # adds 1,152 location and segmentation tokens
@@ -558,9 +561,7 @@ def gemma3() -> Parts:
     """Gemma 3: one sliding-window layer (24 positions, so that tests pass its edge) and one global; image blocks
     attend both ways."""
     named = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
-    tokenizer = sentencepiece_tokenizer(
-        ["<start_of_turn>", "<end_of_turn>", *named.values()], named, prefix=False, bos="<bos>", eos="<eos>"
-    )
+    tokenizer = sentencepiece_tokenizer(["<start_of_turn>", "<end_of_turn>", *named.values()], named, **GEMMA)
     processor = tf.Gemma3Processor(
         tf.Gemma3ImageProcessor(size=SQUARE), tokenizer, chat_template=GEMMA3_TEMPLATE, image_seq_length=4
     )
@@ -749,10 +750,11 @@ COHERE_TEMPLATE = (
 def aya_vision() -> Parts:
     """Aya Vision: SigLIP tiles, a Cohere 2 decoder with a sliding-window layer (24 positions here)."""
     turns = ["START_OF_TURN_TOKEN", "END_OF_TURN_TOKEN", "USER_TOKEN", "CHATBOT_TOKEN", "SYSTEM_TOKEN"]
-    image = ["START_RESPONSE", "END_RESPONSE", "START_OF_IMG", "END_OF_IMG", "IMG_PATCH", "IMG_LINE_BREAK"]
+    image = ["START_OF_IMG", "END_OF_IMG", "IMG_PATCH", "IMG_LINE_BREAK"]
     tokenizer = byte_tokenizer(
         ["<image>", *(f"<|{name}|>" for name in turns + image), "TILE_1", "TILE_2", "TILE_GLOBAL"],
         {"image_token": "<image>"},
+        plain=["<|START_RESPONSE|>", "<|END_RESPONSE|>"],
         bos="<BOS_TOKEN>",
         eos="<|END_OF_TURN_TOKEN|>",
         pad="<PAD>",
@@ -1015,7 +1017,7 @@ def gemma4() -> Parts:
         "audio_token": "<|audio|>",
     }
     turns = ["<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|video|>"]
-    tokenizer = sentencepiece_tokenizer([*turns, *named.values()], named, prefix=False, bos="<bos>", eos="<eos>")
+    tokenizer = sentencepiece_tokenizer([*turns, *named.values()], named, **GEMMA)
     processor = tf.Gemma4Processor(
         tf.Gemma4AudioFeatureExtractor(),
         tf.Gemma4ImageProcessor(patch_size=7, max_soft_tokens=70, pooling_kernel_size=2),
