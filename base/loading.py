@@ -1,6 +1,9 @@
 """The one way to load a checkpoint, as its family's adapter class."""
 
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +15,7 @@ from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file, is_flash_attn_2_available
 
+from base.layout import ADAPTER_CONFIG, base_model_path
 from common.compat import keep_quantised_linears_trainable
 from common.errors import InputError
 
@@ -33,19 +37,6 @@ def _families() -> "ModuleType":
     return models
 
 
-def base_model_path(model_name_or_path: str) -> str:
-    """The checkpoint itself or, for a LoRA adapter folder, the base that its adapter_config.json names."""
-    adapter = Path(model_name_or_path) / "adapter_config.json"
-    if not adapter.is_file():
-        return model_name_or_path
-    base = json.loads(adapter.read_text()).get("base_model_name_or_path")
-    if not base:
-        raise InputError(
-            f"{adapter} names no base_model_name_or_path: add the checkpoint that the adapter was trained on."
-        )
-    return base
-
-
 def architecture_of(model_name_or_path: str) -> str:
     """The class name in the checkpoint's config.json.
 
@@ -56,9 +47,13 @@ def architecture_of(model_name_or_path: str) -> str:
     try:
         config_file = cached_file(path, "config.json")
     except OSError as error:
-        raise InputError(
-            f"{path} is neither a checkpoint folder with a config.json nor a model that the hub can give: {error}"
-        ) from error
+        reason = f"{path} is neither a checkpoint folder with a config.json nor a model that the hub can give"
+        if path != model_name_or_path:
+            raise InputError(
+                f"{reason}, and {Path(model_name_or_path) / ADAPTER_CONFIG} names it as the adapter's base: if the base "
+                "has moved, correct base_model_name_or_path there."
+            ) from error
+        raise InputError(f"{reason}: {error}") from error
     try:
         architectures = json.loads(Path(config_file).read_text()).get("architectures") or []
     except json.JSONDecodeError as error:
@@ -90,7 +85,7 @@ def load_model(
         InputError: weights are missing, unexpected or of another shape, or flash attention cannot be had.
     """
     path = base_model_path(model_name_or_path)
-    model_class = core_mapper_for(path).model
+    model_class = core_mapper_for(model_name_or_path).model
     if use_flash_attention_2:
         kwargs["attn_implementation"] = _flash_attention(path)
     if bits is not None:
@@ -120,14 +115,63 @@ def load_model(
     if path != model_name_or_path:
         if bits is not None and is_trainable:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        model = PeftModel.from_pretrained(model, model_name_or_path, is_trainable=is_trainable)
+        model = load_adapter(model, model_name_or_path, is_trainable=is_trainable)
     return model
+
+
+def load_adapter(
+    model: nn.Module, folder: str, adapter_name: str = "default", *, is_trainable: bool = False
+) -> PeftModel:
+    """Add the LoRA adapter in `folder` to a model, or to one that has adapters already. The only way to load an adapter.
+
+    Raises:
+        InputError: the adapter's modules are not in the model, are of another size, or some of its weights are missing.
+            peft itself only warns, and such an adapter would compute what the base computes.
+    """
+    with _must_fit(model, folder) as renames:
+        if isinstance(model, PeftModel):
+            model.load_adapter(folder, adapter_name=adapter_name, is_trainable=is_trainable, key_mapping=renames)
+        else:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+                model = PeftModel.from_pretrained(
+                    model, folder, adapter_name=adapter_name, is_trainable=is_trainable, key_mapping=renames
+                )
+    _set_adapter_weights(model, folder, adapter_name)
+    return model
+
+
+def _set_adapter_weights(model: PeftModel, folder: str, adapter_name: str) -> None:
+    """Overwrite an adapter's weights. Each weight of the folder has a place, and each place gets one."""
+    with _must_fit(model, folder) as renames:
+        weights = load_peft_weights(folder, device="cpu", key_mapping=renames)
+        result = set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
+        missing = [name for name in result.missing_keys if "lora_" in name and f".{adapter_name}." in f"{name}."]
+        for names, what in ((result.unexpected_keys, "has no place in the model"), (missing, "is not in the folder")):
+            if names:
+                raise ValueError(f"{min(names)} {what} ({len(names)} such weights, {len(weights)} in the folder).")
+
+
+@contextmanager
+def _must_fit(model: nn.Module, folder: str) -> Iterator[dict[str, str]]:
+    """One sentence for what peft says of an adapter that does not fit; yields the renames of the model's family."""
+    core = model.get_base_model() if isinstance(model, PeftModel) else model
+    if (Path(folder) / "adapter_model.bin").is_file() and not (Path(folder) / "adapter_model.safetensors").is_file():
+        raise InputError(
+            f"{folder} holds its weights as adapter_model.bin, and only safetensors are read: load and save the adapter "
+            "with peft once."
+        )
+    try:
+        yield getattr(core, "adapter_renames", {})
+    except (ValueError, RuntimeError, KeyError) as error:  # target modules are missing, or of another size
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"The adapter in {folder} does not fit {core.config.name_or_path}: {reason}") from error
 
 
 def load_weights(backbone: nn.Module, folder: str, adapter_name: str = "default") -> None:
     """Overwrite the weights of a model, or of one adapter, with those saved in `folder`."""
     if isinstance(backbone, PeftModel):
-        set_peft_model_state_dict(backbone, load_peft_weights(folder, device="cpu"), adapter_name=adapter_name)
+        _set_adapter_weights(backbone, folder, adapter_name)
         return
     # Names on disk differ from names in memory: load as from_pretrained does.
     fresh = load_model(folder, dtype=next(backbone.parameters()).dtype)

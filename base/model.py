@@ -57,6 +57,9 @@ class VLModelMixin:
         "down_proj",
     ]
 
+    # Regular expressions over module names, and what they become: for adapters saved when the class named its modules differently.
+    adapter_renames: ClassVar[dict[str, str]] = {}
+
     # Whether responses can share a row. Not if layers mix a row's tokens whatever the mask says (convolutions, linear attention).
     packs: ClassVar[bool] = True
 

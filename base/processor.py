@@ -16,6 +16,7 @@ from transformers import AutoProcessor, PreTrainedTokenizerBase
 
 from base.image_tokens import ImageTokenCounter
 from base.images import ImageSource, load_image, refuse_images
+from base.layout import processor_path
 from base.template import ChatTemplate, Messages
 from common.errors import InputError
 from data.rows import IMAGE_MARK
@@ -36,11 +37,15 @@ class VLProcessor:
     per_token_keys: ClassVar[dict[str, int | None]] = {"token_type_ids": 0, "mm_token_type_ids": 0}
 
     def __init__(self, model_name_or_path: str, **kwargs: Any) -> None:
-        """Load the processor saved in `model_name_or_path`; `kwargs` go to AutoProcessor.from_pretrained.
+        """Load the processor saved in `model_name_or_path`, or of an adapter folder without one that of its base.
+
+        Args:
+            kwargs: go to AutoProcessor.from_pretrained.
 
         Raises:
             InputError: the checkpoint has no processor, or no chat template and the family has no default.
         """
+        model_name_or_path = processor_path(model_name_or_path)
         self.processor = AutoProcessor.from_pretrained(model_name_or_path, **kwargs)
         if isinstance(self.processor, PreTrainedTokenizerBase):
             raise InputError(

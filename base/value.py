@@ -22,7 +22,7 @@ from base.heads import (
     load_head,
     sub_state_dict,
 )
-from base.loading import load_model, load_weights
+from base.loading import load_adapter, load_model, load_weights
 from common.errors import InputError
 
 
@@ -83,7 +83,7 @@ class VLModelWithValueHead(HeadModel):
                 config.inference_mode = False
                 self.backbone.add_adapter(Role.VALUE.adapter, config)
             else:
-                self.backbone.load_adapter(init_from, adapter_name=Role.VALUE.adapter, is_trainable=True)
+                load_adapter(self.backbone, init_from, Role.VALUE.adapter, is_trainable=True)
             self._activate_policy()
         else:
             path = init_from or self.core.config.name_or_path
@@ -117,7 +117,7 @@ class VLModelWithValueHead(HeadModel):
         head = load_head(folder, REWARD_HEAD, self.backbone)
         check_same_base(folder, head_metadata(folder), base)
         role = Role.reward(len(self.reward_heads))
-        self.backbone.load_adapter(folder, adapter_name=role.adapter, is_trainable=False)
+        load_adapter(self.backbone, folder, role.adapter)
         self._activate_policy()
         self.reward_heads[role.adapter] = head.requires_grad_(False).to(self.device)
         return role
@@ -225,7 +225,7 @@ class VLModelWithValueHead(HeadModel):
         value_folder = os.path.join(model_name_or_path, Role.VALUE.adapter)
         if os.path.isdir(value_folder):
             if isinstance(model.backbone, PeftModel):
-                model.backbone.load_adapter(value_folder, adapter_name=Role.VALUE.adapter)
+                load_adapter(model.backbone, value_folder, Role.VALUE.adapter)
                 model.backbone.set_adapter(Role.POLICY.adapter)
             else:
                 model.value_backbone = load_model(value_folder, dtype=next(model.backbone.parameters()).dtype)

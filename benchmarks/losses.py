@@ -21,12 +21,11 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from peft import PeftModel
 from tqdm import tqdm
 
 import losses
 import train_dpo
-from base.loading import load_model
+from base.loading import load_adapter, load_model
 from common.errors import InputError
 from data.shapes import CAPTION_PROMPT
 from eval.shapes import evaluate, read_scenes
@@ -70,14 +69,14 @@ def kl_and_sensitivity(model: str, adapter: str, scenes: Sequence[dict]) -> tupl
     """
     mapper = core_mapper_for(model)
     processor = mapper.processor(model)
-    policy = PeftModel.from_pretrained(load_model(model), adapter).eval()
+    policy = load_adapter(load_model(model), adapter).eval()
     processor.infer()
     prompt = [{"role": "user", "content": CAPTION_PROMPT}]
     images = [[scene["image"]] for scene in scenes]
     inputs = processor(convs=[prompt] * len(scenes), images=images)
     torch.manual_seed(0)
     tokens = policy.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=48)
-    texts = processor.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    texts = [processor.decode_response(ids) for ids in tokens[:, inputs["input_ids"].shape[1] :].tolist()]
     processor.train()
     collator = mapper.dpo_collator(processor)
 

@@ -28,7 +28,8 @@ from transformers.utils import ModelOutput
 from args import run
 from base.collator import VLDPODataCollatorWithPadding
 from base.features import join_image_inputs, pooled_features
-from base.loading import base_model_path, load_model
+from base.layout import processor_path
+from base.loading import base_model_path, load_adapter, load_model
 from base.packing import scatter_to_responses
 from base.processor import VLProcessor
 from common.errors import InputError
@@ -152,13 +153,11 @@ class Answerer:
         dtype = torch.bfloat16 if bf16 else torch.float32
         self.model = load_model(model, dtype=dtype)
         if adapter:
-            from peft import PeftModel
-
             if base_model_path(model) != model:
                 raise InputError(
                     f"--model_name_or_path {model} is an adapter already; pass its base there, or no --adapter"
                 )
-            self.model = PeftModel.from_pretrained(self.model, adapter)
+            self.model = load_adapter(self.model, adapter)
         self.model = self.model.to(device).eval()
         self.device, self.dtype = device, dtype
         self.processor = processor_for(model, adapter)
@@ -220,7 +219,7 @@ class Answerer:
         length = prompts.shape[1]
         if out.shape[1] >= length and torch.equal(out[:, :length], prompts):
             out = out[:, length:]  # else only new tokens are there (InstructBLIP generates from embeddings)
-        return [text.strip() for text in self.processor.tokenizer.batch_decode(out, skip_special_tokens=True)]
+        return [self.processor.decode_response(ids) for ids in out.tolist()]
 
     def response_logps(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs of the response tokens of a packed batch (VLDPODataCollatorWithPadding) and their mask, (R, T) each."""
@@ -246,9 +245,8 @@ class Answerer:
 
 def processor_for(model: str, adapter: str | None = None) -> VLProcessor:
     """The processor saved beside the adapter or the model, else that of the base under it."""
-    names = ("processor_config.json", "preprocessor_config.json")
-    saved = (path for path in (adapter, model) if path and any((Path(path) / name).is_file() for name in names))
-    return core_mapper_for(model).processor(next(saved, base_model_path(model)))
+    saved = adapter if adapter and processor_path(adapter) == adapter else model
+    return core_mapper_for(model).processor(saved)
 
 
 def generation_settings(args: argparse.Namespace, answerer: Answerer) -> tuple[dict, dict]:

@@ -21,10 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 
 from args import run
-from base.loading import load_model
+from base.loading import load_adapter, load_model
 from common.errors import InputError
 from common.files import write_json, write_json_lines
 from data.shapes import COLOURS, PLACES, SHAPES, Thing, read_caption
@@ -125,7 +124,7 @@ def answer(
     """Greedy answers to (image, text) prompts; `max_new_tokens` has one number per prompt, and batches hold equal ones."""
     processor, policy = processor_for(model, adapter), load_model(model)
     if adapter:
-        policy = PeftModel.from_pretrained(policy, adapter)
+        policy = load_adapter(policy, adapter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy.to(device).eval()
     processor.infer()
@@ -139,11 +138,8 @@ def answer(
             inputs = {name: value.to(device) for name, value in inputs.items()}
             with torch.inference_mode():
                 tokens = policy.generate(**inputs, max_new_tokens=length, do_sample=False)
-            texts = processor.tokenizer.batch_decode(
-                tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-            )
-            for i, text in zip(batch, texts, strict=True):
-                answers[i] = text.strip()
+            for i, ids in zip(batch, tokens[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+                answers[i] = processor.decode_response(ids)
     return answers
 
 

@@ -17,7 +17,7 @@ from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 from args import LoraArguments, ModelArguments, VLConfig
 from base.adapters import Role
 from base.fast_lora import use_fast_lora
-from base.loading import base_model_path, load_model
+from base.loading import base_model_path, load_adapter, load_model
 from base.resume import checkpoint_to_resume
 from common.errors import InputError
 from models import core_mapper_for
@@ -137,7 +137,7 @@ def load_reference(policy: torch.nn.Module, plan: LoadPlan, training_args: VLCon
     if not isinstance(policy, PeftModel):
         return _load(plan)
     if plan.is_adapter:
-        policy.load_adapter(plan.checkpoint, adapter_name=Role.REFERENCE.adapter, is_trainable=False)
+        load_adapter(policy, plan.checkpoint, Role.REFERENCE.adapter)
         policy.set_adapter(Role.POLICY.adapter)
     return None
 

@@ -6,11 +6,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from peft.utils import load_peft_weights
 
 from base.heads import REWARD_HEAD, checkpoint_fingerprint, load_head, save_head
-from base.loading import base_model_path, load_model
+from base.layout import processor_path
+from base.loading import base_model_path, load_adapter, load_model
 from common.errors import InputError
 from models import core_mapper_for
 
@@ -47,17 +46,7 @@ def merge(base: str, adapter: str, bits: int | None = None, dtype: torch.dtype |
     model = load_model(base, dtype=dtype, bits=bits)
     if bits is not None:
         model = model.dequantize()
-    try:
-        model = PeftModel.from_pretrained(model, adapter)
-        found, wanted = (
-            load_peft_weights(adapter, device="cpu"),
-            get_peft_model_state_dict(model, save_embedding_layers=False),
-        )
-        if found.keys() != wanted.keys():  # peft only warns
-            raise ValueError(f"{min(found.keys() ^ wanted.keys())} is in only one of them.")
-    except (ValueError, RuntimeError) as error:  # target modules are missing, or of another size
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"The adapter in {adapter} does not fit {base}: {reason}") from error
+    model = load_adapter(model, adapter)
     return model.merge_and_unload(safe_merge=True)
 
 
@@ -78,7 +67,7 @@ def merge_to(
     aside = out.with_name(f".{out.name}.incomplete")
     shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(aside)
-    core_mapper_for(base).processor(adapter if _has_processor(adapter) else base).save_pretrained(aside)
+    core_mapper_for(base).processor(adapter if processor_path(adapter) == adapter else base).save_pretrained(aside)
     if (Path(adapter) / REWARD_HEAD).is_file():
         save_head(model, load_head(adapter, REWARD_HEAD, model).weight, str(aside), REWARD_HEAD)
     if out.exists():
@@ -93,7 +82,3 @@ def _check_base(base: str, adapter: str) -> None:
         raise InputError(
             f"The adapter in {adapter} was trained on {trained_on}, which has other weights than {base}: give that base."
         )
-
-
-def _has_processor(adapter: str) -> bool:
-    return (Path(adapter) / "processor_config.json").is_file()

@@ -20,6 +20,7 @@ BASE = [
         "corruption",
         "image_tokens",
         "images",
+        "layout",
         "packing",
         "processor",
         "row_checks",

@@ -5,11 +5,13 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from base.model import VLModelMixin
 from base.processor import VLProcessor
 from models.core_mapper import ModelCoreMapper
-from models.qwen2_vl import MRopeMixin
+from models.qwen2_vl import MRopeMixin, Qwen2VLForRL
 
 
 class Qwen2_5_VLForRL(MRopeMixin, VLModelMixin, Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL with the project's model methods."""
+
+    adapter_renames = Qwen2VLForRL.adapter_renames
 
 
 class Qwen2_5_VLProcessor(VLProcessor):

@@ -33,6 +33,9 @@ class MRopeMixin:
 class Qwen2VLForRL(MRopeMixin, VLModelMixin, Qwen2VLForConditionalGeneration):
     """Qwen2-VL with the project's model methods."""
 
+    # Of adapters saved with transformers up to 4.51; peft renames those of other families itself.
+    adapter_renames = {r"^visual\.": "model.visual.", r"^model\.(?!language_model|visual)": "model.language_model."}
+
 
 class Qwen2VLProcessor(VLProcessor):
     """ChatML with a default system message; an image is `<|vision_start|><|image_pad|><|vision_end|>`."""
