@@ -27,7 +27,7 @@ import losses
 import train_dpo
 from base.loading import load_adapter, load_model
 from common.errors import InputError
-from data.shapes import CAPTION_PROMPT
+from data.scenes import CAPTION_PROMPT
 from eval.shapes import evaluate, read_scenes
 from models import core_mapper_for
 

@@ -29,7 +29,7 @@ from data import (
     plain_dpo,
     rlaifv,
     rlhfv,
-    shapes,
+    scenes,
     vlfeedback_paired,
     vlquery_json,
 )
@@ -50,7 +50,7 @@ RowCheck = Callable[[Dataset, Kind, pa.ChunkedArray, int | None], Sequence[str |
 
 # Any other --dataset_name is a hub id or a path in TRL's conversational format.
 DATASET_MAP: dict[str, Loader] = {
-    "shapes": shapes.load,
+    "shapes": scenes.load,
     "plain_dpo": plain_dpo.load,
     "vlquery_json": vlquery_json.load,
     "vlfeedback_paired": vlfeedback_paired.load,

@@ -1,4 +1,4 @@
-"""How often a model says what is not there, on the held-out scenes of data/shapes.py, where the truth is known exactly.
+"""How often a model says what is not there, on the held-out scenes of data/scenes.py, where the truth is known exactly.
 
     python -m eval.shapes --model_name_or_path runs/demo/sft --data_path runs/demo/data/eval.json --output runs/demo/eval/sft
     python -m eval.shapes --model_name_or_path runs/demo/sft --adapter runs/demo/dpo --data_path runs/demo/data/eval.json \
@@ -26,7 +26,7 @@ from args import run
 from base.loading import load_adapter, load_model
 from common.errors import InputError
 from common.files import write_json, write_json_lines
-from data.shapes import COLOURS, PLACES, SHAPES, Thing, read_caption
+from data.scenes import COLOURS, PLACES, SHAPES, Thing, read_caption
 from eval.flags import add_flag, add_model_flags
 from eval.generate import processor_for
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common.errors import InputError, run
 from common.files import write_json, write_text
-from data.shapes import Thing
+from data.scenes import Thing
 from eval.shapes import marked, mentions, read_scenes
 
 STAGES = ("sft", "rm", "dpo", "ppo")

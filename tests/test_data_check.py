@@ -14,7 +14,7 @@ from PIL import Image
 import data
 from args import DataArguments, SFTConfig, parse
 from common.errors import InputError
-from data import check
+from data import check, scenes
 from models import core_mapper_for
 
 ROOT = Path(__file__).parent.parent
@@ -258,8 +258,7 @@ def test_fixed_rows_load_to_equal_rows(tmp_path: Path, name: str, as_bytes: bool
 
 
 def test_shapes_serves_all_three_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = pytest.importorskip("data.shapes")
-    monkeypatch.setattr(shapes, "NUM_SCENES", 40)
+    monkeypatch.setattr(scenes, "NUM_SCENES", 40)
     for kind, column in (("conversation", "messages"), ("preference", "responses"), ("prompt", "reference")):
         train, held, info = data.load_train_eval(DataArguments(dataset_name="shapes", eval_ratio=0.2), kind, 0)
         assert len(train) + len(held) == 40 and train[0][column] and info["sets"][0]["bad"] == 0

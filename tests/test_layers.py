@@ -11,7 +11,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # Modules that are run with -m or as scripts: they import what they need, and nobody imports them.
-ENTRY_POINTS = {"data.check", "scripts.generate", "merge_lora", "train_sft", "train_dpo", "train_rm", "train_ppo"}
+ENTRY_POINTS = {
+    "data.check",
+    "data.shapes",
+    "scripts.generate",
+    "merge_lora",
+    "train_sft",
+    "train_dpo",
+    "train_rm",
+    "train_ppo",
+}
 # Modules of base by layer; a layer does not import from those above.
 BASE = [
     {

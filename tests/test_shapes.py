@@ -11,23 +11,23 @@ from PIL import Image
 
 from args import DataArguments
 from common.errors import InputError
-from data import load_train_eval, shapes
-from data.shapes import CELL, COLOURS, PLACES, Thing
+from data import load_train_eval, scenes, shapes
+from data.scenes import CELL, COLOURS, PLACES, Thing
 from eval import shapes_report
 from eval.shapes import marked, mentions, read_scenes, score_answers, score_captions
 
 SCENE = (Thing("red", "circle", 0), Thing("blue", "star", 7))  # top left, bottom
 
 
-def drawn(count: int, seed: int = 0, held_out: bool = False) -> list[shapes.Scene]:
-    return list(itertools.islice(shapes.scenes(seed, held_out), count))
+def drawn(count: int, seed: int = 0, held_out: bool = False) -> list[scenes.Scene]:
+    return list(itertools.islice(scenes.scenes(seed, held_out), count))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Files of 40 training and 12 held-out scenes."""
     path = tmp_path_factory.mktemp("shapes")
-    shapes.write(path, num_train=40, num_eval=12, seed=0)
+    scenes.write(path, num_train=40, num_eval=12, seed=0)
     return path
 
 
@@ -40,7 +40,7 @@ def data_args(name: str, path: Path | None = None) -> DataArguments:
 
 def test_files_are_a_function_of_the_seed(folder: Path, tmp_path: Path) -> None:
     for name, seed in (("same", 0), ("other", 1)):
-        shapes.write(tmp_path / name, num_train=40, num_eval=12, seed=seed)
+        scenes.write(tmp_path / name, num_train=40, num_eval=12, seed=seed)
     files = sorted(path.relative_to(folder) for path in folder.rglob("*.*"))
     assert len(files) == 5 + 40 + 12
     for file in files:
@@ -72,7 +72,7 @@ def nearest_colour(pixel: tuple[int, ...]) -> str | None:
 def test_truth_agrees_with_the_pixels() -> None:
     rng = random.Random(0)
     for scene in drawn(200):
-        image = shapes.picture(scene, rng)
+        image = scenes.picture(scene, rng)
         seen = {}
         for place in range(len(PLACES)):
             row, column = divmod(place, 3)
@@ -93,8 +93,8 @@ def test_shapes_look_different() -> None:
             return (a + b) // 2
 
     masks = []
-    for shape in shapes.SHAPES:
-        cell = shapes.picture((Thing("black", shape, 4),), Middle()).crop((CELL, CELL, 2 * CELL, 2 * CELL)).convert("L")
+    for shape in scenes.SHAPES:
+        cell = scenes.picture((Thing("black", shape, 4),), Middle()).crop((CELL, CELL, 2 * CELL, 2 * CELL)).convert("L")
         masks.append([value < 128 for value in cell.tobytes()])
     for one, other in itertools.combinations(masks, 2):
         assert sum(a != b for a, b in zip(one, other, strict=True)) > 0.05 * CELL**2
@@ -104,18 +104,18 @@ def test_shapes_look_different() -> None:
 
 
 def test_caption_and_its_inverse() -> None:
-    assert shapes.caption(SCENE) == "Top left a red circle, bottom a blue star."
+    assert scenes.caption(SCENE) == "Top left a red circle, bottom a blue star."
     for scene in drawn(200):
-        assert tuple(shapes.read_caption(shapes.caption(scene))) == scene
+        assert tuple(scenes.read_caption(scenes.caption(scene))) == scene
     for broken in ("", "A red circle.", "Top left a red circle, top a star.", "Top a pink circle."):
-        assert shapes.read_caption(broken) is None
+        assert scenes.read_caption(broken) is None
 
 
 def test_three_captions_in_ten_name_something_that_is_not_there() -> None:
     rng = random.Random(0)
     noisy = 0
     for scene in drawn(3000):
-        said = shapes.read_caption(shapes.noisy_caption(scene, rng))
+        said = scenes.read_caption(scenes.noisy_caption(scene, rng))
         added = [thing for thing in said if thing not in scene]
         assert set(scene) <= set(said) and len(added) <= 1
         for thing in added:
@@ -129,9 +129,9 @@ def test_rejected_captions_hold_exactly_the_error_that_they_claim() -> None:
     rng = random.Random(0)
     kinds = set()
     for scene in drawn(1000):
-        chosen, rejected, error = shapes.preference(scene, rng)
-        assert tuple(shapes.read_caption(chosen)) == scene
-        said = shapes.read_caption(rejected)
+        chosen, rejected, error = scenes.preference(scene, rng)
+        assert tuple(scenes.read_caption(chosen)) == scene
+        said = scenes.read_caption(rejected)
         wrong, missing = [t for t in said if t not in scene], [t for t in scene if t not in said]
         names = {t.name for t in scene}
         match error:
@@ -147,16 +147,16 @@ def test_rejected_captions_hold_exactly_the_error_that_they_claim() -> None:
             case "omission":
                 assert not wrong and len(missing) == 1 and said
         kinds.add(error)
-    assert kinds == set(shapes.ERRORS)
+    assert kinds == set(scenes.ERRORS)
     with pytest.raises(ValueError, match="omission"):
-        shapes.wrong_caption(SCENE[:1], "omission", rng)
+        scenes.wrong_caption(SCENE[:1], "omission", rng)
 
 
 def test_questions_are_answered_from_the_scene() -> None:
     rng = random.Random(0)
     yes = no = 0
     for scene in drawn(1000):
-        asked = shapes.questions(scene, 6, rng)
+        asked = scenes.questions(scene, 6, rng)
         assert len({q.text for q in asked}) == 6
         for question in asked:
             words = question.text.removesuffix("?").split()
@@ -184,24 +184,24 @@ def test_files_are_in_the_public_formats(folder: Path) -> None:
     assert len(prompts.train) == 40 and prompts.train[0]["reference"]
     record = json.loads((folder / "pairs.json").read_text())[0]
     assert {"image", "prompt", "chosen", "rejected"} <= set(record)
-    assert Image.open(folder / record["image"]).size == (shapes.SIZE, shapes.SIZE)
+    assert Image.open(folder / record["image"]).size == (scenes.SIZE, scenes.SIZE)
 
 
 def test_held_out_pairs_are_of_held_out_scenes(folder: Path) -> None:
     for name, held_out in (("pairs", False), ("eval_pairs", True)):
         for row in json.loads((folder / f"{name}.json").read_text()):
-            assert shapes.is_held_out(tuple(shapes.read_caption(row["chosen"]))) == held_out
+            assert scenes.is_held_out(tuple(scenes.read_caption(row["chosen"]))) == held_out
     for row in read_scenes(folder / "eval.json"):
-        assert shapes.is_held_out(tuple(row["scene"])) and shapes.caption(row["scene"]) == row["caption"]
+        assert scenes.is_held_out(tuple(row["scene"])) and scenes.caption(row["scene"]) == row["caption"]
 
 
 def test_embedded_set_serves_all_three_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shapes, "NUM_SCENES", 30)
+    monkeypatch.setattr(scenes, "NUM_SCENES", 30)
     columns = {"conversation": "messages", "preference": "responses", "prompt": "reference"}
     for kind, column in columns.items():
         rows = load_train_eval(data_args("shapes"), kind, 0).train
         assert len(rows) == 30 and rows[0][column]
-        assert Image.open(io.BytesIO(rows[0]["images"][0]["bytes"])).size == (shapes.SIZE, shapes.SIZE)
+        assert Image.open(io.BytesIO(rows[0]["images"][0]["bytes"])).size == (scenes.SIZE, scenes.SIZE)
     with pytest.raises(InputError, match="drawn, not read"):
         load_train_eval(data_args("shapes", Path("x.json")), "prompt", 0)
 
@@ -215,17 +215,17 @@ def test_initial_model_is_a_plain_checkpoint(tmp_path: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert model.config.architectures == ["LlavaForConditionalGeneration"] and 0.8e6 < model.num_parameters() < 2.5e6
     processor = core_mapper_for(str(tmp_path)).processor(str(tmp_path))
-    image = shapes.picture(SCENE, random.Random(0))
+    image = scenes.picture(SCENE, random.Random(0))
     messages = [
-        {"role": "user", "content": shapes.CAPTION_PROMPT},
-        {"role": "assistant", "content": shapes.caption(SCENE)},
+        {"role": "user", "content": scenes.CAPTION_PROMPT},
+        {"role": "assistant", "content": scenes.caption(SCENE)},
     ]
     encoded = processor(convs=[messages], images=[[image]])
     trained = encoded["labels"][0][encoded["labels"][0] >= 0]
-    assert processor.tokenizer.decode(trained) == f" {shapes.caption(SCENE)}</s>"
+    assert processor.tokenizer.decode(trained) == f" {scenes.caption(SCENE)}</s>"
     assert (encoded["input_ids"] == processor.tokenizer.image_token_id).sum() == 9
     # one token per word, comma, full stop and end
-    assert len(trained) == len(shapes.caption(SCENE).split()) + 3
+    assert len(trained) == len(scenes.caption(SCENE).split()) + 3
     assert model(**encoded).loss.isfinite()
 
 
@@ -264,7 +264,7 @@ def test_wrong_words_are_marked() -> None:
     pieces = marked(text, SCENE)
     assert "".join(piece for piece, _ in pieces) == text
     assert [piece for piece, wrong in pieces if wrong] == ["Top", "left a purple circle"]
-    assert not any(wrong for _, wrong in marked(shapes.caption(SCENE), SCENE))
+    assert not any(wrong for _, wrong in marked(scenes.caption(SCENE), SCENE))
     html = shapes_report.marked_html("A red star <b>", SCENE)
     assert html == "A <mark>red star</mark> &lt;b&gt; <del>red circle, blue star</del>"
 
