@@ -19,6 +19,7 @@ class RunningDelta(TrainerCallback, ExportableState):
         self.mean, self.count = torch.tensor(float(mean)), torch.tensor(count)
 
     def state(self) -> dict[str, Any]:
+        """What trainer_state.json keeps."""
         return {"args": {"mean": self.mean.item(), "count": int(self.count)}, "attributes": {}}
 
     def with_rewards(self, rewards: Tensor, accelerator: Accelerator, keep: bool) -> Tensor:
@@ -43,4 +44,5 @@ class SetEpoch(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Hand the epoch on."""
         self.collator.epoch = int(state.epoch or 0)

@@ -63,6 +63,7 @@ class Preemption(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Every process must stop at the same step, and a launcher may signal them at different ones.
+        """Stop with a checkpoint if any process was asked to."""
         if self.on_any_process(self.asked):
             self.stopped = control.should_save = control.should_training_stop = True
 
@@ -115,6 +116,7 @@ class SafeCheckpoints(Trainer):
         return self.accelerator.reduce(flags, reduction="sum").item() > 0
 
     def get_train_dataloader(self) -> DataLoader:
+        """As Trainer's; its workers survive SIGTERM until the last step is done."""
         loader = super().get_train_dataloader()
         for part in {id(x): x for x in (loader, getattr(loader, "base_dataloader", loader))}.values():
             part.worker_init_fn = functools.partial(ignore_sigterm, part.worker_init_fn)

@@ -120,10 +120,12 @@ class VLSFTDataCollatorWithPadding(VLDataCollator):
         self.train_on = train_on
 
     def fit(self, row: Row, counts: LengthCounts, where: str) -> bool:
+        """Whether what stands before the last answer fits the limits."""
         ids, labels = self._encode([row])[:2]
         return self._fit(ids[0], labels[0], counts, where) is not None
 
     def length(self, row: Row) -> int:
+        """Tokens of the conversation after the limits."""
         ids, labels = self._encode([row])[:2]
         return len(self._fit(ids[0], labels[0], LengthCounts(), "a row") or ids[0])
 
@@ -144,6 +146,7 @@ class VLSFTDataCollatorWithPadding(VLDataCollator):
         return ids[:start] + kept[0] if kept is not None else None
 
     def __call__(self, features: Sequence[Row]) -> SFTBatch:
+        """Tokenise, shorten the last answers to the limits, pad."""
         processor = self.processor
         input_ids, labels, img_inputs = self._encode(features)
         for b, row in enumerate(features):
@@ -212,6 +215,7 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
         self.epoch = 0  # the trainer sets it, so that every epoch draws anew
 
     def __call__(self, features: Sequence[Row]) -> DPOBatch:
+        """Lay out rows and pairs, and what the losses need beyond them."""
         self._check_columns(features)
         pairs = [ordered_pairs(row["ranks"], row.get("scores"), self.pairs, self.score_margin) for row in features]
         better = [views.better_responses(row) for row in pairs]
@@ -342,6 +346,7 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
     # -- rows ----------------------------------------------------------------------------------------------------------
 
     def fit(self, row: Row, counts: LengthCounts, where: str) -> bool:
+        """Whether the prompt fits the limits and the responses still differ within them."""
         return self._fit(self.encode_prompts([row])[0][0], row, counts, where) is not None
 
     def length(self, row: Row) -> int:
@@ -385,6 +390,7 @@ class VLRMDataCollatorWithPadding(VLDPODataCollatorWithPadding):
     """DPO's batch, because a reward model ranks the responses that DPO pairs, with `source`: `base.batch.RMBatch`."""
 
     def __call__(self, features: Sequence[Row]) -> RMBatch:
+        """The DPO batch, with each row's `source`."""
         return RMBatch(**super().__call__(features), source=[row.get("source") for row in features])
 
 
@@ -396,13 +402,16 @@ class VLPPODataCollator(VLDataCollator):
         self.share_prefix = share_prefix
 
     def fit(self, row: Row, counts: LengthCounts, where: str) -> bool:
+        """Whether the prompt fits the limits."""
         prompt = self.encode_prompts([row])[0][0]
         return fit_row(len(prompt), [], self.limits, counts, row.get("where") or where) is not None
 
     def length(self, row: Row) -> int:
+        """Tokens of the prompt."""
         return len(self.encode_prompts([row])[0][0])
 
     def __call__(self, features: Sequence[Row]) -> PPOBatch:
+        """Tokenise prompts and prepare their images."""
         prompts, img_inputs = self.encode_prompts(features)
         return {
             "rows": list(features),

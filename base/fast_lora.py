@@ -43,6 +43,7 @@ class LoraLinear(Linear):
     """peft's LoRA layer, which hands the common case to `_LoraProduct` and everything else to peft."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x (..., in) -> (..., out), peft's numbers."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         if args or kwargs or self.disable_adapters or self.merged or len(active) != 1 or active[0] in self.lora_variant:
             return super().forward(x, *args, **kwargs)

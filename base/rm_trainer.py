@@ -92,6 +92,7 @@ class VLRMTrainer(VLHeadTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss over the rows with a pair; stores the metrics."""
         rewards = self.response_rewards(model, inputs)
         self.log_metrics(rewards.detach(), inputs)
         per_row = self.ranking_loss(rewards, inputs)  # empty if all responses of these rows are equally good

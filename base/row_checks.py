@@ -34,6 +34,7 @@ class ProcessorCheck:
     def __call__(
         self, rows: Dataset, kind: Kind, sizes: pa.ChunkedArray, num_proc: int | None = None
     ) -> list[str | None]:
+        """Why the model's processor refuses each row, or None."""
         column = "messages" if kind == "conversation" else "prompt"
         columns = [name for name in (column, "responses") if name in rows.column_names]
         found = rows.select_columns(columns).map(

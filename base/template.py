@@ -159,9 +159,9 @@ class ChatTemplate:
         taken = {self.image_token, IMAGE_MARK}
         for token_id, token in self._tokenizer.added_tokens_decoder.items():
             usable = token.special and not (token.lstrip or token.rstrip) and token.content not in taken
-            if usable and token_id != self._tokenizer.bos_token_id:
-                if not any(token.content in piece for pieces in skeletons for piece in pieces):
-                    return token.content, token_id
+            usable = usable and token_id != self._tokenizer.bos_token_id
+            if usable and not any(token.content in piece for pieces in skeletons for piece in pieces):
+                return token.content, token_id
         raise InputError("A conversation holds every special token of the tokenizer as text: remove them from the row.")
 
     def encode_response(self, text: str) -> list[int]:

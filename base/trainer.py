@@ -57,6 +57,7 @@ class VLSFTTrainer(VLTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, CompletionOutput]:
+        """Mean cross-entropy of the trained tokens of the global batch."""
         outputs = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
@@ -231,6 +232,7 @@ class VLDPOTrainer(VLTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Passes of reference and policy, the loss of each pair, their mean; stores the metrics."""
         if "policy_negative" in self.needs:
             inputs = self._with_policy_negatives(model, inputs)
         batch = inputs | {"image_inputs": self.image_inputs(model, inputs)}

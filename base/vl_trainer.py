@@ -148,6 +148,7 @@ class VLTrainer(SafeCheckpoints):
             self._metrics[mode][name].append(torch.stack([values.sum(), values.new_tensor(values.numel())]))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer's, with the stored metrics averaged over samples, steps and ranks."""
         mode = "eval" if any(name.startswith("eval_") for name in logs) else "train"
         for name, sums in self._metrics[mode].items():
             total, count = self.accelerator.reduce(torch.stack(sums).sum(0), reduction="sum").tolist()
@@ -157,6 +158,7 @@ class VLTrainer(SafeCheckpoints):
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As Trainer's, with the image sensitivity if asked for."""
         metrics = super().evaluate(*args, **kwargs)
         if self.args.log_image_sensitivity:
             sensitivity = {"eval_image_sensitivity": self.image_sensitivity(self.eval_dataset)}
@@ -197,6 +199,7 @@ class VLTrainer(SafeCheckpoints):
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
+        """The loss of one evaluation batch; nothing else is gathered."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None

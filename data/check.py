@@ -68,6 +68,7 @@ class CheckArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Read, check, report; the exit status is 1 if a row cannot be used."""
     data_args, check_args = parse(DataArguments, CheckArguments, argv=argv)
     processor = None
     if check_args.model_name_or_path:

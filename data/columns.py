@@ -8,7 +8,7 @@ booleans and lists of those stay in the row as columns of the user's own; nothin
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterator, Mapping
 from typing import Any
 
 import pyarrow.compute as pc
@@ -57,7 +57,8 @@ class Record(dict):
         self.read.add(name)
         return super().__getitem__(name)
 
-    def get(self, name: str, default: object = None) -> Any:
+    def get(self, name: str, default: object = None) -> Any:  # noqa: ANN401  what a dict gives
+        """A column that counts as read from now on."""
         self.read.add(name)
         return super().get(name, default)
 
@@ -65,7 +66,8 @@ class Record(dict):
         self.read.update(dict.keys(self))
         return super().__iter__()
 
-    def items(self):  # type: ignore[no-untyped-def]
+    def items(self) -> ItemsView[str, Any]:
+        """All columns; they count as read from now on."""
         self.read.update(dict.keys(self))
         return super().items()
 
@@ -74,6 +76,7 @@ class Record(dict):
         return {name: value for name, value in dict.items(self) if value is not None}
 
     def unread(self) -> dict[str, object]:
+        """Names and values that nothing has read."""
         return {name: value for name, value in self.present().items() if name not in self.read}
 
 
@@ -169,10 +172,13 @@ def _refuse_media(name: str, value: object, images: list, labels: set[str]) -> N
             picture = first
     if picture is None:
         return
-    if images and isinstance(picture, str):
-        # Beside an image that is read: its own name, where it came from, or the name of what is there as bytes.
-        if _stem(picture) in labels or re.match(r"https?://", picture) or "" in labels:
-            return
+    # Beside an image that is read: its own name, where it came from, or the name of what is there as bytes.
+    if (
+        images
+        and isinstance(picture, str)
+        and (_stem(picture) in labels or re.match(r"https?://", picture) or "" in labels)
+    ):
+        return
     shown = shorten(picture, 80) if isinstance(picture, str) else "as bytes"
     beside = " beside the image of the row" if images else ""
     raise BadRow(
@@ -196,7 +202,7 @@ def _refuse_answers(name: str, value: object, kind: str) -> None:
         )
 
 
-def _find(value: object, test: Any, depth: int = 5) -> Any:
+def _find(value: object, test: Callable[[object], bool], depth: int = 5) -> Any:  # noqa: ANN401  whatever it finds
     """The first text or bytes within a value that passes the test."""
     if isinstance(value, str | bytes):
         return value if test(value) else None
@@ -318,7 +324,7 @@ def _as_type(value: object, kind: str) -> object:
     return float(value) if kind == "float" else value  # type: ignore[arg-type]
 
 
-def _feature(kind: str) -> Any:
+def _feature(kind: str) -> Any:  # noqa: ANN401  datasets writes features as values, lists and dicts
     if kind.startswith("list"):
         return [_feature(kind[5:] or "text")]
     return Value({"bool": "bool", "int": "int64", "float": "float64", "text": "string"}[kind])

@@ -46,6 +46,7 @@ _REJECTED = {"rejected_response", "rejected_messages"}
 
 
 def convert(record: dict, kind: Kind) -> Row:
+    """One record in any conversational layout."""
     row = {"conversation": _conversation, "preference": _preference, "prompt": _prompt}[kind](record)
     return row | {"images": image_column(record, "image", "images")}
 
@@ -55,15 +56,14 @@ def kinds_of(record: Mapping[str, object]) -> list[Kind]:
     names = {*record}
     talks, asked, answered = names & {*TALKS}, names & {*QUESTIONS}, names & {*ANSWERS}
     found: list[Kind] = []
-    if {"chosen", "rejected"} <= names or ((talks or (asked and answered)) and names & _REJECTED):
-        found.append("preference")
-    elif (talks or asked) and names & {"responses", "completions"}:
+    beside = (talks or (asked and answered)) and names & _REJECTED
+    if {"chosen", "rejected"} <= names or beside or ((talks or asked) and names & {"responses", "completions"}):
         found.append("preference")
     if talks or (asked and answered):
         found.append("conversation")
     if asked - {"question"}:
         found.append("prompt")
-    if not found[:1] == ["preference"] and _ends_with_user(record):
+    if found[:1] != ["preference"] and _ends_with_user(record):
         found = ["prompt"]
     return found
 

@@ -218,7 +218,7 @@ def _records_of_files(stamps: list[tuple[str, str | None, int, int]], code: str)
 # What a file is
 
 
-def kind_of_file(path: str) -> str:
+def kind_of_file(path: str) -> str:  # noqa: C901  one rule after the other
     """parquet, arrow, tar; or list, lines, object (of JSON) or table: by content, whatever the name says.
 
     Raises:

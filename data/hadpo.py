@@ -26,6 +26,7 @@ DESCRIBE = (
 
 def convert(record: dict, kind: Kind, image_root: str, changed: tuple[float, ...] = ()) -> Row:
     # desc_data.json of LLaVA is {image_id: answers}, whose names data.files gives the rows as `id`.
+    """One record of HA-DPO."""
     number = record["image_id"] if record.get("image_id") is not None else record.get("id")
     if number is None:
         require(record, "image_id")
@@ -47,6 +48,7 @@ def convert(record: dict, kind: Kind, image_root: str, changed: tuple[float, ...
 
 
 def load(data_args: DataArguments) -> Dataset:
+    """Rows of HA-DPO."""
     image_root = image_root_of(data_args)
     # When the folders changed is part of what cached rows are keyed by: they say in which one an image lies.
     folders = [os.path.join(image_root, folder) for folder in FOLDERS]

@@ -40,6 +40,7 @@ class LengthLimits:
 
     @classmethod
     def from_args(cls, data_args: DataArguments) -> Self:
+        """The limits that the flags name."""
         return cls(data_args.max_length, data_args.max_prompt_length, data_args.max_target_length, data_args.overlong)
 
 
@@ -55,6 +56,7 @@ class LengthCounts:
     cut_tokens: int = 0
 
     def as_dict(self, prefix: str = "") -> dict[str, int]:
+        """Name and count of each, for the log."""
         return {prefix + name: count for name, count in asdict(self).items()}
 
     def __add__(self, other: Self) -> Self:

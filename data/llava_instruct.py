@@ -11,4 +11,5 @@ from data.vlquery_json import convert
 
 
 def load(data_args: DataArguments) -> Dataset:
+    """Rows of LLaVA's instruction files."""
     return load_source(data_args, convert, "conversation")

@@ -13,6 +13,7 @@ from data.source import load_source
 
 
 def convert(record: dict, kind: Kind) -> Row:
+    """One record of MM-RLHF."""
     if record.get("prompt") is None:
         require(record, "question")
     prompt = question(record["question"] if record.get("question") is not None else record["prompt"])
@@ -25,4 +26,5 @@ def convert(record: dict, kind: Kind) -> Row:
 
 
 def load(data_args: DataArguments) -> Dataset:
+    """Rows of MM-RLHF."""
     return load_source(data_args, convert, "preference")

@@ -12,10 +12,12 @@ from data.source import load_source
 
 
 def convert(record: dict, kind: Kind) -> Row:
+    """One pair."""
     require(record, "prompt", "chosen", "rejected")
     row = preference(record, record["prompt"], [record["chosen"], record["rejected"]], ranks=[0, 1])
     return row | {"images": image_column(record)}
 
 
 def load(data_args: DataArguments) -> Dataset:
+    """Rows of a file of pairs."""
     return load_source(data_args, convert, "preference")

@@ -10,10 +10,12 @@ HUB_ID = "openbmb/RLAIF-V-Dataset"
 
 
 def convert(record: dict, kind: Kind) -> Row:
+    """One record of RLAIF-V."""
     require(record, "question", "chosen", "rejected")
     row = preference(record, record["question"], [record["chosen"], record["rejected"]], ranks=[0, 1])
     return row | {"images": image_column(record)}
 
 
 def load(data_args: DataArguments) -> Dataset:
+    """Rows of RLAIF-V."""
     return load_source(data_args, convert, "preference", HUB_ID)

@@ -13,6 +13,7 @@ HUB_ID = "HaoyeZhang/RLHF-V-Dataset"
 
 
 def convert(record: dict, kind: Kind) -> Row:
+    """One record of RLHF-V."""
     require(record, "text")
     text = record["text"]
     if isinstance(text, str):
@@ -31,4 +32,5 @@ def convert(record: dict, kind: Kind) -> Row:
 
 
 def load(data_args: DataArguments) -> Dataset:
+    """Rows of RLHF-V."""
     return load_source(data_args, convert, "preference", HUB_ID)

@@ -136,6 +136,7 @@ def numbers_of(value: object, name: str, length: int) -> list[float]:
 
 
 def number_of(value: object, name: str) -> float:
+    """`value` as a finite number. Raises BadRow otherwise."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRow(f"its {name} is {type_name(value)}, not a number")
     try:
@@ -382,6 +383,7 @@ def normal_path(name: str, image_root: str, allow_outside: bool) -> str:
 
 
 def is_inside(path: str, folder: str) -> bool:
+    """Whether a path lies in a folder, by their real names."""
     return path.startswith(folder if folder.endswith(os.sep) else folder + os.sep)
 
 
@@ -397,6 +399,7 @@ def _count(number: int, name: str) -> str:
 
 
 def type_name(value: object) -> str:
+    """What a message calls the type of a value."""
     names = {
         dict: "an object",
         list: "a list",
@@ -409,4 +412,5 @@ def type_name(value: object) -> str:
 
 
 def first_user_text(messages: Iterable[Message]) -> str:
+    """The first question, by which rows are grouped."""
     return next((m["content"] for m in messages if m["role"] == "user"), "")

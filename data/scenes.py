@@ -65,6 +65,8 @@ Scene = tuple[Thing, ...]  # in reading order; no place and no name occurs twice
 
 
 class Question(NamedTuple):
+    """A question about a scene, and its answer."""
+
     text: str
     answer: str
 
@@ -128,6 +130,7 @@ def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, fill: tuple[int, ...], x:
 
 
 def free_places(things: Sequence[Thing]) -> list[int]:
+    """Places of the grid where nothing is."""
     return [place for place in range(len(PLACES)) if place not in {thing.place for thing in things}]
 
 

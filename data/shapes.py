@@ -18,6 +18,18 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
 from data.scenes import CAPTION_PROMPT, CELL, NUM_SCENES, SIZE, caption, questions, scenes, write
 
 # The format of llava-hf/llava-1.5-7b-hf: images first, a space after every text, no end token.
@@ -31,16 +43,6 @@ CHAT_TEMPLATE = (
 
 def save_initial_model(directory: Path, seed: int) -> None:
     """Save a LLaVA with random weights (CLIP tower, projector, Llama; 1.1 M parameters) and its processor, ready for train_sft.py."""
-    import torch
-    from transformers import (
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-    )
-
     tokenizer = _tokenizer()
     image_processor = CLIPImageProcessor(
         size={"shortest_edge": SIZE},
@@ -98,11 +100,8 @@ def save_initial_model(directory: Path, seed: int) -> None:
     model.save_pretrained(directory)
 
 
-def _tokenizer():
+def _tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer in which every word that occurs here is one token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
     rng = random.Random(0)
     texts = []
     for scene in itertools.islice(scenes(0, held_out=False), 2000):
@@ -133,6 +132,7 @@ def _tokenizer():
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Write the files, the model, or both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, help="folder of the pictures and files")
     parser.add_argument("--num_train", type=int, default=NUM_SCENES, help="training scenes")

@@ -18,6 +18,7 @@ HUB_ID = "MMInstruction/VLFeedback"
 
 
 def convert(record: dict, kind: Kind) -> Row:
+    """One record of VLFeedback."""
     require(record, "prompt", "completions")
     if _is_scored(record["completions"]):
         row = ranked(record, "completions", question(record["prompt"]))
@@ -38,6 +39,7 @@ def convert(record: dict, kind: Kind) -> Row:
 
 
 def load(data_args: DataArguments) -> Dataset:
+    """Rows of VLFeedback."""
     return load_source(data_args, convert, "preference", HUB_ID)
 
 

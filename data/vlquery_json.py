@@ -12,9 +12,11 @@ from data.source import load_source
 
 
 def convert(record: dict, kind: Kind) -> Row:
+    """One conversation."""
     require(record, "conversations")
     return {"images": image_column(record), "messages": messages_of(record["conversations"], "conversations")}
 
 
 def load(data_args: DataArguments) -> Dataset:
+    """Rows of a file of conversations."""
     return load_source(data_args, convert, "conversation")

@@ -9,6 +9,7 @@ Object HalBench without --judge is the official script's rule mode and is stored
 judged mode (`objhal_judged`), whose numbers are not comparable. Fractions for CHAIR and Object HalBench, percent for AMBER.
 """
 
+import argparse
 import json
 import re
 from collections import defaultdict
@@ -327,6 +328,7 @@ def _first(targets: list[tuple[str, int]], matches: Callable[[str], bool]) -> in
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command line (`argv` in its place)."""
     parser = scorer_parser(__doc__, ("chair", "objhal", "amber"))
     parser.add_argument("--coco", help="folder with instances_{train,val}2014.json and captions_{train,val}2014.json")
     parser.add_argument("--synonyms", help="CHAIR: synonyms.txt; Object HalBench: synonyms_refine.txt")
@@ -359,7 +361,7 @@ def main(argv: list[str] | None = None) -> None:
     save(args, "objhal_judged", *score_objhal(rows, answers, truth, find), meta, judge.describe() | described)
 
 
-def _amber(args, rows: list[Row], answers: list[str], meta: dict) -> None:
+def _amber(args: argparse.Namespace, rows: list[Row], answers: list[str], meta: dict) -> None:
     annotations = amber_annotations(args.annotations, args.data_path)
     truth = read_amber_truth(annotations, rows)
     association = read_any(annotations.parent / "relation.json")

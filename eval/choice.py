@@ -293,6 +293,7 @@ def _detail(row: Row, answer: str, right: bool, parsed: object, category: object
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command line (`argv` in its place)."""
     parser = scorer_parser(__doc__, ("mmbench", "seed", "mmmu"))
     add_switch(parser, "--likelihood", help="seed: --answers holds the losses of the choices")
     args = parser.parse_args(argv)

@@ -60,6 +60,7 @@ def ranks() -> Iterator[tuple[int, int, "torch.device"]]:
 
 
 def barrier(world: int) -> None:
+    """Wait for the other processes, if there are any."""
     if world > 1:
         torch.distributed.barrier()
 
@@ -171,6 +172,7 @@ class Answerer:
         return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
 
     def to_device(self, inputs: dict) -> dict:
+        """Tensors on the device of the model."""
         moved = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
         return {
             k: v.to(self.dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
@@ -403,6 +405,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command line (`argv` in its place)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True, choices=list(TASKS))
     add_model_flags(parser)

@@ -33,7 +33,8 @@ Reply = TypeVar("Reply")
 class Ask(Protocol):
     """What scorers take instead of a Judge. `sample` tells repeated questions apart: each number is a fresh reply."""
 
-    def __call__(self, prompt: str, *, temperature: float = 0.0, sample: int = 0) -> str: ...
+    def __call__(self, prompt: str, *, temperature: float = 0.0, sample: int = 0) -> str:
+        """The reply to one prompt; `sample` numbers repeated questions."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -72,6 +73,7 @@ class Judge:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> "Judge":
+        """The judge that the flags name."""
         if not args.judge or not args.judge_model:
             raise InputError("this score needs a judge: --judge URL --judge_model NAME (key in JUDGE_API_KEY)")
         cache = args.judge_cache or Path(args.output or Path(args.answers).parent) / "judge_cache.jsonl"

@@ -79,6 +79,7 @@ def score_mmhal(rows: list[Row], answers: list[str], reviews: list[str]) -> tupl
 
 
 def review_mmhal(rows: list[Row], answers: list[str], ask: Ask, template: str, workers: int) -> list[str]:
+    """A review of each answer by the official prompt of MMHal-Bench."""
     prompts = [
         fill(
             template,
@@ -148,6 +149,7 @@ def score_mmvet(rows: list[Row], answers: list[str], grades: list[list[float]]) 
 def review_mmvet(
     rows: list[Row], answers: list[str], ask: Ask, template: str, runs: int, workers: int
 ) -> list[list[float]]:
+    """Scores of each answer by the official prompt of MM-Vet."""
     prompts = [
         fill(template, question=r["question"], gt_answer=r["label"], answer=a)
         for r, a in zip(rows, answers, strict=True)
@@ -218,6 +220,7 @@ def score_refomb(
 def review_refomb(
     rows: list[Row], answers: list[str], references: list[str], ask: Ask, templates: tuple[str, str], workers: int
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """A review of each answer by the official prompt of RefoMB."""
     prompts = [
         fill(templates[0], description=r["description"], question=r["question"], reference=ref, answer=a)
         for r, a, ref in zip(rows, answers, references, strict=True)
@@ -274,6 +277,7 @@ def score_hallusion_judged(rows: list[Row], answers: list[str], replies: list[st
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command line (`argv` in its place)."""
     parser = scorer_parser(__doc__, ("mmhal", "mmvet", "refomb", "hallusion"))
     parser.add_argument("--num_run", type=int, default=1, help="MM-Vet: judge runs to average (the paper has 5)")
     parser.add_argument("--reference", help="RefoMB: GPT-4V's answers (gpt4v_RefoMB_dev.jsonl)")

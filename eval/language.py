@@ -6,6 +6,8 @@ change the numbers. `pip install -r requirements-eval.txt` brings the packages; 
 
 from collections.abc import Callable
 from functools import lru_cache
+from types import ModuleType
+from typing import Any
 
 from common.errors import InputError
 
@@ -20,7 +22,7 @@ _CORPORA = {
 }
 
 
-def _nltk(*corpora: str):
+def _nltk(*corpora: str) -> ModuleType:
     try:
         import nltk
     except ModuleNotFoundError:
@@ -37,7 +39,7 @@ def _nltk(*corpora: str):
     return nltk
 
 
-def _spacy(model: str):
+def _spacy(model: str) -> Callable[[str], Any]:
     try:
         import spacy
     except ModuleNotFoundError:

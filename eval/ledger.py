@@ -56,11 +56,12 @@ class Ledger:
             if part.exists():  # cut a torn last line, or the next row would be glued to it
                 text = part.read_text(encoding="utf-8")
                 write_text(part, text[: text.rfind("\n") + 1])
-            self._file = open(part, "a", encoding="utf-8")
+            self._file = open(part, "a", encoding="utf-8")  # noqa: SIM115  until close()
         self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         self._file.flush()
 
     def close(self) -> None:
+        """Close the part of this rank."""
         if self._file is not None:
             self._file.close()
 

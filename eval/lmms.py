@@ -47,6 +47,7 @@ def forwarded(argv: list[str] | None = None) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command line (`argv` in its place)."""
     rest = forwarded(argv)
     register()
     from lmms_eval.__main__ import cli_evaluate

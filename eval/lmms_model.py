@@ -107,4 +107,5 @@ class LmmsModel(lmms):
         return out
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Tasks of several rounds are refused."""
         raise InputError("tasks of several rounds are not supported by this wrapper")

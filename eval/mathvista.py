@@ -101,6 +101,7 @@ def score_mathvista(
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command line (`argv` in its place)."""
     parser = scorer_parser(__doc__, ("mathvista",))
     add_switch(parser, "--quick_extract", help='believe The answer is "..". without asking')
     add_switch(parser, "--ignore_empty_extractions", help="an empty extraction is wrong")

@@ -14,14 +14,19 @@ import base64
 import html
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from common.errors import InputError, run
 from common.files import write_text
 from eval.benchmark_files import Row, prompt, read_task
 from eval.files import read_any, read_records
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Metric:
     scale: float = 1.0
 
     def value(self, scores: dict[str, float]) -> float | None:
+        """The number of this metric among the scores of a run, or None."""
         if self.key not in scores and self.key.startswith("*/"):  # MMBench names its split
             return next(
                 (self.scale * v for k, v in scores.items() if k.count("/") == 1 and k.endswith(self.key[1:])), None
@@ -91,6 +97,7 @@ class Run:
 
     @property
     def step(self) -> int | None:
+        """The training step of the checkpoint, if its folder names one."""
         return next((e["step"] for e in self.results.values() if e.get("step") is not None), None)
 
 
@@ -132,6 +139,7 @@ def columns(runs: list[Run]) -> list[tuple[str, Metric]]:
 
 
 def cells(runs: list[Run], table: list[tuple[str, Metric]]) -> list[list[float | None]]:
+    """The table: a row per run, a column per metric."""
     return [[m.value(r.results[n]["scores"]) if n in r.results else None for n, m in table] for r in runs]
 
 
@@ -226,7 +234,7 @@ def _goodness(value: float, metric: Metric) -> float:
     return 1 - share if metric.lower else share
 
 
-def _pyplot():
+def _pyplot() -> ModuleType:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -271,7 +279,13 @@ def charts(runs: list[Run], folder: Path) -> list[str]:
     return written
 
 
-def _small_multiples(runs, table, values, path: Path, draw) -> None:
+def _small_multiples(
+    runs: list[Run],
+    table: list[tuple[str, Metric]],
+    values: list[list[float | None]],
+    path: Path,
+    draw: Callable[..., None],
+) -> None:
     """One small plot per metric: units differ, so axes are not shared."""
     plt = _pyplot()
     wide = min(4, len(table))
@@ -296,7 +310,7 @@ def _small_multiples(runs, table, values, path: Path, draw) -> None:
     plt.close(figure)
 
 
-def _bars(axis, runs: list[Run], values: list[float | None], metric: Metric) -> None:
+def _bars(axis: "Axes", runs: list[Run], values: list[float | None], metric: Metric) -> None:
     for n, (r, v) in enumerate(zip(runs, values, strict=True)):
         bar = axis.bar(n, v if v is not None else 0, color=f"C{n % 10}", label=r.name)
         axis.bar_label(bar, [_format(v, metric)], fontsize=8)
@@ -304,7 +318,7 @@ def _bars(axis, runs: list[Run], values: list[float | None], metric: Metric) -> 
     axis.margins(y=0.15)
 
 
-def _curve(axis, runs: list[Run], values: list[float | None], metric: Metric) -> None:
+def _curve(axis: "Axes", runs: list[Run], values: list[float | None], metric: Metric) -> None:
     lines: dict[str, list[tuple[int, float]]] = {}
     for r, v in zip(runs, values, strict=True):
         if v is None:
@@ -414,6 +428,7 @@ def write_report(runs: list[Run], folder: Path, max_rows: int = 200) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command line (`argv` in its place)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="folders with results.json (or with eval/results.json)")
     parser.add_argument("--output", default="report", help="folder to write")

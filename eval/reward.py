@@ -19,6 +19,7 @@ from eval import reward_benchmarks, score
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command line (`argv` in its place)."""
     given = sys.argv[1:] if argv is None else argv
     if any(flag.split("=")[0] == "--dataset_name" for flag in given):
         return score.main(given)

@@ -123,6 +123,7 @@ def implicit_reward(args: argparse.Namespace, device: torch.device) -> tuple[Sco
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command line (`argv` in its place)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flag(parser, "--model_name_or_path", "--model", required=True, help="output folder of train_rm.py")
     parser.add_argument("--dataset_name", required=True, help="as for train_rm.py")

@@ -165,6 +165,7 @@ def evaluate(model: str, adapter: str | None, data: Path, output: Path, batch_si
 
 
 def main() -> None:
+    """Answer the held-out questions and score the answers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
     add_flag(parser, "--data_path", "--data", required=True, type=Path, help="eval.json of data.shapes")

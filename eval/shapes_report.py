@@ -140,6 +140,7 @@ def curve(title: str, points: Sequence[tuple[float, float]]) -> str:
 
 
 def curves(folder: Path) -> str:
+    """The curves of the runs as one SVG text."""
     figures = []
     for stage, metrics in CURVES.items():
         history = read_history(folder / stage)
@@ -198,6 +199,7 @@ def page(folder: Path, report: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
+    """Write the report of a demo folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="runs/demo")
     folder = parser.parse_args().folder

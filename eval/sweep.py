@@ -148,6 +148,7 @@ def _accepted(score: object, values: dict | None) -> dict | None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command line (`argv` in its place)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoints", nargs="+", required=True, help="checkpoints, hub ids or adapter folders")
     parser.add_argument("--benchmarks", required=True, help="benchmarks.yaml, see above")

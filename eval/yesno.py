@@ -271,6 +271,7 @@ def _detail(row: Row, answer: str, right: bool, parsed: str, category: object) -
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command line (`argv` in its place)."""
     parser = scorer_parser(__doc__, ("pope", "mme", "hallusion", "amber"))
     parser.add_argument("--annotations", help="AMBER's annotations.json; default: beside --data_path, or one folder up")
     args = parser.parse_args(argv)
