@@ -15,10 +15,8 @@ from common.errors import InputError
 from eval.benchmark_files import HALLUSION_KEY, Row
 from eval.files import REFERENCE_LENGTH, existing, need, read_any, read_text
 
-FILE, KEY = (
-    "(file)",
-    "(key)",
-)  # columns that reading adds: the file's stem in a folder of files, the key in {id: record}
+# Columns that reading adds: the name of the file in a folder of files, the key in {id: record}.
+FILE, KEY = "(file)", "(key)"
 DATA_ENDINGS = (".txt", ".json", ".jsonl", ".tsv", ".csv", ".xlsx", ".parquet")
 
 # Columns that name a row, likeliest first; a nested one ("pope_accuracy.question_id") counts after all of these.
@@ -34,28 +32,27 @@ REPLY_COLUMNS = (
 TRUTH_COLUMNS = (
     "gt gt_answer ground_truth groundtruth label target gold gold_answer reference truth correct_answer gt_ans gtruth solution"
 ).split()
-# Words in the name of a column that no list foresees: `llava_output`, `gpt4v_response`.
-_REPLY_WORDS = re.compile(
-    r"pred(iction|icted|s)?|resp(onse|onses|s)?|repl(y|ies)|generated|generation|completion|outputs?"
+# Words in the name of a column that no list foresees: `llava_output`, `my_answer`; `expected_answer` is a truth.
+_REPLY_WORDS = frozenset(
+    "pred preds prediction predictions predicted resp resps response responses reply replies generated generation completion "
+    "output outputs answer answers".split()
 )
-_NOT_A_REPLY = re.compile(
-    r"id|ids|name|type|time|tokens?|length|len|log|logs|hit|score|scores|correct|category|path|file|hash|parsed|extraction|count"
+_TRUTH_WORDS = frozenset(
+    "gt gold golden true truth correct reference ref right expected target ground label official human std standard".split()
 )
+_NOT_A_REPLY = frozenset(
+    "id ids name type time token tokens length len log logs hit score scores category path file hash parsed extraction "
+    "count num number index".split()
+)
+_ID_WORDS = frozenset("id ids idx index key uid uuid no number qid pid".split())
 # Columns of a benchmark's question file: beside them an `answer` alone is the truth.
-_QUESTION_FILE = {
-    "a",
-    "b",
-    "all_choices",
-    "index2ans",
-    "options",
-    "question_type",
-    "answer_type",
-    "l2-category",
-    "gt_answer_details",
-    "choice_a",
-    "capability",
-    "imagename",
-}
+_QUESTION_FILE = frozenset(
+    "a b all_choices index2ans options question_type answer_type l2_category gt_answer_details choice_a capability imagename".split()
+)
+
+_NEVER_A_REPLY = frozenset(
+    [*ID_COLUMNS, *QUESTION_COLUMNS, *"answer category split model_id answer_id images image_path".split()]
+)
 
 Record = dict[str, object]
 
@@ -122,7 +119,7 @@ def _mme_lines(path: Path) -> list[Record] | None:
     """MME's text file of one task: image, question, truth and reply, separated by tabs, without a header."""
     with open(existing(path), "rb") as file:
         start = file.read(4096)
-    line = start.split(b"\\n", 1)[0].split(b"\t")
+    line = start.split(b"\n", 1)[0].split(b"\t")
     if len(line) < 4 or line[2].strip().lower() not in (b"yes", b"no"):
         return None
     found: list[Record] = []
@@ -148,7 +145,7 @@ def _records_of_object(data: dict, path: Path) -> list[Record]:
         return lists[0]
     names = {_plain(k) for k in data}
     columns = list(data.values())
-    if names & {*REPLY_COLUMNS, *ID_COLUMNS, "answer"} and all(
+    if names & {*REPLY_COLUMNS, *ID_COLUMNS, *QUESTION_COLUMNS, *TRUTH_COLUMNS, "answer"} and all(
         isinstance(c, dict | list) and len(c) == len(columns[0]) for c in columns
     ):
         keys = [list(c) if isinstance(c, dict) else list(range(len(c))) for c in columns]
@@ -196,6 +193,7 @@ def match(records: list[Record], rows: list[Row], path: str | Path) -> list[Reco
     """
     names = _names(records)
     best: tuple[int, str, dict[str, list[Record]]] = (0, "", {})
+    whole: dict[str, list[Record]] = {}  # columns that name every row, and the records in row order by each
     for column, keys, every in _key_columns(records, rows, names):
         found: dict[str, list[Record]] = {}
         for record, key in zip(records, keys, strict=True):
@@ -205,9 +203,11 @@ def match(records: list[Record], rows: list[Row], path: str | Path) -> list[Reco
         if hits == len(rows) and all(len(found[str(row["id"])]) == 1 for row in rows):
             if every:
                 _refuse_missing(keys, column, path)
-            return [found[str(row["id"])][0] for row in rows]
-        if hits > best[0]:
+            whole.setdefault(column, [found[str(row["id"])][0] for row in rows])
+        elif hits > best[0]:
             best = (hits, column, found)
+    if whole:
+        return _agreeing(whole, rows, names, path)
     by_picture = _match_pictures(records, rows, names)
     if by_picture:
         return by_picture
@@ -217,6 +217,31 @@ def match(records: list[Record], rows: list[Row], path: str | Path) -> list[Reco
     raise InputError(_why_not(path, records, rows, names, best))
 
 
+def _agreeing(whole: dict[str, list[Record]], rows: list[Row], names: dict[str, str], path: str | Path) -> list[Record]:
+    """The records by the one column that names the rows, or by several that agree; else by the one whose questions agree."""
+    questions = [names[c] for c in QUESTION_COLUMNS if c in names and c not in REPLY_COLUMNS]
+    agree: dict[str, float | None] = {}  # column -> share of the records whose question is the row's
+    for column, matched in whole.items():
+        checked = [
+            any(_same_question(row, record.get(q)) for q in questions)
+            for row, record in zip(rows, matched, strict=True)
+            if any(len(_words(record.get(q) or "")) > 8 for q in questions)
+        ]
+        agree[column] = sum(checked) / len(checked) if checked and _questions_differ(rows) else None
+    if all(share == 0 for share in agree.values()):
+        raise InputError(
+            f"{path}: the questions in it are not those of the data; is it the answer file of this benchmark?"
+        )
+    most = max((share for share in agree.values() if share), default=None)
+    likely = [column for column, share in agree.items() if share == most] or list(agree)
+    for column in likely[1:]:
+        if any(a is not b for a, b in zip(whole[column], whole[likely[0]], strict=True)):
+            raise InputError(
+                f"{path}: '{likely[0]}' and '{column}' name different rows; remove the one that is not the question's id"
+            )
+    return whole[likely[0]]
+
+
 def _key_columns(
     records: list[Record], rows: list[Row], names: dict[str, str]
 ) -> Iterator[tuple[str, list[str | None], bool]]:
@@ -224,6 +249,9 @@ def _key_columns(
     nested = [n for plain, n in names.items() if "." in plain and plain.rpartition(".")[2] in ID_COLUMNS[:-2]]
     columns = [KEY] if KEY in names.values() else []
     columns += [names[c] for c in ID_COLUMNS if c in names] + nested
+    columns += [
+        n for plain, n in names.items() if n not in columns and plain != "doc_id" and _words_of(plain) & _ID_WORDS
+    ]
     values = {c: [_id_text(r.get(c)) for r in records] for c in columns}
     yield from ((c, keys, True) for c, keys in values.items())
     if all(c in names for c in HALLUSION_KEY):
@@ -324,12 +352,7 @@ def _match_order(
             if all(_same_question(rows[n], r[column]) for n, r in zip(numbers, records, strict=True)):
                 orders.append(numbers)
                 break
-    told = (
-        any(_words(row["question"]) != _words(rows[0]["question"]) for row in rows)
-        if rows[0].get("question")
-        else False
-    )
-    if len(orders) == 1 and (told or not (ids or place)):
+    if len(orders) == 1 and (_questions_differ(rows) or not (ids or place)):
         by_row = dict(zip(orders[0], records, strict=True))
         return [by_row[n] for n in range(len(rows))]
     asked = any(c in names for c in ("question", "input"))
@@ -339,7 +362,13 @@ def _match_order(
 
 
 def _words(text: object) -> str:
-    return " ".join(str(text).split())
+    """A text with single spaces, image marks aside."""
+    return " ".join(re.sub(r"<image( \d)?>", " ", str(text)).split())
+
+
+def _questions_differ(rows: list[Row]) -> bool:
+    """Whether a question says anything about which row it is: "Describe this image." of every row does not."""
+    return len({_words(row.get("question")) for row in rows}) > 1
 
 
 def _same_question(row: Row, text: object) -> bool:
@@ -403,7 +432,7 @@ def reply_column(records: list[Record], rows: list[Row], path: str | Path) -> st
     other = [
         n for plain, n in texts.items()
         if plain not in (*REPLY_COLUMNS, *TRUTH_COLUMNS, *ID_COLUMNS, *QUESTION_COLUMNS, "answer")
-        and _has_word(_REPLY_WORDS, plain) and not _has_word(_NOT_A_REPLY, plain) and _holds_texts(n, records)
+        and _words_of(plain) & _REPLY_WORDS and not _words_of(plain) & (_NOT_A_REPLY | _TRUTH_WORDS) and _holds_texts(n, records)
     ]  # fmt: skip
     candidates = known or other
     if texts.get("filtered_resps") in candidates and texts.get("resps") in candidates:
@@ -424,7 +453,7 @@ def reply_column(records: list[Record], rows: list[Row], path: str | Path) -> st
 def _refuse_truth(texts: dict[str, str], records: list[Record], rows: list[Row], path: str | Path) -> None:
     """Raise InputError if `answer` is the truth of a question file, or may be: it agrees everywhere and another column has texts."""
     answer = texts["answer"]
-    if any(c in texts for c in TRUTH_COLUMNS) or "prompt" in texts:
+    if any(map(_is_truth, texts)) or "prompt" in texts:
         return
     shown = records[0].get(texts["image"]) if "image" in texts else None
     if (
@@ -441,18 +470,7 @@ def _refuse_truth(texts: dict[str, str], records: list[Record], rows: list[Row],
         t is not None and _words(t).lower() == _words(r.get(answer)).lower()
         for t, r in zip(truth, records, strict=True)
     )
-    ignored = {
-        *ID_COLUMNS,
-        *QUESTION_COLUMNS,
-        "answer",
-        "category",
-        "split",
-        "model_id",
-        "answer_id",
-        "images",
-        "image_path",
-    }
-    others = [n for plain, n in texts.items() if plain not in ignored and _holds_texts(n, records)]
+    others = [n for plain, n in texts.items() if plain not in _NEVER_A_REPLY and _holds_texts(n, records)]
     varied = [n for n in others if len({str(r.get(n)) for r in records}) > 1]
     if agrees and varied:
         raise InputError(
@@ -468,8 +486,12 @@ def _is_question(column: str, records: list[Record], rows: list[Row]) -> bool:
     )
 
 
-def _has_word(words: re.Pattern, plain: str) -> bool:
-    return any(words.fullmatch(part) for part in re.split(r"[_\W]+", plain))
+def _words_of(plain: str) -> frozenset[str]:
+    return frozenset(re.split(r"[_\W]+", plain))
+
+
+def _is_truth(plain: str) -> bool:
+    return plain in TRUTH_COLUMNS or bool(_words_of(plain) & _TRUTH_WORDS)
 
 
 def _holds_texts(column: str, records: list[Record]) -> bool:

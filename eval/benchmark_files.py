@@ -84,11 +84,12 @@ def _pope(path: str | Path, image_root: str | None) -> list[Row]:
     out: list[Row] = []
     for file in files:
         split = next((s for s in ("random", "popular", "adversarial") if s in file.name), file.stem)
-        rows = read_records(file)
+        rows = [{"text": r.get("question"), "label": r.get("answer"), **r} for r in read_records(file)]  # as on the hub
         need(rows, "question_id image text label", file)
         for n, r in enumerate(rows):
             if r["label"] not in ("yes", "no"):
                 raise InputError(f"{file}: row {n} has the label {r['label']!r}; 'yes' or 'no' is expected")
+            split = r.get("category") or split
             out.append({"id": f"{split}/{r['question_id']}", "images": [_picture(r["image"], image_root, path, n)],
                         "question": r["text"], "label": r["label"], "split": split})  # fmt: skip
     return out

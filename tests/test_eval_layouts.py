@@ -162,10 +162,20 @@ REPLIES = ["No, it is not.", "No.", "No.", "Yes."]
 MME = read_task("mme", LAYOUTS / "mme/MME.tsv")
 REPLY_NAMES = (
     "prediction model_prediction response model_response model_answer model_output text output reply caption pred Prediction "
-    "predicted_answer generated_text llava_output gpt4v_response model-prediction answer"
+    "predicted_answer generated_text llava_output gpt4v_response model-prediction my_answer predictions Model_Response answer"
 ).split()
-TRUTH_NAMES = ["answer", "gt_answer", "gt", "ground_truth", "label", "target", None]
-ID_NAMES = ["id", "index", "question_id", "q_id", "ID", "pid"]
+TRUTH_NAMES = [
+    "answer",
+    "gt_answer",
+    "gt",
+    "ground_truth",
+    "label",
+    "target",
+    "expected_answer",
+    "reference_response",
+    None,
+]
+ID_NAMES = ["id", "index", "question_id", "q_id", "ID", "pid", "item_id", "Question-ID", "sample idx"]
 
 
 def lines(records: list[dict]) -> bytes:
@@ -280,6 +290,8 @@ REFUSED = [
     ([*rows_with(prediction=REPLIES), {"index": 2, "prediction": "again"}], "row 4 answers '2' a second time"),
     ([{"prediction": REPLIES[0]}, *rows_with(prediction=REPLIES)[1:]], "row 0 has no 'index', which names the question"),
     ([*rows_with(prediction=REPLIES), {"prediction": "left over"}], "row 4 has no 'index', which names the question"),
+    (rows_with(id=[3, 2, 1, 0], prediction=REPLIES), "'id' and 'index' name different rows"),
+    (rows_with(question=["Is this another benchmark?"] * 4, prediction=REPLIES), "questions in it are not those of the data"),
     (["Yes", "No", "Yes", "No"], "is not a list of answers"), ([], "holds no rows"), (None, "is not a list of answers"),
     (5, "is not a list of answers"), ({}, "holds no rows"), ("Yes", "is not a list of answers"),
 ]  # fmt: skip
@@ -291,6 +303,20 @@ def test_what_stays_unclear_is_one_sentence(content: object, sentence: str, tmp_
     with pytest.raises(InputError, match=re.escape(sentence)) as error:
         read_answers(tmp_path / "a.json", MME)
     assert str(tmp_path / "a.json") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_of_two_ids_the_one_counts_whose_questions_agree(tmp_path: Path) -> None:
+    records = rows_with(id=[1, 0, 3, 2], question=QUESTIONS, prediction=REPLIES)
+    (tmp_path / "a").write_bytes(lines(records))
+    assert read_answers(tmp_path / "a", MME) == REPLIES
+
+
+def test_answers_of_earlier_lmms_eval(tmp_path: Path) -> None:
+    rows = read_task("pope", LAYOUTS / "pope/coco_pope_random.json")
+    logs = [{"doc_id": n, "target": r["label"], "doc": {"question_id": str(n + 1), "question": r["question"], "answer": r["label"]},
+             "resps": [["Yes" if n else "No"]], "filtered_resps": ["Yes" if n else "No"]} for n, r in enumerate(rows)]  # fmt: skip
+    (tmp_path / "pope.json").write_text(json.dumps({"args": {"model": "m"}, "logs": logs[::-1]}))
+    assert read_answers(tmp_path / "pope.json", rows) == ["No", "Yes", "Yes"]
 
 
 def test_the_questions_themselves_are_no_answers(tmp_path: Path) -> None:
