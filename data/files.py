@@ -71,6 +71,20 @@ _ROW_NAMES = {
     "images",
 }
 _ROW_NAMES |= {"chosen", "rejected", "responses"}
+# Names under which files keep their rows beside a version, a licence, ...
+_ROWS_WITHIN = {
+    "data",
+    "rows",
+    "samples",
+    "examples",
+    "items",
+    "annotations",
+    "train",
+    "records",
+    "questions",
+    "instances",
+}
+_ROWS_WITHIN |= {"dataset", "entries", "results"}
 _COLUMNS_NOT_ROWS = (
     "holds columns instead of rows: write one object per row (pandas: to_json(path, orient='records', lines=True))."
 )
@@ -446,13 +460,19 @@ def _rows_of_object(value: dict) -> Iterator[dict]:
         raise ValueError(_COLUMNS_NOT_ROWS)
     if _ROW_NAMES & value.keys():
         yield value
-    elif len(of_rows) == 1:
+    elif len(of_rows) == 1 and (
+        of_rows[0] in _ROWS_WITHIN or (len(value) == 1 and not _are_messages(lists[of_rows[0]]))
+    ):
         yield from value[of_rows[0]]
     elif value and all(isinstance(v, dict) for v in value.values()):
         for name, row in value.items():
             yield row if "id" in row else {"id": name, **row}
     else:
         yield value
+
+
+def _are_messages(rows: list[dict]) -> bool:
+    return all({"role", "from", "human"} & row.keys() for row in rows)
 
 
 def json_lines(path: str) -> Iterator[dict[str, object]]:
