@@ -106,9 +106,9 @@ def require(record: Mapping[str, object], *columns: str) -> None:
     for column in columns:
         if record.get(column) is None:
             there = ", ".join(sorted(str(name) for name, value in dict.items(record) if value is not None)) or "nothing"
+            name_it = "" if re.search(r"[.\[]", column) else f"name the column that holds it (--columns {column}=...), "
             raise BadRow(
-                f"has no `{column}` (it has {shorten(there)}): add it, name the column that holds it (--columns "
-                f"{column}=...), or choose the --dataset_name of this format"
+                f"has no `{column}` (it has {shorten(there)}): add it, {name_it}or choose the --dataset_name of this format"
             )
 
 

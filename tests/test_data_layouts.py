@@ -335,6 +335,19 @@ def test_own_columns_are_kept(tmp_path: Path, name: str, value: object) -> None:
         assert one(tmp_path, row | {name: value}, kind)[name] == value
 
 
+def test_own_columns_of_a_conversation_serve_prompts_and_bytes(tmp_path: Path) -> None:
+    """Whichever way rows are turned into those of another kind, own columns stay."""
+    talk = TALK | {"images": ["red.png"], "solution": "A.", "level": 2}
+    row = one(tmp_path, talk, "prompt", None)
+    assert (row["solution"], row["level"], row["reference"]) == ("A.", 2, "A.") and images(row) == ["red.png"]
+    picture = {"bytes": (LAYOUTS / "images" / "red.png").read_bytes(), "path": None}
+    datasets.Dataset.from_list([talk | {"images": [picture]}]).to_parquet(tmp_path / "b.parquet")
+    args = DataArguments(f"{tmp_path}/one.json,{tmp_path}/b.parquet", image_root=str(LAYOUTS / "images"))
+    both = data.load_train_eval(args, "prompt", 0).train  # file names and bytes in one run
+    assert both["solution"][:] == ["A.", "A."] and both["level"][:] == [2, 2]
+    assert both[0]["images"][0]["path"].endswith("red.png") and both[1]["images"][0]["bytes"] == picture["bytes"]
+
+
 def test_image_names_beside_the_image_are_kept(tmp_path: Path) -> None:
     row = PAIR | {"image": "red.png", "image_path": "/data/coco/red.png", "url": "http://x/other.png", "id": "red.png"}
     assert one(tmp_path, row)["image_path"] == "/data/coco/red.png"

@@ -136,6 +136,16 @@ def test_deep_greys_are_scaled(tmp_path: Path) -> None:
         load_image(str(tmp_path / "nan.tif"))
 
 
+def test_cases_of_odd_pictures_load_with_what_is_drawn() -> None:
+    for case, lowest, highest in (("i1_float_tiff.json", 5, 250), ("i2_transparent.json", 10, 254)):
+        flags = {"image_root": str(CASES / "t2" / "images")}
+        row = data.load_train_eval(
+            DataArguments("plain_dpo", str(CASES / "t2" / case), **flags), "preference", 0
+        ).train[0]
+        (low, high), *_ = load_image(row["images"][0]).getextrema()
+        assert low < lowest and high > highest, case
+
+
 def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
     ink = load_image(str(CASES / "t2" / "images" / "ink_on_transparent.png"))
     assert ink.getextrema()[0][0] < 10 and ink.getpixel((0, 0)) == (255, 255, 255)
