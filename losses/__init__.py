@@ -7,11 +7,28 @@ preference.py  DPO and its relatives, by TRL's names       registry.py    how a 
 vision.py      losses made for vision-language models      batch.py       what a preference loss reads
 reward.py      reward models                               reductions.py  per pair or per token -> a number
 ppo.py         PPO
+policy_gradient.py   PPO without a critic: GRPO, RLOO, REINFORCE++
 
 Shapes: M pairs, T answer tokens, B rollouts. docs/losses.md compares the losses and says how to add one.
 """
 
 from losses.batch import NEEDS, PairLogps, PreferenceBatch, Sides, implicit_rewards
+from losses.policy_gradient import (
+    LOSS_TYPES,
+    SCALE_REWARDS,
+    discounted_returns,
+    group_mean,
+    group_std,
+    grpo_advantages,
+    loss_count,
+    loss_sum,
+    over_tokens,
+    overlong_penalty,
+    reinforce_plus_plus_baseline_advantages,
+    rloo_advantages,
+    sequence_log_ratio,
+    uniform_groups,
+)
 from losses.ppo import (
     adaptive_kl_coef,
     approx_kl_per_token,
@@ -83,7 +100,9 @@ from losses.vision import (
 
 __all__ = [
     "LOSSES",
+    "LOSS_TYPES",
     "NEEDS",
+    "SCALE_REWARDS",
     "Beta",
     "Hyperparameter",
     "LabelSmoothing",
@@ -109,11 +128,15 @@ __all__ = [
     "common_hyperparameters",
     "ddpo",
     "discopop",
+    "discounted_returns",
     "exo_pair",
     "f_divergence_score",
     "flags",
     "gae",
     "get_loss",
+    "group_mean",
+    "group_std",
+    "grpo_advantages",
     "hinge",
     "hsa",
     "hyperparameters_of",
@@ -124,6 +147,8 @@ __all__ = [
     "last_token_index",
     "logistic",
     "loss",
+    "loss_count",
+    "loss_sum",
     "masked_mean",
     "masked_var",
     "masked_whiten",
@@ -132,14 +157,19 @@ __all__ = [
     "mpo",
     "nca_pair",
     "needs_of",
+    "over_tokens",
+    "overlong_penalty",
     "penalize_missing_eos",
     "povid",
     "preference_loss",
     "rdpo",
+    "reinforce_plus_plus_baseline_advantages",
+    "rloo_advantages",
     "robust",
     "row_mean",
     "sample_mean",
     "segment_weights",
+    "sequence_log_ratio",
     "sft",
     "sigmoid",
     "sigmoid_norm",
@@ -147,6 +177,7 @@ __all__ = [
     "token_kl",
     "token_rewards",
     "tpo_token",
+    "uniform_groups",
     "update_running_mean",
     "vdpo",
     "weighted_logps",

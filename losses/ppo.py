@@ -67,12 +67,25 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def clipped_policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cliprange: float
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    cliprange: float,
+    cliprange_high: float | None = None,
+    delta: float | None = None,
+    log_ratio: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """PPO's surrogate, 1707.06347 eq. 7, and where the clip decided it: (B, T) each -> (B, T), (B, T) bool."""
-    ratio = torch.exp(logprobs - old_logprobs)
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    """PPO's surrogate, 1707.06347 eq. 7, and where the clip decided it: (B, T) each -> (B, T), (B, T) bool.
+
+    Args:
+        cliprange_high: the upper clip, if it is another (DAPO's clip-higher, 2503.14476).
+        delta: largest ratio of the unclipped term, which bounds the loss where the advantage is negative (2505.07291 eq. 6).
+        log_ratio: instead of the tokens' own, (B, T) or (B, 1), see sequence_log_ratio.
+    """
+    ratio = torch.exp(logprobs - old_logprobs if log_ratio is None else log_ratio)
+    clipped_ratio = ratio.clamp(1 - cliprange, 1 + (cliprange if cliprange_high is None else cliprange_high))
+    unclipped = -advantages * (ratio if delta is None else ratio.clamp(max=delta))
+    clipped = -advantages * clipped_ratio
     return torch.maximum(unclipped, clipped), clipped > unclipped
 
 
