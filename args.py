@@ -318,22 +318,54 @@ class RMConfig(VLConfig):
     )
 
 
+# Flags of PPOConfig whose default depends on --advantage_estimator: (gae, the others). None: the flag has no part in it and is refused.
+BY_ESTIMATOR: dict[str, tuple[Any, Any]] = {
+    "num_ppo_epochs": (4, 1),
+    "rollouts_per_prompt": (1, 8),
+    "kl_coef": (0.05, 0.0),
+    "temperature": (0.7, 1.0),
+    "cliprange_value": (0.2, None),
+    "vf_coef": (0.1, None),
+    "lam": (0.95, None),
+    "whiten_rewards": (False, None),
+    "value_adapter": ("separate", None),
+    "init_value_from_reward": (False, None),
+}
+
+
 @dataclass
 class PPOConfig(VLConfig):
-    """Proximal policy optimisation against rewards (base/ppo_trainer.py). Batch sizes are counted in rollouts."""
+    """Policy optimisation against rewards (base/ppo_trainer.py), with a value function or without. Batch sizes are counted in rollouts."""
+
+    advantage_estimator: Literal["gae", "rloo", "grpo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"] = field(
+        default="gae",
+        metadata={
+            "help": "gae is PPO with a value function. The others need none: an answer is compared with the others to its prompt (docs/rl.md)."
+        },
+    )
 
     learning_rate: float = field(
         default=3e-6, metadata={"help": "Peak learning rate; with LoRA 10 times this is usual."}
     )
-    num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over the rollouts of an update."})
+    num_ppo_epochs: int | None = field(
+        default=None,
+        metadata={
+            "help": "Passes over the rollouts of an update; 4 with gae, else 1.",
+            "aliases": ["--num_iterations"],
+        },
+    )
     num_mini_batches: int = field(
         default=1,
         metadata={
             "help": "Optimizer steps per pass. An update takes per_device_train_batch_size x gradient_accumulation_steps x this x devices rollouts."
         },
     )
-    rollouts_per_prompt: int = field(
-        default=1, metadata={"help": "Answers sampled to each prompt; they share its tokens in every scoring pass."}
+    rollouts_per_prompt: int | None = field(
+        default=None,
+        metadata={
+            "help": "Answers sampled to each prompt; they share its tokens in every pass. 1 with gae, else 8.",
+            "aliases": ["--num_generations"],
+        },
     )
     total_episodes: int | None = field(
         default=None, metadata={"help": "Stop after this many rollouts, instead of --num_train_epochs or --max_steps."}
@@ -341,7 +373,20 @@ class PPOConfig(VLConfig):
     local_rollout_forward_batch_size: int = field(
         default=64, metadata={"help": "Rollouts generated at once on a device."}
     )
-    kl_coef: float = field(default=0.05, metadata={"help": "Penalty per nat of KL to the reference, at every token."})
+    kl_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "Penalty in the reward per nat of KL to the reference, at every token; .05 with gae, else 0."
+        },
+    )
+    kl_in_loss: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the KL to the reference (k3) in the loss, as in GRPO.", "aliases": ["--beta"]},
+    )
+    use_bias_correction_kl: bool = field(
+        default=True,
+        metadata={"help": "Multiply the KL in the loss by the probability ratio, so that its gradient is unbiased."},
+    )
     kl_estimator: Literal["k1", "k3"] = field(
         default="k1", metadata={"help": "k1 is unbiased and may be negative; k3 is not negative, with less variance."}
     )
@@ -352,19 +397,79 @@ class PPOConfig(VLConfig):
     kl_horizon: int = field(
         default=10000, metadata={"help": "With --target_kl: rollouts in which the coefficient can move by a fifth."}
     )
-    cliprange: float = field(default=0.2, metadata={"help": "Clip of the probability ratio (1707.06347 eq. 7)."})
-    cliprange_value: float = field(default=0.2, metadata={"help": "Clip of the value's move within an update."})
-    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    cliprange: float = field(
+        default=0.2,
+        metadata={"help": "Clip of the probability ratio (1707.06347 eq. 7).", "aliases": ["--epsilon"]},
+    )
+    cliprange_high: float | None = field(
+        default=None,
+        metadata={
+            "help": "Upper clip, if it is another than --cliprange (2503.14476: .28).",
+            "aliases": ["--epsilon_high"],
+        },
+    )
+    delta: float | None = field(
+        default=None,
+        metadata={"help": "Largest ratio where the advantage is negative, above 1 + the upper clip (2505.07291)."},
+    )
+    loss_type: Literal["dapo", "grpo", "dr_grpo", "bnpo"] = field(
+        default="dapo",
+        metadata={
+            "help": "Mean over the tokens of a mini batch (dapo) or of a micro batch (bnpo), over answers of token means (grpo), or over answers of "
+            "sums by --response_length (dr_grpo)."
+        },
+    )
+    importance_sampling_level: Literal["token", "sequence"] = field(
+        default="token",
+        metadata={"help": "sequence: one ratio per answer, the mean over its tokens (GSPO, 2507.18071)."},
+    )
+    scale_rewards: Literal["group", "batch", "none"] = field(
+        default="group",
+        metadata={"help": "With grpo: deviation that advantages are divided by; none is Dr. GRPO (2503.20783)."},
+    )
+    drop_uniform_groups: bool = field(
+        default=False,
+        metadata={"help": "Leave out of the loss's mean groups whose answers all have the same score."},
+    )
+    dynamic_sampling: bool = field(
+        default=False,
+        metadata={"help": "Replace groups whose answers all have the same score by new prompts (2503.14476)."},
+    )
+    max_num_gen_batches: int | None = field(
+        default=None,
+        metadata={"help": "With --dynamic_sampling: how often an update draws prompts at most; 10 by default."},
+    )
+    cliprange_value: float | None = field(
+        default=None, metadata={"help": "Clip of the value's move within an update; .2 by default."}
+    )
+    vf_coef: float | None = field(default=None, metadata={"help": "Weight of the value loss; .1 by default."})
     gamma: float = field(default=1.0, metadata={"help": "Discount per token."})
-    lam: float = field(default=0.95, metadata={"help": "GAE's lambda: bias against variance (1506.02438)."})
-    whiten_rewards: bool = field(default=False, metadata={"help": "Scale token rewards to unit variance per update."})
-    temperature: float = field(
-        default=0.7, metadata={"help": "Of sampling, and of the log-probs that train the policy."}
+    lam: float | None = field(
+        default=None, metadata={"help": "GAE's lambda: bias against variance (1506.02438); .95 by default."}
+    )
+    whiten_rewards: bool | None = field(
+        default=None, metadata={"help": "Scale token rewards to unit variance per update."}
+    )
+    temperature: float | None = field(
+        default=None,
+        metadata={"help": "Of sampling, and of the log-probs that train the policy; .7 with gae, else 1."},
     )
     top_p: float = field(
         default=1.0, metadata={"help": "Nucleus of sampling; log-probs stay those of the whole vocabulary."}
     )
-    response_length: int = field(default=53, metadata={"help": "Longest answer, in tokens."})
+    response_length: int = field(
+        default=53, metadata={"help": "Longest answer, in tokens.", "aliases": ["--max_completion_length"]}
+    )
+    mask_truncated_completions: bool = field(
+        default=False, metadata={"help": "Answers that do not end within --response_length do not enter the loss."}
+    )
+    overlong_buffer: int | None = field(
+        default=None,
+        metadata={
+            "help": "Within this many tokens of --response_length the score falls in a line (2503.14476 eq. 13)."
+        },
+    )
+    overlong_penalty: float = field(default=1.0, metadata={"help": "With --overlong_buffer: what it falls by."})
     missing_eos_penalty: float | None = field(
         default=None, metadata={"help": "Taken off the score of an answer that does not end within --response_length."}
     )
@@ -378,14 +483,15 @@ class PPOConfig(VLConfig):
     num_sample_generations: int = field(
         default=10, metadata={"help": "How many tables of samples a run writes to its folder; 0 for none."}
     )
-    value_adapter: Literal["separate", "shared"] = field(
-        default="separate",
+    value_adapter: Literal["separate", "shared"] | None = field(
+        default=None,
         metadata={
-            "help": "Weights of the value function: its own (an adapter; with full fine-tuning a second model), or the policy's, with a head."
+            "help": "Weights of the value function: its own (separate, the default: an adapter; with full fine-tuning a second model), or the "
+            "policy's, with a head."
         },
     )
-    init_value_from_reward: bool = field(
-        default=False, metadata={"help": "Start the value function, head included, as the first reward model."}
+    init_value_from_reward: bool | None = field(
+        default=None, metadata={"help": "Start the value function, head included, as the first reward model."}
     )
     reward_adapter: list[str] = field(
         default_factory=list, metadata={"help": "Output folders of train_rm.py, LoRA on the policy's base."}
@@ -395,14 +501,39 @@ class PPOConfig(VLConfig):
     )
     reward_fn: list[str] = field(
         default_factory=list,
-        metadata={"help": "file.py:name of functions (images, prompts, responses) -> one number per response."},
+        metadata={
+            "help": "file.py:name of functions (images, prompts, responses, columns of the data) -> one number per response; or names of "
+            "base/reward_functions.py (exact_answer, ...)."
+        },
     )
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weights of adapters, models and functions, in this order; 1 by default."}
     )
 
+    @property
+    def has_value_function(self) -> bool:
+        """Whether there is a critic."""
+        return self.advantage_estimator == "gae"
+
+    @property
+    def compares_answers(self) -> bool:
+        """Whether an advantage depends on the other answers to the prompt."""
+        return self.advantage_estimator in ("rloo", "grpo", "reinforce_plus_plus_baseline")
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether anything depends on the reference's log-probs."""
+        return self.has_value_function or self.kl_coef != 0 or self.kl_in_loss != 0
+
+    @property
+    def reads_old_logps(self) -> bool:
+        """Whether anything depends on log-probs before the first optimizer step; else those of that step serve."""
+        return self.has_value_function or self.kl_coef != 0 or self.num_ppo_epochs > 1 or self.num_mini_batches > 1
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._fill_in_for_estimator()
+        self._check_loss_flags()
         sources = len(self.reward_adapter) + len(self.reward_model_name_or_path) + len(self.reward_fn)
         if not sources:
             raise InputError("PPO needs a reward: give --reward_adapter, --reward_model_name_or_path or --reward_fn.")
@@ -439,6 +570,43 @@ class PPOConfig(VLConfig):
                     f"--total_episodes {self.total_episodes} is not a multiple of the {size} rollouts of an update."
                 )
             self.max_steps = self.total_episodes // size
+
+    def _fill_in_for_estimator(self) -> None:
+        estimator = self.advantage_estimator
+        for name, (with_critic, without) in BY_ESTIMATOR.items():
+            if not self.has_value_function and without is None and getattr(self, name) is not None:
+                raise InputError(f"--{name} has no part in --advantage_estimator {estimator}: leave it out.")
+            if getattr(self, name) is None:
+                setattr(self, name, with_critic if self.has_value_function else without)
+        if self.dynamic_sampling and self.max_num_gen_batches is None:
+            self.max_num_gen_batches = 10
+        if self.scale_rewards != "group" and estimator != "grpo":
+            raise InputError(f"--scale_rewards belongs to grpo, not to {estimator}: leave it out.")
+        if self.gamma != 1 and estimator not in ("gae", "reinforce_plus_plus"):
+            raise InputError(f"--gamma has no part in --advantage_estimator {estimator}: leave it out.")
+        if self.compares_answers and self.rollouts_per_prompt < 2:
+            raise InputError(f"--advantage_estimator {estimator} compares answers: --rollouts_per_prompt 2 at least.")
+        if (self.drop_uniform_groups or self.dynamic_sampling) and not self.compares_answers:
+            raise InputError(
+                f"{estimator} compares no answers: leave out --drop_uniform_groups and --dynamic_sampling."
+            )
+        if self.max_num_gen_batches is not None and (not self.dynamic_sampling or self.max_num_gen_batches < 1):
+            raise InputError("--max_num_gen_batches is 1 or more, and needs --dynamic_sampling True.")
+
+    def _check_loss_flags(self) -> None:
+        high = self.cliprange if self.cliprange_high is None else self.cliprange_high
+        if self.delta is not None and self.delta <= 1 + high:
+            raise InputError(
+                f"--delta {self.delta} must be above {1 + high}, 1 + the upper clip: below it the clip has no part."
+            )
+        if self.target_kl is not None and not self.kl_coef:
+            raise InputError("--target_kl moves --kl_coef, which is 0: give a coefficient to start from.")
+        if not self.use_bias_correction_kl and not self.kl_in_loss:
+            raise InputError("--use_bias_correction_kl needs --kl_in_loss.")
+        if self.overlong_buffer is not None and not 0 < self.overlong_buffer <= self.response_length:
+            raise InputError(f"--overlong_buffer {self.overlong_buffer} must be within 1 ... --response_length.")
+        if self.overlong_penalty != 1 and self.overlong_buffer is None:
+            raise InputError("--overlong_penalty needs --overlong_buffer.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -45,8 +45,9 @@ def build(
     processor = adapter.processor(plan.checkpoint)
     # EDIT: what trains and what is frozen
     model = load_policy(plan, lora_args, training_args)
-    ref_model = load_reference(model, plan, training_args)
-    model = adapter.value_model(model)  # a value head beside the policy
+    ref_model = load_reference(model, plan, training_args) if training_args.reads_reference else None
+    # with a value head beside the policy, unless answers are compared with each other (--advantage_estimator)
+    model = adapter.value_model(model, with_value=training_args.has_value_function)
     # EDIT: a reward of your own; or a function in a file, named by --reward_fn
     rewards = load_rewards(model, plan.base, plan.freeze_vision_tower, training_args)
 

@@ -141,15 +141,17 @@ def check_same_base(folder: str, metadata: dict[str, str], base: str) -> None:
 
 
 class HeadModel(nn.Module):
-    """A backbone (maybe wrapped by peft) with a scalar head, as transformers.Trainer needs it."""
+    """A backbone (maybe wrapped by peft) with a scalar head, as transformers.Trainer needs it; `head` is None where no loss needs one."""
 
     head_name: str
 
-    def __init__(self, backbone: nn.Module, head: nn.Linear | None = None) -> None:
+    def __init__(self, backbone: nn.Module, head: nn.Linear | None = None, with_head: bool = True) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = head if head is not None else scalar_head(backbone)
-        self.head.to(next(backbone.parameters()).device)
+        self.head = None
+        if with_head:
+            self.head = head if head is not None else scalar_head(backbone)
+            self.head.to(next(backbone.parameters()).device)
 
     @property
     def core(self) -> nn.Module:
@@ -163,8 +165,8 @@ class HeadModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Of the head."""
-        return self.head.weight.device
+        """Of the head; without one, of the backbone."""
+        return next(self.backbone.parameters()).device if self.head is None else self.head.weight.device
 
     @property
     def is_activation_checkpointing(self) -> bool:
@@ -191,6 +193,8 @@ class HeadModel(nn.Module):
             state_dict: of this whole module, gathered by the caller (ZeRO-3).
         """
         self._save_backbone(save_directory, sub_state_dict(state_dict, "backbone."), **kwargs)
+        if self.head is None:
+            return
         weight = self.head.weight if state_dict is None else state_dict["head.weight"]
         save_head(self.backbone, weight, save_directory, self.head_name)
 
@@ -200,7 +204,8 @@ class HeadModel(nn.Module):
     def load_checkpoint(self, folder: str) -> None:
         """Take over the weights that `save_pretrained` wrote, to resume."""
         load_weights(self.backbone, folder)
-        self.head.load_state_dict(load_head(folder, self.head_name, self.backbone).state_dict())
+        if self.head is not None:
+            self.head.load_state_dict(load_head(folder, self.head_name, self.backbone).state_dict())
 
     @classmethod
     def from_pretrained(cls, model_name_or_path: str, **kwargs: Any) -> Self:

@@ -57,10 +57,21 @@ class PromptBatches:
     def __len__(self) -> int:
         return self.updates * self.sizes.micro_batches
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def _order(self) -> list[int]:
         generator = torch.Generator().manual_seed(stable_seed(self.seed, "prompts", self.epoch))
-        order = torch.randperm(self.num_prompts, generator=generator).tolist()
-        sizes = self.sizes
+        return torch.randperm(self.num_prompts, generator=generator).tolist()
+
+    def others(self, step: int) -> list[int]:
+        """The prompts that update `step` of the whole run does not take, in an order of their own; all of them if it takes all."""
+        self.epoch, update = divmod(step, self.updates)
+        order, size = self._order(), self.sizes.update_prompts
+        taken = {order[i % self.num_prompts] for i in range(update * size, (update + 1) * size)}
+        generator = torch.Generator().manual_seed(stable_seed(self.seed, "other prompts", step))
+        mixed = torch.randperm(self.num_prompts, generator=generator).tolist()
+        return [i for i in mixed if i not in taken] or mixed
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order, sizes = self._order(), self.sizes
         local = sizes.micro_prompts * sizes.micro_batches
         for update in range(self.first_update, self.updates):
             start = update * sizes.update_prompts + self.rank * local

@@ -14,26 +14,42 @@ logger = logging.getLogger(__name__)
 
 
 def rollout_metrics(rollouts: Sequence[Advantages], kl_coef: float, kl_estimator: str) -> dict[str, Tensor]:
-    """One number per answer of an update, (all R,) each."""
-    kl = sequence_kl(rollouts)
-    penalty = torch.cat(
-        [torch.where(r.mask, losses.kl_per_token(r.logps, r.ref_logps, kl_estimator), 0).sum(1) for r in rollouts]
-    )
+    """One number per answer of an update, (all R,) each; those of log-probs that no pass computed are left out."""
     scores = torch.cat([r.scores for r in rollouts])
-    return {
-        "objective/kl": kl,
-        "objective/entropy": torch.cat([-torch.where(r.mask, r.logps, 0).sum(1) for r in rollouts]),
-        "objective/non_score_reward": -kl_coef * penalty,
-        "objective/rlhf_reward": scores - kl_coef * penalty,
-        "objective/scores": scores,
-        "objective/kl_coef": torch.full((1,), kl_coef),
+    metrics = {}
+    kl = sequence_kl(rollouts)
+    if rollouts[0].logps is not None:
+        metrics["objective/entropy"] = torch.cat([-torch.where(r.mask, r.logps, 0).sum(1) for r in rollouts])
+    if kl is not None:
+        penalty = torch.cat(
+            [torch.where(r.mask, losses.kl_per_token(r.logps, r.ref_logps, kl_estimator), 0).sum(1) for r in rollouts]
+        )
+        metrics |= {
+            "objective/kl": kl,
+            "objective/non_score_reward": -kl_coef * penalty,
+            "objective/rlhf_reward": scores - kl_coef * penalty,
+            "objective/kl_coef": torch.full((1,), kl_coef),
+        }
+    return metrics | {
+        "objective/scores": scores[~scores.isnan()],
         "val/response_length": torch.cat([r.mask.sum(1) for r in rollouts]).float(),
         "val/ended": torch.cat([r.ended for r in rollouts]).float(),
     }
 
 
-def sequence_kl(rollouts: Sequence[Advantages]) -> Tensor:
-    """KL of each answer to the reference at sampling time in nats, estimated by its log-ratio (k1), (all R,)."""
+def group_metrics(rollouts: Sequence[Advantages]) -> dict[str, Tensor]:
+    """How far answers to one prompt differ, (all R,) each, by TRL's names: without variance there is nothing to learn."""
+    scores, groups = torch.cat([r.scores for r in rollouts]), torch.cat([r.groups for r in rollouts])
+    return {
+        "reward_std": losses.group_std(scores, groups),
+        "frac_reward_zero_std": losses.uniform_groups(scores, groups).float(),
+    }
+
+
+def sequence_kl(rollouts: Sequence[Advantages]) -> Tensor | None:
+    """KL of each answer to the reference at sampling time in nats, estimated by its log-ratio (k1), (all R,); None if no pass computed it."""
+    if any(r.logps is None or r.ref_logps is None for r in rollouts):
+        return None
     return torch.cat([torch.where(r.mask, r.logps - r.ref_logps, 0).sum(1) for r in rollouts])
 
 
@@ -41,35 +57,36 @@ def token_metrics(
     r: Advantages,
     logps: Tensor,
     entropy: Tensor,
-    policy_loss: Tensor,
-    value_loss: Tensor,
-    flags: dict[str, Tensor],
+    statistics: dict[str, Tensor],
     first: bool,
 ) -> dict[str, Tensor]:
     """(sum, number of tokens) of what a micro step computed, (2,) each.
 
     Args:
-        logps, entropy, policy_loss, value_loss: (R, T).
-        flags: `policy_clipped`, `value_clipped`, (R, T) bool.
+        logps, entropy: (R, T).
+        statistics: of `policy_and_value_loss`, (R, T) each.
         first: before the first optimizer step of an update policy and sampler are the same: `first/*` are 0 up to
             rounding.
     """
-    mask = r.mask
+    mask = r.loss_mask
     ratio = torch.exp(logps - r.logps)
     sums = {
-        "loss/policy_avg": torch.where(mask, policy_loss, 0).sum(),
-        "loss/value_avg": torch.where(mask, value_loss, 0).sum(),
         "policy/approxkl_avg": losses.approx_kl_per_token(logps, r.logps)[mask].sum(),
-        "policy/clipfrac_avg": flags["policy_clipped"][mask].sum(),
+        "policy/clipfrac_avg": statistics["policy_clipped"][mask].sum(),
         "policy/entropy_avg": entropy[mask].sum(),
-        "val/clipfrac_avg": flags["value_clipped"][mask].sum(),
         "val/ratio": ratio[mask].sum(),
         "val/ratio_var": ((ratio[mask] - 1) ** 2).sum(),
     }
+    if "kl" in statistics:
+        sums["loss/kl_avg"] = statistics["kl"][mask].sum()
     if first:
         sums["first/approxkl"] = losses.approx_kl_per_token(logps, r.logps)[mask].sum()
         sums["first/ratio_deviation"] = (ratio[mask] - 1).abs().sum()
-    return {name: torch.stack([value.detach().float(), mask.sum().float()]) for name, value in sums.items()}
+    found = {name: torch.stack([value.detach().float(), mask.sum().float()]) for name, value in sums.items()}
+    if "value_clipped" in statistics:  # a value function learns from all tokens
+        clipped = statistics["value_clipped"][r.mask].sum().float()
+        found["val/clipfrac_avg"] = torch.stack([clipped, r.mask.sum().float()])
+    return found
 
 
 def warn_of_collapse(state: PPOState, update: int, **now: float) -> None:

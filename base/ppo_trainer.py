@@ -5,7 +5,7 @@ One update, and the method that a paper changes:
     2. score         reward adapters, reward models, functions, their weighted sum             `score`
     3. passes        log-probs, reference log-probs and values of every answer token           `evaluate_tokens`
     4. rewards       -kl_coef * KL at every token, the score at the last one                   `token_rewards`
-    5. advantages    GAE, whitened over the update                                             `advantages`
+    5. advantages    GAE, whitened over the update; or against the other answers to the prompt `advantages`
     6. optimise      num_ppo_epochs passes of clipped policy and value losses                  `policy_and_value_loss`
     7. metrics       TRL's names
 
@@ -31,6 +31,7 @@ Departures from TRL's former PPO (1.10), besides those of losses/ppo.py:
        those of the whole vocabulary.
 """
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -47,12 +48,13 @@ import losses
 from args import PPOConfig
 from base.adapters import Role, adapter_active
 from base.batch import ImageInputs, PPOBatch
+from base.dynamic_sampling import groups_of, micro_batch_of
 from base.features import pooled_features
 from base.packing import last_token_positions, scatter_to_responses
-from base.ppo_batches import mini_batches
-from base.ppo_metrics import rollout_metrics, sequence_kl, token_metrics, warn_of_collapse
+from base.ppo_batches import PromptBatches, mini_batches
+from base.ppo_metrics import group_metrics, rollout_metrics, sequence_kl, token_metrics, warn_of_collapse
 from base.rewards import AdapterReward, FunctionReward, ModelReward, Reward
-from base.rollout import Advantages, Evaluated, Images, Prompts, Sampled, Scored
+from base.rollout import Advantages, Answers, Evaluated, Images, Prompts, Row, Sampled, Scored
 from base.samples import Sample, write_samples
 from base.sampling import Sampler, end_token_ids, plain_generation_config
 from base.trainer import disable_dropout
@@ -81,7 +83,7 @@ class VLPPOTrainer(UpdateLoop):
             rewards: at least one.
             ref_model: frozen copy of the policy; None with LoRA, where the reference is the base.
         """
-        if ref_model is None and not hasattr(model.backbone, "peft_config"):
+        if args.reads_reference and ref_model is None and not hasattr(model.backbone, "peft_config"):
             raise ValueError("Full fine-tuning needs ref_model, a frozen copy of the initial policy.")
         models_of_rewards = [reward for reward in rewards if isinstance(reward, ModelReward)]
         for m in (model, *([ref_model] if ref_model is not None else []), *(r.model for r in models_of_rewards)):
@@ -94,7 +96,9 @@ class VLPPOTrainer(UpdateLoop):
         self.sampler = Sampler(args, self.data_collator, end_token_ids(self.data_collator.processor, model.core))
         adapters = [reward.role for reward in self.rewards if isinstance(reward, AdapterReward)]
         self.roles_with_own_vision = [
-            role for role in (Role.VALUE, *adapters) if self._on_any_process(model.has_own_vision(role))
+            role
+            for role in (*([Role.VALUE] if args.has_value_function else []), *adapters)
+            if self._on_any_process(model.has_own_vision(role))
         ]
 
     def _prepare_frozen(self, model: nn.Module) -> nn.Module:
@@ -115,6 +119,8 @@ class VLPPOTrainer(UpdateLoop):
         sampled = self.rollout(micro_batches, seed, places)
         # 2. score
         scored = self.score(sampled)
+        if self.args.dynamic_sampling:
+            scored = self.replace_uniform_groups(scored, seed)
         # 3. log-probs, reference log-probs, values
         evaluated = self.evaluate_tokens(scored)
         # 4. token rewards, 5. advantages
@@ -131,10 +137,7 @@ class VLPPOTrainer(UpdateLoop):
     def rollout(self, micro_batches: Sequence[PPOBatch], seed: int, places: Sequence[list[int]]) -> list[Sampled]:
         """Encode the images of every micro batch once and sample answers. For the arguments see `UpdateLoop.update`."""
         self.model.eval()
-        prompts = [
-            Prompts(b["rows"], b["prompts"], b["img_input_dict"], self._encode(b["img_input_dict"]), place)
-            for b, place in zip(micro_batches, places, strict=True)
-        ]
+        prompts = [self._prompts(batch, place) for batch, place in zip(micro_batches, places, strict=True)]
         at_once = max(1, self.args.local_rollout_forward_batch_size // self.args.per_device_train_batch_size)
         if self._on_any_process(len({len(row["images"]) for p in prompts for row in p.rows}) > 1):
             at_once = 1  # some families lay out the images of a batch by its fullest row
@@ -145,12 +148,17 @@ class VLPPOTrainer(UpdateLoop):
                 images = [self._images_to_read(core, p) for p in group]
                 with self.accelerator.autocast():
                     answers = self.sampler.sample(core, group, images, seed)
-                sampled += [
-                    Sampled.of(p, of_p, self.data_collator, self.sampler.end_ids, self.args.device)
-                    for p, of_p in zip(group, answers, strict=True)
-                ]
+                sampled += [self._lay_out(p, of_prompts) for p, of_prompts in zip(group, answers, strict=True)]
                 bar.update(len(group))
         return sampled
+
+    def _prompts(self, batch: PPOBatch, places: list[int]) -> Prompts:
+        """A micro batch of the collator, its images encoded."""
+        images = batch["img_input_dict"]
+        return Prompts(batch["rows"], batch["prompts"], images, self._encode(images), places)
+
+    def _lay_out(self, prompts: Prompts, answers: Answers) -> Sampled:
+        return Sampled.of(prompts, answers, self.data_collator, self.sampler.end_ids, self.args.device)
 
     def _encode(self, img_inputs: ImageInputs) -> Images:
         """Features (pixels while the vision side trains) for the policy and roles with a vision side of their own."""
@@ -194,6 +202,45 @@ class VLPPOTrainer(UpdateLoop):
             features = pooled_features(core.encode_images(images))
         return {k: v for k, v in features.items() if k not in self.data_collator.processor.per_token_keys}
 
+    @torch.no_grad()
+    def replace_uniform_groups(self, scored: Sequence[Scored], seed: int) -> list[Scored]:
+        """Put groups whose scores differ in the place of those whose scores are all the same (DAPO's dynamic sampling).
+
+        Each device samples answers to prompts outside of the update until it has enough, --max_num_gen_batches rounds at most; then uniform
+        groups fill what is left. Which prompts come is a function of --seed and the update.
+        """
+        sizes, world, rank = self.sizes, self.args.world_size, self.args.process_index
+        order = PromptBatches(len(self.train_dataset), sizes, rank, self.args.seed).others(self.state.global_step)
+        groups = [g for r in scored for g in groups_of(r)]
+        wanted, rounds, taken = len(groups), 1, 0
+        good, uniform = [g for g in groups if not g.uniform], [g for g in groups if g.uniform]
+        while rounds < self.args.max_num_gen_batches and self._on_any_process(len(good) < wanted):
+            lacking = torch.tensor([wanted - len(good)], device=self.args.device)
+            of_device = (
+                math.ceil(int(self.accelerator.gather(lacking).max()) / sizes.micro_prompts) * sizes.micro_prompts
+            )
+            start = taken + rank * of_device
+            places = [
+                sizes.update_prompts + i for i in range(start, start + of_device)
+            ]  # of no other prompt of the update
+            parts = [places[i : i + sizes.micro_prompts] for i in range(0, of_device, sizes.micro_prompts)]
+            rows = [
+                [self.train_dataset[order[(p - sizes.update_prompts) % len(order)]] for p in part] for part in parts
+            ]
+            further = self.score(self.rollout([self.data_collator(of_part) for of_part in rows], seed, parts))
+            good += [g for r in further for g in groups_of(r) if not g.uniform]
+            taken, rounds = taken + of_device * world, rounds + 1
+        self.store_sums({"val/generation_rounds": torch.tensor([float(rounds), 1.0], device=self.args.device)})
+        chosen = [*good, *uniform][:wanted]
+        if not self._on_any_process(any(g.place >= sizes.update_prompts for g in chosen)):
+            return list(scored)
+        # Every device packs all anew: some may have replaced nothing, but under ZeRO-3 the vision tower runs on all of them or on none.
+        parts = [chosen[i : i + sizes.micro_prompts] for i in range(0, wanted, sizes.micro_prompts)]
+        return [micro_batch_of(part, self._encode_rows, self._lay_out) for part in parts]
+
+    def _encode_rows(self, rows: list[Row], places: list[int]) -> Prompts:
+        return self._prompts(self.data_collator(rows), places)
+
     # -- 2. score ------------------------------------------------------------------------------------------------------
 
     def score(self, sampled: Sequence[Sampled]) -> list[Scored]:
@@ -215,6 +262,11 @@ class VLPPOTrainer(UpdateLoop):
         clip = self.args.reward_clip
         total = sum(reward.weight * parts[reward.name] for reward in self.rewards)
         total = losses.penalize_missing_eos(total, r.ended, self.args.missing_eos_penalty)
+        if self.args.overlong_buffer is not None:
+            lengths, longest = r.mask.sum(1).float(), self.args.response_length
+            total = total + losses.overlong_penalty(
+                lengths, longest, self.args.overlong_buffer, self.args.overlong_penalty
+            )
         return total if clip is None else total.clamp(-clip, clip)
 
     @torch.no_grad()
@@ -247,19 +299,21 @@ class VLPPOTrainer(UpdateLoop):
     # -- 3. log-probs, reference log-probs, values ---------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate_tokens(self, scored: Sequence[Scored]) -> list[Evaluated]:
-        """Log-probs, values and entropies of the policy, and log-probs of the reference."""
-        evaluated = []
+    def evaluate_tokens(self, scored: Sequence[Scored], evaluating: bool = False) -> list[Evaluated]:
+        """Log-probs, values and entropies of the policy, and log-probs of the reference, as far as anything reads them."""
+        evaluated, args = [], self.args
         with self.phase("log-probs and values", len(scored)) as bar:
             for r in scored:
-                logps, values, entropy = self.policy_pass(self.model_wrapped, r)
-                ref_logps = self._reference_pass(r)
+                logps = values = entropy = None
+                if args.reads_old_logps or (evaluating and args.reads_reference):
+                    logps, values, entropy = self.policy_pass(self.model_wrapped, r)
+                ref_logps = self._reference_pass(r) if args.reads_reference else None
                 evaluated.append(Evaluated(**vars(r), logps=logps, ref_logps=ref_logps, values=values, entropy=entropy))
                 bar.update()
         return evaluated
 
-    def policy_pass(self, model: nn.Module, r: Sampled) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs at the sampling temperature, values and entropies of all answer tokens, (R, T) each."""
+    def policy_pass(self, model: nn.Module, r: Sampled) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Log-probs at the sampling temperature, values (None without a value function) and entropies of all answer tokens, (R, T) each."""
         out = model(
             **self._inputs(r, Role.POLICY),
             **self._tokens(r),
@@ -267,7 +321,8 @@ class VLPPOTrainer(UpdateLoop):
             with_entropy=True,
             value_inputs=self._inputs(r, Role.VALUE) if Role.VALUE in r.images else None,
         )
-        return tuple(scatter_to_responses(x, r.mask) for x in (out.logps, out.state_values, out.entropy))
+        found = (out.logps, out.get("state_values"), out.entropy)
+        return tuple(None if x is None else scatter_to_responses(x, r.mask) for x in found)
 
     def _reference_pass(self, r: Sampled) -> Tensor:
         inputs = {**self._inputs(r, Role.REFERENCE), **self._tokens(r)}
@@ -293,16 +348,41 @@ class VLPPOTrainer(UpdateLoop):
 
     # -- 4. token rewards, 5. advantages -------------------------------------------------------------------------------
 
-    def token_rewards(self, scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor) -> Tensor:
+    def token_rewards(self, scores: Tensor, logps: Tensor | None, ref_logps: Tensor | None, mask: Tensor) -> Tensor:
         """-kl_coef * KL at every token, the score at the last one: (R,), (R, T) each -> (R, T)."""
-        kl = losses.kl_per_token(logps, ref_logps, self.args.kl_estimator)
+        kl = torch.zeros(mask.shape, device=mask.device)
+        if logps is not None and ref_logps is not None:
+            kl = losses.kl_per_token(logps, ref_logps, self.args.kl_estimator)
         rewards = losses.token_rewards(scores, kl, mask, self.ppo_state.kl_coef)
         return self._whiten(rewards, mask, shift_mean=False) if self.args.whiten_rewards else rewards
 
-    def advantages(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """GAE: advantages, whitened over the update of all devices, and returns, (R, T) each."""
-        advantages, returns = losses.gae(rewards, values, mask, self.args.gamma, self.args.lam)
-        return self._whiten(advantages, mask), returns
+    def advantages(
+        self, rewards: Tensor, values: Tensor | None, mask: Tensor, groups: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Advantages, and returns for the value function, (R, T) each. With GAE they are whitened over the update of all devices.
+
+        Args:
+            rewards, values: (R, T); values are None without a value function.
+            groups: (R,) long, equal for answers to one prompt.
+        """
+        args = self.args
+        if args.advantage_estimator == "gae":
+            advantages, returns = losses.gae(rewards, values, mask, args.gamma, args.lam)
+            return self._whiten(advantages, mask), returns
+        if args.advantage_estimator == "reinforce_plus_plus":
+            return self._whiten(losses.discounted_returns(rewards, mask, args.gamma), mask), None
+        scores = torch.where(mask, rewards, 0).sum(1)  # (R,) the KL of the whole answer taken off
+        everywhere, all_groups = self.accelerator.gather(scores), self.accelerator.gather(groups)
+        if args.advantage_estimator == "rloo":
+            advantages = losses.rloo_advantages(everywhere, all_groups)
+        else:
+            scale = args.scale_rewards if args.advantage_estimator == "grpo" else "none"
+            advantages = losses.grpo_advantages(everywhere, all_groups, scale)
+        start = self.accelerator.process_index * len(scores)
+        advantages = losses.over_tokens(advantages[start : start + len(scores)], mask)
+        if args.advantage_estimator == "reinforce_plus_plus_baseline":
+            advantages = self._whiten(advantages, mask)
+        return advantages, None
 
     def _whiten(self, values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
         everywhere, everywhere_mask = self.accelerator.gather(values), self.accelerator.gather(mask)
@@ -318,32 +398,58 @@ class VLPPOTrainer(UpdateLoop):
         """
         T = self.args.response_length
 
-        def wide(tensors: Sequence[Tensor]) -> Tensor:
+        def wide(tensors: Sequence[Tensor | None]) -> Tensor | None:
+            if any(t is None for t in tensors):
+                return None
             return torch.cat([nn.functional.pad(t, (0, T - t.shape[1])) for t in tensors])
 
         mask = wide([r.mask for r in evaluated])  # (all R, response_length), so that devices can be joined
         scores = torch.cat([r.scores for r in evaluated])
         logps, ref_logps = wide([r.logps for r in evaluated]), wide([r.ref_logps for r in evaluated])
         rewards = self.token_rewards(scores, logps, ref_logps, mask)
-        advantages, returns = self.advantages(rewards, wide([r.values for r in evaluated]), mask)
+        groups = torch.cat([r.groups for r in evaluated])
+        advantages, returns = self.advantages(rewards, wide([r.values for r in evaluated]), mask, groups)
         sizes = [len(r.texts) for r in evaluated]
+        of_micro_batch = advantages.split(sizes), returns.split(sizes) if returns is not None else [None] * len(sizes)
         result = []
-        for r, a, g in zip(evaluated, advantages.split(sizes), returns.split(sizes), strict=True):
+        for r, a, g in zip(evaluated, *of_micro_batch, strict=True):
             length = r.mask.shape[1]
-            result.append(Advantages(**vars(r), advantages=a[:, :length], returns=g[:, :length]))
+            parts = {"advantages": a[:, :length], "returns": g[:, :length] if g is not None else None}
+            loss_mask, counted = self._enters_loss(r)
+            result.append(Advantages(**vars(r), **parts, loss_mask=loss_mask, counted=counted))
             self._check_finite("The advantage", result[-1].advantages, r)
         return result
+
+    def _enters_loss(self, r: Scored) -> tuple[Tensor, Tensor]:
+        """Tokens of the policy's loss, (R, T), and answers that its mean counts, (R,)."""
+        args, counted = self.args, torch.ones_like(r.ended)
+        if args.drop_uniform_groups or args.dynamic_sampling:
+            counted = ~losses.uniform_groups(r.scores, r.groups)
+        mask = r.mask & counted[:, None]
+        return (mask & r.ended[:, None] if args.mask_truncated_completions else mask), counted
 
     # -- 6. optimise ---------------------------------------------------------------------------------------------------
 
     def policy_and_value_loss(
-        self, logps: Tensor, values: Tensor, r: Advantages
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Clipped losses of every token, (R, T) each, and per-token statistics."""
-        args = self.args
-        policy_loss, policy_clipped = losses.clipped_policy_loss(logps, r.logps, r.advantages, args.cliprange)
+        self, logps: Tensor, values: Tensor | None, r: Advantages
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Clipped losses of every token, (R, T) each (the value's None without a value function), and per-token statistics."""
+        args, log_ratio = self.args, None
+        if args.importance_sampling_level == "sequence":
+            log_ratio = losses.sequence_log_ratio(logps, r.logps, r.mask)
+        policy_loss, policy_clipped = losses.clipped_policy_loss(
+            logps, r.logps, r.advantages, args.cliprange, args.cliprange_high, args.delta, log_ratio
+        )
+        statistics = {"policy_clipped": policy_clipped}
+        if args.kl_in_loss:
+            statistics["kl"] = kl = losses.kl_per_token(logps, r.ref_logps, "k3")
+            if args.use_bias_correction_kl:
+                kl = kl * torch.exp(logps - r.logps if log_ratio is None else log_ratio)
+            policy_loss = policy_loss + args.kl_in_loss * kl
+        if values is None:
+            return policy_loss, None, statistics
         value_loss, value_clipped = losses.clipped_value_loss(values, r.values, r.returns, args.cliprange_value)
-        return policy_loss, value_loss, {"policy_clipped": policy_clipped, "value_clipped": value_clipped}
+        return policy_loss, value_loss, statistics | {"value_clipped": value_clipped}
 
     def optimise(self, rollouts: Sequence[Advantages]) -> dict[str, Tensor]:
         """num_ppo_epochs passes over the rollouts; returns (sum, number of tokens) over all steps for the metrics."""
@@ -354,27 +460,46 @@ class VLPPOTrainer(UpdateLoop):
             for ppo_epoch in range(args.num_ppo_epochs):
                 parts = mini_batches(self.sizes, args.process_index, args.seed, self.state.global_step, ppo_epoch)
                 for m, part in enumerate(parts):
-                    tokens = self.accelerator.reduce(sum(rollouts[i].mask.sum() for i in part), reduction="sum")
+                    counts = self._mini_batch_counts([rollouts[i] for i in part])
                     for i in part:
                         with self.accumulating(model, last=i == part[-1]):
-                            of_step = self._micro_step(model, rollouts[i], tokens, first=ppo_epoch == 0 and m == 0)
+                            of_step = self._micro_step(model, rollouts[i], counts, first=ppo_epoch == 0 and m == 0)
                         for name, values in of_step.items():
                             sums[name].append(values)
                         bar.update()
                     self.optimizer_step(model)
         return {name: torch.stack(values).sum(0) for name, values in sums.items()}
 
-    def _micro_step(self, model: nn.Module, r: Advantages, tokens: Tensor, first: bool) -> dict[str, Tensor]:
-        """Forward and backward of a micro batch; `tokens` is their number in the whole mini batch."""
+    def _loss_count(self, r: Advantages) -> Tensor:
+        return losses.loss_count(r.loss_mask, self.args.loss_type, self.args.response_length, int(r.counted.sum()))
+
+    def _mini_batch_counts(self, rollouts: Sequence[Advantages]) -> Tensor:
+        """What the policy's and the value's loss of a mini batch are divided by, over all devices, (2,)."""
+        counts = [torch.stack([self._loss_count(r), r.mask.sum()]) for r in rollouts]
+        return self.accelerator.reduce(sum(counts), reduction="sum").clamp(min=1)
+
+    def _micro_step(self, model: nn.Module, r: Advantages, counts: Tensor, first: bool) -> dict[str, Tensor]:
+        """Forward and backward of a micro batch; for `counts` see _mini_batch_counts."""
+        args = self.args
         with self.compute_loss_context_manager():
             logps, values, entropy = self.policy_pass(model, r)
-            policy_loss, value_loss, flags = self.policy_and_value_loss(logps, values, r)
-        # Mean over the tokens of the whole mini batch; DDP and DeepSpeed divide by the number of devices.
-        scale = self.accelerator.num_processes / tokens
-        policy_sum, value_sum = (torch.where(r.mask, x, 0).sum() for x in (policy_loss, value_loss))
-        self.backward(scale * (policy_sum + self.args.vf_coef * value_sum))
+            if r.logps is None:  # the only step of an update: the sampler is the policy itself
+                r = dataclasses.replace(r, logps=logps.detach())
+            policy_loss, value_loss, statistics = self.policy_and_value_loss(logps, values, r)
+        # Means over the whole mini batch; DDP and DeepSpeed divide by the number of devices.
+        policy_scale, value_scale = self.accelerator.num_processes / counts
+        policy_sum = losses.loss_sum(policy_loss, r.loss_mask, args.loss_type)
+        loss = policy_scale * policy_sum
+        if value_loss is not None:
+            value_sum = torch.where(r.mask, value_loss, 0).sum()
+            loss = loss + value_scale * (args.vf_coef * value_sum)
+        self.backward(loss)
         with torch.no_grad():
-            return token_metrics(r, logps, entropy, policy_loss, value_loss, flags, first)
+            sums = {"loss/policy_avg": torch.stack([policy_sum, self._loss_count(r)])}
+            if value_loss is not None:
+                sums["loss/value_avg"] = torch.stack([value_sum, r.mask.sum()])
+            sums = {name: values.detach().float() for name, values in sums.items()}
+            return sums | token_metrics(r, logps, entropy, statistics, first and args.reads_old_logps)
 
     # -- 7. metrics ----------------------------------------------------------------------------------------------------
 
@@ -382,40 +507,49 @@ class VLPPOTrainer(UpdateLoop):
         """Store TRL's metrics, warn of a collapsed policy, and move the KL coefficient."""
         args, state = self.args, self.ppo_state
         metrics = rollout_metrics(rollouts, state.kl_coef, args.kl_estimator)
+        if args.compares_answers:
+            metrics |= group_metrics(rollouts)
         if len(self.rewards) > 1:
             metrics |= {f"reward/{w.name}": torch.cat([r.parts[w.name] for r in rollouts]) for w in self.rewards}
         self.model.train()
         self.store_metrics(metrics)
         self.store_sums(sums)
-        loss = sums["loss/policy_avg"] + args.vf_coef * sums["loss/value_avg"]
-        loss[1] = sums["loss/policy_avg"][1]
+        loss = sums["loss/policy_avg"].clone()
+        if args.has_value_function:
+            value_sum, tokens = sums["loss/value_avg"]
+            loss[0] += args.vf_coef * value_sum * (loss[1] / tokens)
         self.store_sums({"loss": loss})
-        self.add_loss(loss[0] / loss[1])
-        entropy = torch.cat([r.entropy[r.mask] for r in rollouts])
-        kl, count = self._mean_everywhere(metrics["objective/kl"])
+        self.add_loss(loss[0] / loss[1].clamp(min=1))
         length, _ = self._mean_everywhere(metrics["val/response_length"])
-        warn_of_collapse(state, self.state.global_step + 1, entropy=self._mean_everywhere(entropy)[0], length=length)
+        if rollouts[0].entropy is not None:
+            entropy, _ = self._mean_everywhere(torch.cat([r.entropy[r.mask] for r in rollouts]))
+        else:  # no pass before the optimiser's own
+            entropy = self._ratio_everywhere(sums["policy/entropy_avg"])[0]
+        warn_of_collapse(state, self.state.global_step + 1, entropy=entropy, length=length)
         if args.target_kl is not None:
+            kl, count = self._mean_everywhere(metrics["objective/kl"])
             state.kl_coef = losses.adaptive_kl_coef(state.kl_coef, kl, args.target_kl, args.kl_horizon, count)
 
     def _mean_everywhere(self, values: Tensor) -> tuple[float, int]:
         """Mean and number over all devices: what is compared with a limit must be the same on every one."""
-        here = torch.stack([values.sum(), values.new_tensor(float(values.numel()))])
+        return self._ratio_everywhere(torch.stack([values.sum(), values.new_tensor(float(values.numel()))]))
+
+    def _ratio_everywhere(self, here: Tensor) -> tuple[float, int]:
+        """Sum and count on this device, (2,) -> mean and count over all devices."""
         total, count = self.accelerator.reduce(here, reduction="sum").tolist()
-        return total / count, int(count)
+        return total / max(count, 1), int(count)
 
     def _write_samples(self, rollouts: Sequence[Advantages]) -> None:
         step, tables = self.state.global_step, self.args.num_sample_generations
         every = tables and max(1, self.state.max_steps // tables)
         if not every or not self.is_world_process_zero() or step % every:
             return
-        samples = [
-            Sample(r.rows[b]["images"], r.rows[b]["prompt"], text, score, kl)
-            for r in rollouts
-            for b, text, score, kl in zip(
-                r.prompt_of, r.texts, r.scores.tolist(), sequence_kl([r]).tolist(), strict=True
-            )
-        ]
+        samples = []
+        for r in rollouts:
+            kl = sequence_kl([r])
+            kls = [None] * len(r.texts) if kl is None else kl.tolist()
+            for b, text, score, of_answer in zip(r.prompt_of, r.texts, r.scores.tolist(), kls, strict=True):
+                samples.append(Sample(r.rows[b]["images"], r.rows[b]["prompt"], text, score, of_answer))
         write_samples(samples[:16], Path(self.args.output_dir), step + 1, self.callback_handler.callbacks)
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
@@ -437,16 +571,19 @@ class VLPPOTrainer(UpdateLoop):
             places = [*range(starts[n], min(starts[n] + size, len(data)))]
             batch = self.data_collator([data[i] for i in places])
             sampled = self.rollout([batch], stable_seed(self.args.seed, "eval"), [places])
-            (r,) = self.evaluate_tokens(self.score(sampled))
+            (r,) = self.evaluate_tokens(self.score(sampled), evaluating=True)
             if n < math.ceil(len(data) / size):  # not one of the repeated ones
-                kl = torch.where(r.mask, r.logps - r.ref_logps, 0).sum()
-                sums += torch.stack([r.scores.sum(), kl, r.mask.sum().float(), kl.new_tensor(len(r.texts))])
+                kl = sequence_kl([r])
+                kl = kl.sum() if kl is not None else sums.new_zeros(())
+                sums += torch.stack([r.scores.nansum(), kl, r.mask.sum().float(), kl.new_tensor(len(r.texts))])
         scores, kl, length, count = self.accelerator.reduce(sums, reduction="sum").tolist()
         metrics = {
             f"{metric_key_prefix}_objective/scores": scores / count,
             f"{metric_key_prefix}_objective/kl": kl / count,
             f"{metric_key_prefix}_val/response_length": length / count,
         }
+        if not self.args.reads_reference:
+            del metrics[f"{metric_key_prefix}_objective/kl"]
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -130,6 +130,11 @@ class Sampled:
         """(R,) the prompt of each answer. `places` of it names the answers to one prompt over all devices."""
         return [b for b, _ in self.order]
 
+    @property
+    def groups(self) -> Tensor:
+        """(R,) long, equal for answers to one prompt and for no others, over all devices."""
+        return torch.tensor([self.places[b] for b in self.prompt_of], device=self.mask.device)
+
     def by_prompt(self, values: Sequence[Value]) -> list[list[Value]]:
         """(R,) -> [prompt][answer]."""
         found = dict(zip(self.order, values, strict=True))
@@ -156,7 +161,7 @@ class Scored(Sampled):
 
 @dataclass(frozen=True)
 class Evaluated(Scored):
-    """Answers with what policy, reference and value function said of every token at sampling time, (R, T) each.
+    """Answers with what policy, reference and value function said of every token at sampling time, (R, T) each; None where nothing reads it.
 
     Attributes:
         logps, ref_logps: log-probs at the sampling temperature.
@@ -164,10 +169,10 @@ class Evaluated(Scored):
         entropy: of the policy's next-token distributions.
     """
 
-    logps: Tensor
-    ref_logps: Tensor
-    values: Tensor
-    entropy: Tensor
+    logps: Tensor | None
+    ref_logps: Tensor | None
+    values: Tensor | None
+    entropy: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -175,8 +180,12 @@ class Advantages(Evaluated):
     """Answers that the optimiser can learn from.
 
     Attributes:
-        advantages, returns: (R, T).
+        advantages, returns: (R, T); returns are what a value function learns.
+        loss_mask: (R, T) bool, tokens that enter the policy's loss.
+        counted: (R,) bool, answers that enter its mean.
     """
 
     advantages: Tensor
-    returns: Tensor
+    returns: Tensor | None
+    loss_mask: Tensor
+    counted: Tensor

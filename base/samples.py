@@ -29,14 +29,14 @@ class Sample:
         images: of the dataset's row.
         prompt: messages.
         reward: the answer's score.
-        kl: of the answer to the reference, in nats.
+        kl: of the answer to the reference, in nats; None if it was not computed.
     """
 
     images: Sequence[ImageFile]
     prompt: Sequence[dict[str, Any]]
     response: str
     reward: float
-    kl: float
+    kl: float | None
 
 
 def thumbnail(image: ImageFile, size: int = 160) -> str:
@@ -59,6 +59,10 @@ def prompt_text(messages: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _kl(sample: Sample) -> str:
+    return "" if sample.kl is None else f"{sample.kl:.3f}"
+
+
 def html_page(samples: Sequence[Sample], step: int) -> str:
     """The table as a page, pictures included."""
     rows = []
@@ -67,7 +71,7 @@ def html_page(samples: Sequence[Sample], step: int) -> str:
         prompt = html.escape(prompt_text(s.prompt)).replace("\n", "<br>")
         rows.append(
             f"<tr><td>{images}</td><td>{prompt}</td><td>{html.escape(s.response)}</td>"
-            f'<td class="n">{s.reward:.3f}</td><td class="n">{s.kl:.3f}</td></tr>'
+            f'<td class="n">{s.reward:.3f}</td><td class="n">{_kl(s)}</td></tr>'
         )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Samples of update {step}</title>'
@@ -80,7 +84,7 @@ def markdown_table(samples: Sequence[Sample]) -> str:
     """The table without pictures."""
     lines = ["| prompt | response | reward | KL |", "|---|---|---|---|"]
     for s in samples:
-        cells = [prompt_text(s.prompt), s.response, f"{s.reward:.3f}", f"{s.kl:.3f}"]
+        cells = [prompt_text(s.prompt), s.response, f"{s.reward:.3f}", _kl(s)]
         lines.append("| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in cells) + " |")
     return "\n".join(lines)
 

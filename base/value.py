@@ -33,8 +33,8 @@ class PolicyOutput(ModelOutput):
     Attributes:
         logps: (N,) float32 log-probs of the tokens at the sampling temperature.
         entropy: (N,) float32, of the next-token distributions, if asked for.
-        state_values: (N,) float32, value of the state before each token. (`values` would hide dict.values, which DDP
-            and DeepSpeed call.)
+        state_values: (N,) float32, value of the state before each token; None without a value function. (`values` would
+            hide dict.values, which DDP and DeepSpeed call.)
     """
 
     logps: Tensor | None = None
@@ -48,15 +48,19 @@ class VLModelWithValueHead(HeadModel):
     With LoRA one base in memory serves every role: the policy is an adapter, the value function another one (or the
     policy's trunk) with a head, the reference the base without an adapter (or a frozen one), and a reward model an
     adapter with a head; `Role` names the adapters. With full fine-tuning the value function has the policy's trunk or a
-    backbone of its own.
+    backbone of its own; `with_value=False` leaves the value function out.
     """
 
     head_name = VALUE_HEAD
 
     def __init__(
-        self, backbone: nn.Module, head: nn.Linear | None = None, value_backbone: nn.Module | None = None
+        self,
+        backbone: nn.Module,
+        head: nn.Linear | None = None,
+        value_backbone: nn.Module | None = None,
+        with_value: bool = True,
     ) -> None:
-        super().__init__(backbone, head)
+        super().__init__(backbone, head, with_head=with_value)
         self.value_backbone = value_backbone
         self.reward_heads = nn.ModuleDict()
         # TRL would switch gradient checkpointing off and on around generation; layers only use it in training mode.
@@ -175,6 +179,8 @@ class VLModelWithValueHead(HeadModel):
                 hidden = self.backbone(**inputs, completion_index=completion_index).hidden
             return self.apply_head(self.reward_heads[role.adapter], hidden)
         policy = self.backbone(**inputs, **tokens, with_entropy=with_entropy)
+        if self.head is None:
+            return PolicyOutput(logps=policy.logps, entropy=policy.entropy)
         value_inputs = value_inputs if value_inputs is not None else inputs
         if self.value_backbone is not None:
             hidden = self.value_backbone(**value_inputs, completion_index=completion_index).hidden

@@ -1,0 +1,378 @@
+"""Critic-free RL through train_ppo.py: what each estimator teaches, what is not built or run, groups without variance, resume, wrong input."""
+
+import itertools
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import losses
+import train_ppo
+import train_sft
+from base.rollout import Sampled
+from base.value import VLModelWithValueHead
+from common.errors import InputError
+from common.seeds import stable_seed
+from tests import zoo
+from tests.test_ppo import LORA, comparable, history, launch, ppo_command, ppo_trainer, prompt_rows, same_weights
+
+ESTIMATORS = ["rloo", "grpo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"]
+FAMILIES = ["llava", "qwen2_5_vl", "gemma3", "mllama"]
+
+
+@pytest.fixture(scope="module")
+def reward_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("rewards") / "rewards.py"
+    file.write_text(
+        "import zlib\n"
+        "def length(responses, **_):\n    return [-abs(len(r) - 10) / 10 for r in responses]\n"
+        "def coin(responses, **_):\n    return [zlib.crc32(r.encode()) % 2 for r in responses]\n"
+        "def rare(responses, **_):\n    return [float(zlib.crc32(r.encode()) % 8 == 0) for r in responses]\n"
+        "def same(responses, **_):\n    return [1.0] * len(responses)\n"
+        "def yes(responses, **_):\n    return [float(r == 'yes') for r in responses]\n"
+    )
+    return file
+
+
+def sampled_part(r) -> Sampled:
+    return Sampled(**{name: getattr(r, name) for name in Sampled.__dataclass_fields__})
+
+
+def steps_of(trainer) -> list[dict]:
+    return [e for e in trainer.state.log_history if "objective/scores" in e]
+
+
+# ------------------------------------------------------------------------------------------------ advantages in an update
+
+
+def advantages_of(trainer, rows: list[dict], size: int = 2) -> tuple[torch.Tensor, ...]:
+    """Scores, groups, masks and advantages of one update's rollouts, outside of training, in the order of places and answers."""
+    places = [[*range(s, s + size)] for s in range(0, len(rows), size)]
+    sampled = trainer.rollout([trainer.data_collator([rows[i] for i in p]) for p in places], seed=7, places=places)
+    found = {}
+    for r in trainer.estimate_advantages(trainer.evaluate_tokens(trainer.score(sampled))):
+        for i, (b, k) in enumerate(r.order):
+            n = int(r.mask[i].sum())
+            found[r.places[b], k] = (r.scores[i].item(), r.advantages[i, :n].tolist(), r.texts[i])
+    return found
+
+
+@pytest.mark.parametrize("share", ["True", "False"])
+def test_answers_are_compared_with_those_to_their_own_prompt(share: str, llava, image_dir, tmp_path, reward_file):
+    """By hand, in both layouts: with --share_prefix False a micro batch holds the first answer to each prompt, then the second."""
+    rows = prompt_rows(image_dir, 4)
+    flags = f"{LORA} --reward_fn {reward_file}:length --advantage_estimator rloo --share_prefix {share}"
+    found = advantages_of(ppo_trainer(llava, rows, tmp_path, flags), rows)
+    assert len(found) == 8 and len({score for score, _, _ in found.values()}) > 2
+    for (place, k), (score, advantages, _) in found.items():
+        other = found[place, 1 - k][0]
+        assert advantages == pytest.approx([score - other] * len(advantages), abs=1e-6)
+
+
+def test_kl_is_taken_off_the_score_before_the_baseline(llava, image_dir, tmp_path, reward_file):
+    rows = prompt_rows(image_dir, 2)
+    flags = f"{LORA} --reward_fn {reward_file}:length --advantage_estimator rloo --kl_coef 0.5"
+    trainer = ppo_trainer(llava, rows, tmp_path, flags)
+    for name, weight in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    sampled = trainer.rollout([trainer.data_collator(rows)], seed=7, places=[[0, 1]])
+    (r,) = trainer.estimate_advantages(trainer.evaluate_tokens(trainer.score(sampled)))
+    kl = torch.where(r.mask, r.logps - r.ref_logps, 0).sum(1)
+    net = (r.scores - 0.5 * kl).tolist()
+    assert kl.abs().min() > 1e-3
+    expected = [net[0] - net[1], net[1] - net[0], net[2] - net[3], net[3] - net[2]]
+    assert r.advantages[:, 0].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ what is not built or run
+
+
+@pytest.mark.parametrize("mode", [LORA, ""])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_policy_without_kl_runs_the_policy_once(family: str, mode: str, image_dir, tmp_path, reward_file):
+    """No value function, no reference, no scoring pass; one forward per micro batch, the tower once, and something is learnt."""
+    path = zoo.checkpoint(family)
+    flags = f"{mode} --reward_fn {reward_file}:length --advantage_estimator grpo --num_generations 2 --gradient_accumulation_steps 2"
+    trainer = ppo_trainer(path, prompt_rows(image_dir), tmp_path, flags)
+    model = trainer.model
+    assert model.head is None and not model.separate_value and trainer.ref_model is None
+    assert not any("value" in name or name.startswith("head") for name, _ in model.named_parameters())
+    passes, towers = [], []
+    forward = type(model).forward
+    model.forward = lambda *a, **k: (passes.append(1), forward(model, *a, **k))[1]
+    trainer.base_model(model).get_vision_tower().register_forward_hook(lambda *_: towers.append(1))
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    trainer.train()
+    assert len(passes) == 2 and len(towers) == 2  # two micro batches of one update
+    (step,) = steps_of(trainer)
+    assert not {"objective/kl", "first/ratio_deviation", "loss/value_avg", "objective/entropy"} & set(step)
+    assert step["val/ratio"] == 1 and step["policy/entropy_avg"] > 0 and 0 <= step["frac_reward_zero_std"] < 1
+    assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+
+
+def test_passes_that_are_read_are_run(llava, image_dir, tmp_path, reward_file):
+    flags = f"{LORA} --reward_fn {reward_file}:length --advantage_estimator grpo --num_generations 2"
+    for name, extra, logged in (
+        ("old", "--num_ppo_epochs 2", {"first/ratio_deviation", "objective/entropy"}),
+        ("reference", "--kl_in_loss 0.04", {"loss/kl_avg"}),
+        ("reward", "--kl_coef 0.1", {"objective/kl", "first/ratio_deviation"}),
+    ):
+        trainer = ppo_trainer(llava, prompt_rows(image_dir), tmp_path / name, f"{flags} {extra}")
+        trainer.train()
+        (step,) = steps_of(trainer)
+        assert logged <= set(step), name
+        assert step.get("first/ratio_deviation", 0) == pytest.approx(0, abs=1e-5)
+        assert step.get("objective/kl", 0) == pytest.approx(0, abs=1e-5)
+
+
+def test_output_is_a_checkpoint_without_a_value_function(command, reward_file, tmp_path):
+    flags = f"{LORA} --advantage_estimator grpo --save_strategy steps --save_steps 2"
+    train_ppo.main(ppo_command(command, reward_file, tmp_path / "grpo", flags))
+    names = {f.name for f in (tmp_path / "grpo").rglob("*")}
+    assert "adapter_model.safetensors" in names and not {"value_head.safetensors", "value_function"} & names
+    with pytest.raises(InputError, match=r"has no value_head\.safetensors"):
+        VLModelWithValueHead.from_pretrained(str(tmp_path / "grpo"))
+
+
+# ------------------------------------------------------------------------------------------------ loss
+
+
+def test_the_gradient_does_not_depend_on_how_an_update_is_split(llava, image_dir, tmp_path, reward_file):
+    """One micro batch of 8 answers or four of 2: the same step, for every loss that is a mean over the mini batch."""
+    rows = prompt_rows(image_dir, 4)
+    for loss_type, level in itertools.product(("dapo", "grpo", "dr_grpo"), ("token", "sequence")):
+        gradients = []
+        for size, steps in ((8, 1), (2, 4)):
+            flags = (
+                f"{LORA} --reward_fn {reward_file}:length --advantage_estimator grpo --num_generations 2 --loss_type {loss_type} "
+                f"--importance_sampling_level {level} --per_device_train_batch_size {size} --gradient_accumulation_steps {steps} "
+                "--max_grad_norm 0 --mask_truncated_completions False"
+            )
+            trainer = ppo_trainer(llava, rows, tmp_path / f"{loss_type}{level}{size}", flags)
+            kept = {}
+            trainer.optimizer_step = lambda model, kept=kept: kept.update(
+                {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            )
+            trainer._grad_norm = None
+            trainer.train()
+            gradients.append(kept)
+        assert gradients[0].keys() == gradients[1].keys()
+        largest = max(g.abs().max() for g in gradients[0].values())
+        assert largest > 0
+        for name, gradient in gradients[0].items():
+            assert torch.allclose(gradient, gradients[1][name], atol=1e-4 * largest), (loss_type, level, name)
+
+
+def test_truncated_answers_and_overlong_penalty(llava, image_dir, tmp_path, reward_file):
+    rows = prompt_rows(image_dir, 4)
+    flags = (
+        f"{LORA} --reward_fn {reward_file}:same --advantage_estimator grpo --mask_truncated_completions True --overlong_buffer 4 "
+        "--overlong_penalty 2"
+    )
+    trainer = ppo_trainer(llava, rows, tmp_path, flags)
+    sampled = trainer.rollout([trainer.data_collator(rows)], seed=7, places=[[0, 1, 2, 3]])
+    (r,) = trainer.estimate_advantages(trainer.evaluate_tokens(trainer.score(sampled)))
+    lengths = r.mask.sum(1)
+    assert not r.ended.all()
+    assert r.scores.tolist() == pytest.approx([1 - 2 * max(0, n - 2) / 4 for n in lengths.tolist()])
+    assert torch.equal(r.loss_mask.any(1), r.ended) and r.counted.all()
+
+
+# ------------------------------------------------------------------------------------------------ groups without variance
+
+
+def test_uniform_groups_are_counted_and_dropped(llava, image_dir, tmp_path, reward_file):
+    rows = prompt_rows(image_dir, 4)
+    flags = f"{LORA} --reward_fn {reward_file}:coin --advantage_estimator grpo --num_generations 2 --drop_uniform_groups True"
+    trainer = ppo_trainer(llava, rows, tmp_path, f"{flags} --per_device_train_batch_size 8")
+    sampled = trainer.rollout([trainer.data_collator(rows)], seed=7, places=[[0, 1, 2, 3]])
+    (r,) = trainer.estimate_advantages(trainer.evaluate_tokens(trainer.score(sampled)))
+    differs = [a != b for a, b in r.by_prompt(r.scores.tolist())]
+    assert True in differs and False in differs
+    assert r.by_prompt(r.counted.tolist()) == [[d, d] for d in differs]
+    trainer.train()
+    (step,) = steps_of(trainer)
+    assert 0 < step["frac_reward_zero_std"] < 1
+
+
+def test_an_update_without_any_variance_moves_nothing_and_says_so(llava, image_dir, tmp_path, reward_file):
+    for dropped in ("True", "False"):
+        flags = f"{LORA} --reward_fn {reward_file}:same --advantage_estimator grpo --num_generations 2 --drop_uniform_groups {dropped}"
+        trainer = ppo_trainer(llava, prompt_rows(image_dir), tmp_path / dropped, flags)
+        before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+        trainer.train()
+        (step,) = steps_of(trainer)
+        assert step["frac_reward_zero_std"] == 1 and step["reward_std"] == 0
+        assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
+
+
+@pytest.mark.parametrize("layout", ["", "--share_prefix False"])
+def test_dynamic_sampling_fills_an_update_with_groups_that_differ(layout, llava, image_dir, tmp_path, reward_file):
+    """Every group of the update differs; new prompts come from outside of it, with their own image and their own answers' scores."""
+    rows = prompt_rows(image_dir, 24)
+    flags = (
+        f"{LORA} --reward_fn {reward_file}:rare --advantage_estimator grpo --num_generations 2 --dynamic_sampling True "
+        f"--gradient_accumulation_steps 2 --max_num_gen_batches 30 {layout}"
+    )
+    trainer = ppo_trainer(llava, rows, tmp_path, flags)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    kept, evaluate = [], trainer.evaluate_tokens
+    trainer.evaluate_tokens = lambda scored: (kept.extend(scored), evaluate(scored))[1]
+    trainer.train()
+    (step,) = steps_of(trainer)
+    assert step["frac_reward_zero_std"] == 0 and 1 < step["val/generation_rounds"] <= 30
+    assert len(kept) == 2 and all(sorted(r.by_prompt(r.scores.tolist())[b]) == [0, 1] for r in kept for b in (0, 1))
+    places = [place for r in kept for place in r.places]
+    assert len(set(places)) == 4 and max(places) >= 4
+    for r in kept:  # every answer stands with the prompt that it was sampled to
+        assert torch.equal(trainer.score([sampled_part(r)])[0].scores, r.scores)
+        for row, place, texts in zip(r.rows, r.places, r.by_prompt(r.texts), strict=True):
+            trainer.model.load_state_dict(before)
+            seed = stable_seed(trainer.args.seed, "rollout", 0)
+            (alone,) = trainer.rollout([trainer.data_collator([row])], seed, [[place]])
+            assert alone.texts == texts
+
+
+def test_dynamic_sampling_is_bounded(llava, image_dir, tmp_path, reward_file):
+    flags = f"{LORA} --reward_fn {reward_file}:same --advantage_estimator grpo --num_generations 2 --dynamic_sampling True --max_num_gen_batches 3"
+    trainer = ppo_trainer(llava, prompt_rows(image_dir), tmp_path, flags)
+    trainer.train()
+    (step,) = steps_of(trainer)
+    assert step["val/generation_rounds"] == 3 and step["frac_reward_zero_std"] == 1
+
+
+# ------------------------------------------------------------------------------------------------ whole runs
+
+RUNS = {
+    "on policy": "--advantage_estimator grpo --num_mini_batches 1 --num_ppo_epochs 1",
+    "kl in the loss": "--advantage_estimator grpo --kl_in_loss 0.04 --loss_type dr_grpo --scale_rewards none",
+    "dynamic": "--advantage_estimator rloo --dynamic_sampling True --num_mini_batches 1 --num_ppo_epochs 1",
+    "adaptive": "--advantage_estimator reinforce_plus_plus --kl_coef 0.1 --target_kl 0.01 --kl_horizon 20",
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_resume_is_bit_for_bit(run: str, command, reward_file, tmp_path):
+    flags = f"{LORA} {RUNS[run]} --save_strategy steps --save_steps 1"
+    argv = lambda out: ppo_command(command, reward_file, out, flags, reward="coin")  # noqa: E731
+    train_ppo.main(argv(tmp_path / "whole"))
+    half = tmp_path / "half"
+    half.mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", half / "checkpoint-2")
+    train_ppo.main([*argv(half), "--resume_from_checkpoint", "True"])
+    assert logged(half) == logged(tmp_path / "whole") and len(logged(half)) == 4
+    assert same_weights(tmp_path / "whole", half)
+    assert "What is in this image?" in next((tmp_path / "whole" / "samples").iterdir()).read_text()
+
+
+def logged(out: Path) -> list[dict]:
+    entries = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return comparable([e for e in entries if "objective/scores" in e])
+
+
+@pytest.mark.parametrize("estimator", ["grpo --scale_rewards batch", "reinforce_plus_plus_baseline"])
+def test_two_devices_give_the_result_of_one(estimator: str, command, reward_file, tmp_path):
+    flags = f"{LORA} --advantage_estimator {estimator} --kl_coef 0.05 --loss_type grpo"
+    train_ppo.main(ppo_command(command, reward_file, tmp_path / "one", f"{flags} --gradient_accumulation_steps 2"))
+    argv = ppo_command(command, reward_file, tmp_path / "two", flags)
+    process = launch(argv, sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
+    try:
+        output, _ = process.communicate(timeout=200)
+    finally:
+        process.terminate()  # torchrun takes its workers with it
+    assert process.returncode == 0, output[-3000:]
+    one, two = history(tmp_path / "one"), history(tmp_path / "two")
+    assert len(one) == len(two) == 4
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"first/ratio_deviation"}:
+            assert a[name] == pytest.approx(b[name], rel=2e-3, abs=1e-5), name
+
+
+def test_evaluation_without_a_reference(command, reward_file, pairs_json, tmp_path):
+    flags = f"{LORA} --advantage_estimator grpo --eval_data_path {pairs_json} --eval_strategy steps --eval_steps 2"
+    train_ppo.main([*ppo_command(command, reward_file, tmp_path / "run", flags)])
+    entries = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    evaluations = [e for e in entries if "eval_objective/scores" in e]
+    assert len(evaluations) == 2 and "eval_objective/kl" not in evaluations[0]
+
+
+@pytest.fixture(scope="module")
+def yes_or_no(tmp_path_factory: pytest.TempPathFactory, image_dir: Path) -> tuple[str, str]:
+    """A policy that says yes or no, each half of the time, and flags of its data."""
+    folder = tmp_path_factory.mktemp("yesno")
+    rows = [
+        {
+            "image": f"{i // 2}.png",
+            "conversations": [{"from": "user", "value": "<image>\nIs it?"}, {"from": "assistant", "value": ["yes", "no"][i % 2]}],
+        }
+        for i in range(16)
+    ]  # fmt: skip
+    (folder / "rows.json").write_text(json.dumps(rows))
+    common = (
+        f"--dataset_name vlquery_json --data_path {folder}/rows.json --image_root {image_dir} --disable_tqdm True --save_strategy no "
+        "--use_cpu True --seed 0"
+    )
+    train_sft.main(
+        f"{common} --model_name_or_path {zoo.checkpoint('llava')} --output_dir {folder}/sft --max_steps 60 --per_device_train_batch_size 16 "
+        "--learning_rate 1e-2".split()
+    )
+    return f"{folder}/sft", common
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_reaches_a_known_optimum(estimator: str, yes_or_no, tmp_path, reward_file):
+    """The reward is 1 for yes: every estimator ends at yes."""
+    sft, common = yes_or_no
+    train_ppo.main(
+        f"{common} --model_name_or_path {sft} --output_dir {tmp_path}/rl --max_steps 16 --per_device_train_batch_size 32 "
+        f"--gradient_accumulation_steps 2 --rollouts_per_prompt 4 --response_length 6 --learning_rate 3e-3 --lr_scheduler_type constant "
+        f"--reward_fn {reward_file}:yes {LORA} --modules_to_save lm_head --advantage_estimator {estimator}".split()
+    )
+    scores = [e["objective/scores"] for e in logged(tmp_path / "rl")]
+    assert scores[0] < 0.7 and sum(scores[-3:]) / 3 > 0.93, scores
+
+
+# ------------------------------------------------------------------------------------------------ wrong input
+
+GRPO = f"{LORA} --reward_fn {{file}}:length --advantage_estimator grpo"
+BAD = {
+    "value flag": (f"{GRPO} --vf_coef 0.1", r"--vf_coef has no part in --advantage_estimator grpo"),
+    "value adapter": (f"{GRPO} --value_adapter shared", r"--value_adapter has no part"),
+    "value from reward": (f"{GRPO} --init_value_from_reward True", r"--init_value_from_reward has no part"),
+    "lambda": (f"{GRPO} --lam 0.95", r"--lam has no part"),
+    "discount": (f"{GRPO} --gamma 0.9", r"--gamma has no part"),
+    "one answer": (f"{GRPO} --num_generations 1", r"compares answers: --rollouts_per_prompt 2"),
+    "scale": (f"{LORA} --reward_fn {{file}}:length --advantage_estimator rloo --scale_rewards none", r"--scale_rewards belongs to grpo"),
+    "drop in PPO": (f"{LORA} --reward_fn {{file}}:length --drop_uniform_groups True", r"gae compares no answers"),
+    "rounds": (f"{GRPO} --max_num_gen_batches 3", r"needs --dynamic_sampling True"),
+    "delta": (f"{GRPO} --delta 1.1", r"--delta 1\.1 must be above 1\.2"),
+    "target": (f"{GRPO} --target_kl 1", r"--kl_coef, which is 0"),
+    "correction": (f"{GRPO} --use_bias_correction_kl False", r"needs --kl_in_loss"),
+    "buffer": (f"{GRPO} --overlong_buffer 7", r"--overlong_buffer 7 must be within"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_wrong_input_gets_one_sentence(case: str, command, reward_file):
+    flags, message = BAD[case]
+    with pytest.raises(InputError, match=message) as caught:
+        train_ppo.main(command("ppo", flags.format(file=reward_file) + " --response_length 6"))
+    assert "\n" not in str(caught.value)
+
+
+def test_names_of_trl_are_understood(command, reward_file):
+    flags = GRPO.format(file=reward_file) + (
+        " --num_generations 2 --num_iterations 3 --epsilon 0.1 --epsilon_high 0.3 --beta 0.01 --max_completion_length 6"
+    )
+    config = train_ppo.parse(
+        train_ppo.ModelArguments, train_ppo.DataArguments, train_ppo.LoraArguments, train_ppo.PPOConfig,
+        argv=command("ppo", flags),
+    )[-1]  # fmt: skip
+    assert (config.rollouts_per_prompt, config.num_ppo_epochs, config.response_length) == (2, 3, 6)
+    assert (config.cliprange, config.cliprange_high, config.kl_in_loss, config.temperature) == (0.1, 0.3, 0.01, 1.0)
+    assert losses.LOSS_TYPES[0] == config.loss_type == "dapo" and config.vf_coef is None
