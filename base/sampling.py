@@ -16,7 +16,8 @@ from base.batch import ImageInputs
 from base.collator import VLPPODataCollator
 from base.features import join_image_inputs
 from base.processor import VLProcessor
-from base.rollout import Answers, Prompts, round_by_round
+from base.rollout import Answers, Prompts
+from base.shared_prefill import answers_of_one_prefill
 from common.seeds import stable_seed
 from common.tensors import to_device
 
@@ -93,7 +94,7 @@ class Sampler:
     def sample(
         self, core: nn.Module, group: Sequence[Prompts], images: Sequence[ImageInputs], seed: int
     ) -> list[Answers]:
-        """Answers to several micro batches by one call of generate.
+        """Answers to several micro batches by one call of generate, in which every prompt is prefilled once for all its answers.
 
         Args:
             core: the adapter's model, under `plain_generation_config`.
@@ -102,12 +103,12 @@ class Sampler:
         """
         args = self.args
         K = args.rollouts_per_prompt
-        orders = [round_by_round(len(p.tokens), K) for p in group]
-        inputs = to_device(self._padded_prompts(group), args.device)
-        inputs |= join_image_inputs([i for i in images for _ in range(K)])
-        uniforms = torch.cat([self._uniforms(p, order, seed) for p, order in zip(group, orders, strict=True)])
+        inputs = to_device(self._padded_prompts(group), args.device) | join_image_inputs(images)
+        uniforms = torch.cat([self._uniforms(place, seed) for p in group for place in p.places])  # (all R, T)
         sequences = core.generate(
             **inputs,
+            custom_generate=answers_of_one_prefill,
+            num_answers=K,
             do_sample=False,  # the processor samples
             max_new_tokens=args.response_length,
             eos_token_id=self.end_ids,
@@ -121,30 +122,22 @@ class Sampler:
             # ended.
             synced_gpus=is_deepspeed_zero3_enabled() and args.world_size > 1 and not args.ds3_gather_for_generation,
         )
-        length = inputs["input_ids"].shape[1]
-        if sequences.shape[1] > length and torch.equal(sequences[:, :length], inputs["input_ids"]):
+        prompts = inputs["input_ids"].repeat_interleave(K, 0)
+        length = prompts.shape[1]
+        if sequences.shape[1] > length and torch.equal(sequences[:, :length], prompts):
             sequences = sequences[:, length:]  # given embeddings, generate returns new tokens only
         generated = iter(cut_after_end(row, self.end_ids) for row in sequences.tolist())
-        answers = []
-        for p, order in zip(group, orders, strict=True):
-            found = {place: next(generated) for place in order}
-            answers.append([[found[b, k] for k in range(K)] for b in range(len(p.tokens))])
-        return answers
+        return [[[next(generated) for _ in range(K)] for _ in p.tokens] for p in group]
 
     def _padded_prompts(self, group: Sequence[Prompts]) -> dict[str, Any]:
-        """The prompts of every micro batch K times, padded on the left."""
-        copies = [p for p in group for _ in range(self.args.rollouts_per_prompt)]
-        per_token = [self.collator.per_token(p.img_inputs) for p in copies]
+        """The prompts of every micro batch, padded on the left."""
+        per_token = [self.collator.per_token(p.img_inputs) for p in group]
         return self.collator.pad_for_generation(
-            [tokens for p in copies for tokens in p.tokens],
+            [tokens for p in group for tokens in p.tokens],
             {k: [v for t in per_token for v in t[k]] for k in per_token[0]},
         )
 
-    def _uniforms(self, prompts: Prompts, order: Sequence[tuple[int, int]], seed: int) -> Tensor:
-        """(R, response_length) in [0, 1): one number for every token of every answer."""
+    def _uniforms(self, place: int, seed: int) -> Tensor:
+        """(K, response_length) in [0, 1): one number for every token of every answer to the prompt at this place."""
         shape = self.args.rollouts_per_prompt, self.args.response_length
-        of_prompt = [
-            torch.rand(shape, generator=torch.Generator().manual_seed(stable_seed(seed, place)))
-            for place in prompts.places
-        ]
-        return torch.stack([of_prompt[b][k] for b, k in order])
+        return torch.rand(shape, generator=torch.Generator().manual_seed(stable_seed(seed, place)))
