@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import losses
+from base.rewards import FunctionReward, Reward
 from base.rollout import Advantages
 from base.update_loop import PPOState
 
@@ -35,6 +36,17 @@ def rollout_metrics(rollouts: Sequence[Advantages], kl_coef: float, kl_estimator
         "val/response_length": torch.cat([r.mask.sum(1) for r in rollouts]).float(),
         "val/ended": torch.cat([r.ended for r in rollouts]).float(),
     }
+
+
+def reward_metrics(rollouts: Sequence[Advantages], rewards: Sequence[Reward]) -> dict[str, Tensor]:
+    """What each reward gave, one number per answer that it applies to; and of those with an answer key, whether it was right."""
+    metrics = {}
+    for reward in rewards:
+        values = torch.cat([r.parts[reward.name] for r in rollouts])
+        metrics[f"reward/{reward.name}"] = values = values[~values.isnan()]
+        if isinstance(reward, FunctionReward) and reward.right_from is not None:
+            metrics[f"right/{reward.name}"] = (values >= reward.right_from).float()
+    return metrics
 
 
 def group_metrics(rollouts: Sequence[Advantages]) -> dict[str, Tensor]:

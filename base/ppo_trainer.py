@@ -52,7 +52,14 @@ from base.dynamic_sampling import groups_of, micro_batch_of
 from base.features import pooled_features
 from base.packing import last_token_positions, scatter_to_responses
 from base.ppo_batches import PromptBatches, mini_batches
-from base.ppo_metrics import group_metrics, rollout_metrics, sequence_kl, token_metrics, warn_of_collapse
+from base.ppo_metrics import (
+    group_metrics,
+    reward_metrics,
+    rollout_metrics,
+    sequence_kl,
+    token_metrics,
+    warn_of_collapse,
+)
 from base.rewards import AdapterReward, FunctionReward, ModelReward, Reward
 from base.rollout import Advantages, Answers, Evaluated, Images, Prompts, Row, Sampled, Scored
 from base.samples import Sample, write_samples
@@ -93,6 +100,10 @@ class VLPPOTrainer(UpdateLoop):
         self.ref_model = self._prepare_frozen(ref_model) if ref_model is not None else None
         for reward in models_of_rewards:
             reward.model = self.accelerator.unwrap_model(self._prepare_frozen(reward.model))
+        for reward in self.rewards:
+            if isinstance(reward, FunctionReward):
+                for data in filter(None, (self.train_dataset, self.eval_dataset)):
+                    reward.check_columns(data)
         self.sampler = Sampler(args, self.data_collator, end_token_ids(self.data_collator.processor, model.core))
         adapters = [reward.role for reward in self.rewards if isinstance(reward, AdapterReward)]
         self.roles_with_own_vision = [
@@ -253,14 +264,18 @@ class VLPPOTrainer(UpdateLoop):
         for reward in self.rewards:
             for r, part, values in zip(sampled, parts, self._values_of(reward, sampled), strict=True):
                 part[reward.name] = values.to(self.args.device).float()
-                self._check_finite(f"Reward {reward.name}", part[reward.name], r)
+                if not isinstance(reward, FunctionReward):  # a function may return None: it has checked its values
+                    self._check_finite(f"Reward {reward.name}", part[reward.name], r)
         return [
             Scored(**vars(r), parts=part, scores=self._total(r, part)) for r, part in zip(sampled, parts, strict=True)
         ]
 
     def _total(self, r: Sampled, parts: dict[str, Tensor]) -> Tensor:
         clip = self.args.reward_clip
-        total = sum(reward.weight * parts[reward.name] for reward in self.rewards)
+        total = sum(reward.weight * parts[reward.name].nan_to_num(nan=0.0) for reward in self.rewards)
+        total[torch.stack([*parts.values()]).isnan().all(0)] = math.nan  # no reward applies to the answer
+        if not self.args.compares_answers:
+            self._check_finite("Every reward function returned None, so that the score", total, r)
         total = losses.penalize_missing_eos(total, r.ended, self.args.missing_eos_penalty)
         if self.args.overlong_buffer is not None:
             lengths, longest = r.mask.sum(1).float(), self.args.response_length
@@ -509,8 +524,8 @@ class VLPPOTrainer(UpdateLoop):
         metrics = rollout_metrics(rollouts, state.kl_coef, args.kl_estimator)
         if args.compares_answers:
             metrics |= group_metrics(rollouts)
-        if len(self.rewards) > 1:
-            metrics |= {f"reward/{w.name}": torch.cat([r.parts[w.name] for r in rollouts]) for w in self.rewards}
+        if len(self.rewards) > 1 or not args.has_value_function:
+            metrics |= reward_metrics(rollouts, self.rewards)
         self.model.train()
         self.store_metrics(metrics)
         self.store_sums(sums)

@@ -3,12 +3,14 @@
 import functools
 import importlib.util
 import inspect
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from args import PPOConfig
@@ -18,11 +20,13 @@ from base.heads import check_same_base, head_metadata
 from base.loading import core_mapper_for
 from base.processor import VLProcessor
 from base.reward import VLRewardModel, score_rows
-from base.rollout import Sampled
+from base.reward_functions import BUILT_IN, RIGHT_FROM, RewardFunction, built_in
+from base.rollout import Row, Sampled
 from base.value import VLModelWithValueHead
 from common.errors import InputError
 
-RewardFunction = Callable[..., Sequence[float]]
+# Names of arguments that come with every answer; a column of the data does not take their place.
+_OF_ANSWERS = ("images", "prompts", "prompt", "responses", "completions", "completion_ids")
 
 
 @dataclass
@@ -62,48 +66,103 @@ class ModelReward(Reward):
 
 @dataclass
 class FunctionReward(Reward):
-    """A function in a user's file."""
+    """A function of reward_functions.py, or in a user's file.
+
+    It takes what it names (with ** everything) of `images`, `prompts` (messages), `responses` (texts), `completion_ids`
+    and the data's other columns, one entry per answer each. A function with an argument `completions` is one written
+    for TRL: that argument holds a list of one message for each answer.
+    """
 
     function: RewardFunction
+
+    @property
+    def right_from(self) -> float | None:
+        """From which value on an answer is right, if that can be said."""
+        return RIGHT_FROM.get(self.function.__name__) if self.function in BUILT_IN.values() else None
+
+    def check_columns(self, data: Dataset) -> None:
+        """Before the first rollout: everything that the function asks for is there.
+
+        Raises:
+            InputError: an argument is neither a column of the data nor one of those above; or a built-in reward's
+                column is empty in a row.
+        """
+        asked = [
+            name
+            for name, p in inspect.signature(self.function).parameters.items()
+            if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        ]
+        columns = [c for c in data.column_names if c not in _OF_ANSWERS]
+        missing = [name for name in asked if name not in (*_OF_ANSWERS, *columns)]
+        if missing:
+            raise InputError(
+                f"Reward {self.name} takes an argument {missing[0]}, which the data does not have: its columns are "
+                f"{', '.join(columns)} (--columns {missing[0]}=NAME gives a column another name)."
+            )
+        if self.function not in BUILT_IN.values():
+            return
+        for name in set(asked) & set(columns):
+            for i, value in enumerate(data[name]):
+                if value is None:
+                    where = data[i].get("where") or f"Row {i}"
+                    raise InputError(f"{where} has no {name}, which the reward {self.name} reads: add it to the row.")
 
     def score(self, sampled: Sequence[Sampled]) -> list[Tensor]:
         """Call the function once for all answers of an update on this device; (R,) per micro batch.
 
-        It gets the keyword arguments images, prompts, responses (one entry per answer: the row's image list, its
-        messages, the answer's text) and, as far as it takes them, the data's other columns.
+        NaN where it returns None: the reward does not apply to that answer.
 
         Raises:
             InputError: it does not return one number for each answer.
         """
-        rows = [(r.rows[p], text) for r in sampled for p, text in zip(r.prompt_of, r.texts, strict=True)]
-        arguments = {
-            "images": [row["images"] for row, _ in rows],
-            "prompts": [row["prompt"] for row, _ in rows],
-            "responses": [text for _, text in rows],
-        }
-        parameters = inspect.signature(self.function).parameters
-        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        others = (c for c in rows[0][0] if c not in ("images", "prompt", "responses"))
-        columns = [c for c in others if takes_all or c in parameters]
-        values = list(self.function(**arguments, **{c: [row.get(c) for row, _ in rows] for c in columns}))
+        rows = [(r, i, r.rows[p]) for r in sampled for i, p in enumerate(r.prompt_of)]
+        values = list(self.function(**self._arguments(rows)))
         if len(values) != len(rows):
             raise InputError(
                 f"Reward {self.name} returned {len(values)} numbers for {len(rows)} answers: return one each."
             )
         try:
-            scores = torch.tensor([float(v) for v in values])
+            scores = torch.tensor([math.nan if v is None else float(v) for v in values])
         except (TypeError, ValueError) as error:
             raise InputError(f"Reward {self.name} must return numbers: {error}.") from error
+        odd = [
+            r.where(i)
+            for (r, i, _), value, score in zip(rows, values, scores.tolist(), strict=True)
+            if value is not None and not math.isfinite(score)
+        ]
+        if odd:
+            raise InputError(
+                f"Reward {self.name} is not finite for {', '.join(odd[:5])}: fix the reward or the row, or return None."
+            )
         return list(scores.split([len(r.texts) for r in sampled]))
+
+    def _arguments(self, rows: Sequence[tuple[Sampled, int, Row]]) -> dict[str, list]:
+        parameters = inspect.signature(self.function).parameters
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        texts = [r.texts[i] for r, i, _ in rows]
+        found: dict[str, list] = {
+            "images": [row["images"] for _, _, row in rows],
+            "prompts": [row["prompt"] for _, _, row in rows],
+            "completion_ids": [r.batch["completion_ids"][i][r.mask[i]].tolist() for r, i, _ in rows],
+        }
+        if "completions" in parameters:
+            found["completions"] = [[{"role": "assistant", "content": text}] for text in texts]
+        else:
+            found["responses"] = texts
+        columns = dict.fromkeys(c for _, _, row in rows for c in row if c not in _OF_ANSWERS)
+        found |= {c: [row.get(c) for _, _, row in rows] for c in columns}
+        return {name: values for name, values in found.items() if takes_all or name in parameters}
 
 
 def load_reward_fn(spec: str) -> RewardFunction:
-    """`file.py:name` -> the function.
+    """`file.py:name`, or a name of reward_functions.py -> the function.
 
     Raises:
         InputError: the file or the function does not exist, or the file does not run.
     """
     file, colon, name = spec.rpartition(":")
+    if not colon and not spec.endswith(".py"):
+        return built_in(spec)
     if not colon or not Path(file).is_file():
         raise InputError(f"--reward_fn {spec}: give file.py:name, with a Python file that exists.")
     module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)

@@ -25,9 +25,9 @@ MODES = {"full": "", "lora": "--use_lora True --lora_r 4 --lora_dropout 0"}
 CELLS = list(itertools.product(SCRIPTS, MODES))
 # One launch per config, and between them every script in both modes; test_every_cell runs the others.
 QUICK = {
-    "zero2": [("sft", "lora"), ("ppo", "full")],
+    "zero2": [("sft", "lora"), ("ppo", "full"), ("grpo", "full")],
     "zero2_offload": [("dpo", "full")],
-    "zero3": [("sft", "full"), ("dpo", "lora"), ("rm", "full"), ("ppo", "lora")],
+    "zero3": [("sft", "full"), ("dpo", "lora"), ("rm", "full"), ("ppo", "lora"), ("grpo", "lora")],
     "zero3_offload": [("rm", "lora")],
 }
 
@@ -94,6 +94,9 @@ def job(command, rewards, tmp_path: Path, llava: str) -> Callable[..., dict]:
         flags = f"--per_device_train_batch_size {batch} --max_steps 3 --ddp_timeout 300 {MODES[mode]}"
         if script == "ppo":
             flags += f" --reward_fn {rewards} --response_length 6 --num_ppo_epochs 2"
+        if script == "grpo":
+            flags += f" --reward_fn {rewards} --response_length 6 --num_ppo_epochs 2 --advantage_estimator grpo"
+            flags += " --num_generations 2 --kl_in_loss 0.04 --loss_type grpo"
         name = name or f"{script}-{mode}"
         out = tmp_path / folder / name
         return {

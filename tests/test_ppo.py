@@ -171,7 +171,7 @@ def rolled_out(trainer, rows: list[dict], size: int = 2):
 
 
 def history(out: Path) -> list[dict]:
-    return [e for e in json.loads((out / "trainer_state.json").read_text())["log_history"] if "objective/kl" in e]
+    return [e for e in json.loads((out / "trainer_state.json").read_text())["log_history"] if "objective/scores" in e]
 
 
 @pytest.mark.parametrize("setup", ["lora", "shared", "full"])
@@ -440,8 +440,13 @@ def launch(argv: list[str], *launcher: str, **kwargs) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def test_resume_after_kill_9(command, reward_file, tmp_path):
-    flags = f"{LORA} --save_strategy steps --save_steps 1 --max_steps 6"
+@pytest.mark.parametrize(
+    "estimator",
+    ["gae", "grpo --dynamic_sampling True --num_ppo_epochs 1 --num_mini_batches 1 --num_generations 2"],
+    ids=["gae", "grpo"],
+)
+def test_resume_after_kill_9(estimator: str, command, reward_file, tmp_path):
+    flags = f"{LORA} --advantage_estimator {estimator} --save_strategy steps --save_steps 1 --max_steps 6"
     train_ppo.main(ppo_command(command, reward_file, tmp_path / "whole", flags))
     argv = ppo_command(command, reward_file, tmp_path / "killed", flags.replace("--max_steps 6", "--max_steps 6"))
     process = launch(argv)
@@ -455,6 +460,7 @@ def test_resume_after_kill_9(command, reward_file, tmp_path):
         process.communicate()
     train_ppo.main([*argv, "--resume_from_checkpoint", "True"])
     assert comparable(history(tmp_path / "killed")) == comparable(history(tmp_path / "whole"))
+    assert len(history(tmp_path / "whole")) == 6
     assert same_weights(tmp_path / "whole", tmp_path / "killed")
 
 

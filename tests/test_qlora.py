@@ -18,7 +18,7 @@ from models import MODEL_NICKNAME_MAP
 from models.assemble import add_lora
 from tests import zoo
 
-SCRIPTS = {"sft": train_sft, "dpo": train_dpo, "rm": train_rm, "ppo": train_ppo}
+SCRIPTS = {"sft": train_sft, "dpo": train_dpo, "rm": train_rm, "ppo": train_ppo, "grpo": train_ppo}
 QUANTISED = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
 
 
@@ -89,6 +89,8 @@ def test_every_script_trains_evaluates_and_trains_again(command, rewards, tmp_pa
     flags = f"--use_lora True --q_lora True --bits {bits} --max_steps 3 --eval_ratio 0.25 --eval_strategy steps --eval_steps 1"
     if script == "ppo":
         flags += f" --reward_fn {rewards} --response_length 6 --num_ppo_epochs 2 --per_device_train_batch_size 2"
+    if script == "grpo":
+        flags += f" --reward_fn {rewards} --response_length 6 --advantage_estimator grpo --num_generations 4"
     SCRIPTS[script].main(command(script, flags))
     history = json.loads((tmp_path / script / "trainer_state.json").read_text())["log_history"]
     norms = [entry["grad_norm"] for entry in history if "grad_norm" in entry]

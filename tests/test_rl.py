@@ -245,6 +245,93 @@ def test_dynamic_sampling_is_bounded(llava, image_dir, tmp_path, reward_file):
     assert step["val/generation_rounds"] == 3 and step["frac_reward_zero_std"] == 1
 
 
+# ------------------------------------------------------------------------------------------------ rewards
+
+
+@pytest.fixture(scope="module")
+def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("keys") / "keys.py"
+    file.write_text(
+        "def trl(prompts, completions, completion_ids, solution, log_extra=None, **kwargs):\n"
+        "    assert all(len(c) == 1 and c[0]['role'] == 'assistant' for c in completions)\n"
+        "    assert prompts[0][0]['role'] == 'user' and 'where' in kwargs and 'responses' not in kwargs\n"
+        "    return [len(c[0]['content']) + len(s) + len(i) / 100 for c, s, i in zip(completions, solution, completion_ids)]\n"
+        "def ours(responses, solution):\n    return [len(r) * 10.0 + len(s) for r, s in zip(responses, solution)]\n"
+        "def some(responses, solution):\n    return [None if s == 'no' else 1.0 for s in solution]\n"
+        "def wants(responses, solution, difficulty):\n    return [0.0] * len(responses)\n"
+    )
+    return file
+
+
+def keyed_rows(image_dir: Path, count: int = 4) -> list[dict]:
+    return [row | {"solution": ["yes", "no"][i % 2]} for i, row in enumerate(prompt_rows(image_dir, count))]
+
+
+def test_functions_get_the_columns_in_both_signatures(llava, image_dir, tmp_path, key_file):
+    rows = keyed_rows(image_dir)
+    flags = (
+        f"{LORA} --reward_fn {key_file}:trl {key_file}:ours yes_no --reward_weights 1 0.5 2 --advantage_estimator grpo"
+    )
+    trainer = ppo_trainer(llava, rows, tmp_path, flags)
+    sampled = trainer.rollout([trainer.data_collator(rows)], seed=7, places=[[0, 1, 2, 3]])
+    (r,) = trainer.score(sampled)
+    assert list(r.parts) == ["trl", "ours", "yes_no"]
+    for i, b in enumerate(r.prompt_of):
+        text, key, tokens = len(r.texts[i]), len(rows[b]["solution"]), int(r.mask[i].sum())
+        assert r.parts["trl"][i].item() == pytest.approx(text + key + tokens / 100)
+        assert r.parts["ours"][i].item() == pytest.approx(10 * text + key)
+        parts = [r.parts[name][i].item() for name in r.parts]
+        assert r.scores[i].item() == pytest.approx(parts[0] + 0.5 * parts[1] + 2 * parts[2])
+    trainer.train()
+    (step,) = steps_of(trainer)
+    assert {"reward/trl", "reward/ours", "reward/yes_no", "right/yes_no"} <= set(step) and "right/ours" not in step
+    assert step["right/yes_no"] == step["reward/yes_no"]
+
+
+def test_a_reward_may_say_that_it_does_not_apply(llava, image_dir, tmp_path, key_file):
+    """None: the answer has no part in the group's mean and no advantage; beside another reward only that one counts."""
+    rows = keyed_rows(image_dir)
+    trainer = ppo_trainer(llava, rows, tmp_path / "a", f"{LORA} --reward_fn {key_file}:some --advantage_estimator grpo")
+    found = advantages_of(trainer, rows)
+    assert all((score != score) == bool(place % 2) for (place, _), (score, _, _) in found.items())
+    assert all(set(advantages) == {0.0} for _, advantages, _ in found.values())
+    trainer.train()
+    assert steps_of(trainer)[0]["reward/some"] == 1  # of those that it applies to
+    flags = f"{LORA} --reward_fn {key_file}:some {key_file}:ours --advantage_estimator grpo"
+    trainer = ppo_trainer(llava, rows, tmp_path / "b", flags)
+    (r,) = trainer.score(trainer.rollout([trainer.data_collator(rows)], seed=7, places=[[0, 1, 2, 3]]))
+    expected = r.parts["ours"] + torch.tensor([1.0 - b % 2 for b in r.prompt_of])
+    assert torch.equal(r.scores, expected)
+    with pytest.raises(InputError, match=r"Every reward function returned None.*row 1"):
+        ppo_trainer(llava, rows, tmp_path / "c", f"{LORA} --reward_fn {key_file}:some").train()
+
+
+def test_arguments_are_checked_before_the_first_rollout(llava, image_dir, tmp_path, key_file):
+    rows, flags = keyed_rows(image_dir), f"{LORA} --advantage_estimator grpo --reward_fn"
+    with pytest.raises(InputError, match=r"Reward wants takes an argument difficulty, .* columns are .*solution"):
+        ppo_trainer(llava, rows, tmp_path, f"{flags} {key_file}:wants")
+    with pytest.raises(InputError, match=r"Reward number takes an argument solution, which the data does not have"):
+        ppo_trainer(llava, prompt_rows(image_dir), tmp_path, f"{flags} number")
+    rows[3]["solution"] = None
+    with pytest.raises(InputError, match=r"row 3 has no solution, which the reward exact_answer reads"):
+        ppo_trainer(llava, rows, tmp_path, f"{flags} exact_answer")
+
+
+def test_rows_with_a_key_in_a_file(llava, image_dir, tmp_path):
+    """images, prompt, solution: what geometry3k, CLEVR and VQA data look like."""
+    rows = [
+        {"images": [f"{i}.png"], "prompt": "<image>How many?", "solution": str(i), "tolerance": 0.0} for i in range(8)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    train_ppo.main(
+        f"--model_name_or_path {llava} --dataset_name {tmp_path}/rows.json --image_root {image_dir} --output_dir {tmp_path}/run {LORA} "
+        "--advantage_estimator grpo --num_generations 4 --per_device_train_batch_size 8 --response_length 4 --max_steps 2 --use_cpu True "
+        "--save_strategy no --disable_tqdm True --reward_fn number think_format repetition_penalty".split()
+    )
+    step = logged(tmp_path / "run")[0]
+    assert {"reward/number", "right/number", "reward/think_format", "reward/repetition_penalty"} <= set(step)
+
+
 # ------------------------------------------------------------------------------------------------ whole runs
 
 RUNS = {
@@ -270,8 +357,7 @@ def test_resume_is_bit_for_bit(run: str, command, reward_file, tmp_path):
 
 
 def logged(out: Path) -> list[dict]:
-    entries = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    return comparable([e for e in entries if "objective/scores" in e])
+    return comparable(history(out))
 
 
 @pytest.mark.parametrize("estimator", ["grpo --scale_rewards batch", "reinforce_plus_plus_baseline"])
@@ -293,8 +379,8 @@ def test_two_devices_give_the_result_of_one(estimator: str, command, reward_file
             assert a[name] == pytest.approx(b[name], rel=2e-3, abs=1e-5), name
 
 
-def test_evaluation_without_a_reference(command, reward_file, pairs_json, tmp_path):
-    flags = f"{LORA} --advantage_estimator grpo --eval_data_path {pairs_json} --eval_strategy steps --eval_steps 2"
+def test_evaluation_without_a_reference(command, reward_file, tmp_path):
+    flags = f"{LORA} --advantage_estimator grpo --eval_ratio 0.25 --eval_strategy steps --eval_steps 2"
     train_ppo.main([*ppo_command(command, reward_file, tmp_path / "run", flags)])
     entries = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     evaluations = [e for e in entries if "eval_objective/scores" in e]
