@@ -1,4 +1,4 @@
-# make demo   sets up and runs SFT -> RM -> DPO -> PPO -> evaluation on the embedded data
+# make demo   sets up and runs SFT -> RM -> DPO -> PPO -> GRPO -> evaluation on the embedded data
 # make test   sets up and runs the tests
 # make scripts   writes the launch scripts anew from scripts/models.tsv and scripts/templates/
 PYTHON ?= python3

@@ -2,8 +2,8 @@
 
     python -m eval.shapes_report runs/demo
 
-reads, as far as they are there, of every stage (sft, rm, dpo, ppo) `<stage>/trainer_state.json` and `eval/<stage>/` (python -m eval.shapes), and
-seconds.tsv. The page is one file that fetches nothing.
+reads, as far as they are there, of every stage (sft, rm, dpo, ppo, grpo) `<stage>/trainer_state.json` and
+`eval/<stage>/` (python -m eval.shapes), and seconds.tsv. The page is one file that fetches nothing.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from common.files import write_json, write_text
 from data.scenes import Thing
 from eval.shapes import marked, mentions, read_scenes
 
-STAGES = ("sft", "rm", "dpo", "ppo")
+STAGES = ("sft", "rm", "dpo", "ppo", "grpo")
 SCORES = ("chair_i", "chair_s", "yesno_accuracy", "exact_captions", "coverage", "counting_accuracy")
 # What the curves show of each stage: titles and names in trainer_state.json.
 CURVES = {
@@ -26,6 +26,11 @@ CURVES = {
     "rm": {"loss": "loss", "accuracy": "accuracy", "margin": "margin"},
     "dpo": {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"},
     "ppo": {"reward": "objective/scores", "KL": "objective/kl", "value loss": "loss/value_avg"},
+    "grpo": {
+        "reward": "objective/scores",
+        "deviation within groups": "reward_std",
+        "groups without variance": "frac_reward_zero_std",
+    },
 }
 PICTURES = 24
 
@@ -80,7 +85,7 @@ def report_of(folder: Path) -> dict[str, dict[str, float]]:
             found = {name: values[name] for name in SCORES}
         if stage == "rm" and (accuracy := last(history, "eval_accuracy")) is not None:
             found = {"accuracy": accuracy}
-        if stage == "ppo" and found:
+        if stage in ("ppo", "grpo") and found:
             logged = {"reward": last(history, "objective/scores"), "kl": last(history, "objective/kl")}
             found |= {name: value for name, value in logged.items() if value is not None}
         if found:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole path on embedded pictures, on a CPU: data -> SFT from scratch on noisy captions -> reward model -> DPO -> PPO -> evaluation.
+# The whole path on embedded pictures, on a CPU: data -> SFT from scratch on noisy captions -> reward model -> DPO -> PPO
+# -> GRPO -> evaluation.
 # Every command is printed before it runs. `make demo`; OUT, SEED and LOSS (of docs/losses.md) can be set: make demo LOSS=mdpo
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,7 +17,7 @@ stage() { # stage NAME COMMAND...: print the command, run it, keep its output in
 }
 
 # Only what an earlier demo left: OUT may be any folder.
-rm -rf "$OUT"/{data,init,sft,rm,dpo,ppo,eval} "$OUT"/{data,sft,rm,dpo,ppo,evaluation}.log "$OUT"/{seconds.tsv,report.json,report.html}
+rm -rf "$OUT"/{data,init,sft,rm,dpo,ppo,grpo,eval} "$OUT"/{data,sft,rm,dpo,ppo,grpo,evaluation}.log "$OUT"/{seconds.tsv,report.json,report.html}
 mkdir -p "$OUT"
 lora="--use_lora True --lora_r 32 --lora_alpha 64 --lora_dropout 0"
 common="--seed $SEED --lr_scheduler_type cosine --logging_steps 10 --save_strategy no --disable_tqdm True"
@@ -41,7 +42,14 @@ stage ppo python train_ppo.py --model_name_or_path "$OUT/sft" --output_dir "$OUT
     --per_device_train_batch_size 32 --gradient_accumulation_steps 2 --num_ppo_epochs 2 --kl_coef 0.05 --missing_eos_penalty 1.0 \
     --max_steps 30 --learning_rate 5e-4 $common --logging_steps 1
 
-for name in sft dpo ppo; do
+# No reward model, no value function, no reference: a rule compares the objects of a caption with those of the picture.
+stage grpo python train_ppo.py --model_name_or_path "$OUT/sft" --output_dir "$OUT/grpo" $lora \
+    --dataset_name "$DATA/prompts.json" --image_root "$DATA" \
+    --advantage_estimator grpo --reward_fn scripts/demo_rewards.py:caption_f1 --num_generations 8 --response_length 64 \
+    --per_device_train_batch_size 32 --gradient_accumulation_steps 2 \
+    --max_steps 30 --learning_rate 5e-4 $common --logging_steps 1
+
+for name in sft dpo ppo grpo; do
     adapter=$([ $name = sft ] || echo "--adapter $OUT/$name")
     stage evaluation python -m eval.shapes --model_name_or_path "$OUT/sft" $adapter --data_path "$DATA/eval.json" \
         --output "$OUT/eval/$name"

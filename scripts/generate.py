@@ -1,4 +1,4 @@
-"""Writes scripts/{sft,rm,dpo,ppo}_{family}.sh, one per row of models.tsv and template: `make scripts`. See README.md.
+"""Writes scripts/{sft,rm,dpo,ppo,grpo}_{family}.sh, one per row of models.tsv and template: `make scripts`. See README.md.
 
 python -m scripts.generate
 """
@@ -8,10 +8,10 @@ from pathlib import Path
 from string import Template
 
 FOLDER = Path(__file__).parent
-ALGORITHMS = ("sft", "rm", "dpo", "ppo")
+ALGORITHMS = ("sft", "rm", "dpo", "ppo", "grpo")
 MARK = "# Written by `make scripts`"  # stands in every generated file, and in no other
 SFT_ROWS_PER_STEP = 128
-# A cell of the columns sft, rm, dpo and ppo -> launcher and DeepSpeed config. Which fits: docs/memory.md.
+# A cell of the columns sft, rm, dpo, ppo and grpo -> launcher and DeepSpeed config. Which fits: docs/memory.md.
 LAUNCHERS = {
     "full zero2": ("deepspeed", "ds_configs/zero2.json"),
     "full zero3": ("deepspeed", "ds_configs/zero3.json"),
@@ -38,7 +38,14 @@ def families() -> list[dict[str, str]]:
 def published(algorithm: str, family: str) -> list[str]:
     """Names of the hand-written scripts in published/ that run this algorithm on this family."""
     files = sorted((FOLDER / "published").glob(f"*_{family}.sh"))
-    return [file.name for file in files if f" train_{algorithm}.py" in file.read_text()]
+    return [file.name for file in files if algorithm_of(file.read_text()) == algorithm]
+
+
+def algorithm_of(text: str) -> str:
+    """Of a launch script: train_ppo.py runs GRPO, too."""
+    if "--advantage_estimator" in text:
+        return "grpo"
+    return next(a for a in ALGORITHMS if f" train_{a}.py" in text)
 
 
 def script(algorithm: str, row: dict[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""scripts/{sft,rm,dpo,ppo}_{family}.sh: what scripts/generate.py writes, each read as it stands and run on the family's tiny checkpoint."""
+"""scripts/{sft,rm,dpo,ppo,grpo}_{family}.sh: what scripts/generate.py writes, each read as it stands and run on the family's tiny checkpoint."""
 
 import importlib
 import json
@@ -19,7 +19,13 @@ from tests.test_models import files  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = [row["family"] for row in families()]
-CONFIGS = {"sft": args.SFTConfig, "rm": args.RMConfig, "dpo": args.DPOConfig, "ppo": args.PPOConfig}
+CONFIGS = {
+    "sft": args.SFTConfig,
+    "rm": args.RMConfig,
+    "dpo": args.DPOConfig,
+    "ppo": args.PPOConfig,
+    "grpo": args.PPOConfig,
+}
 DDP = ["torchrun", "--nproc_per_node", "8"]
 # What a laptop changes of a script's settings; what is given twice counts the second time.
 TINY = (
@@ -65,7 +71,9 @@ def check_launch(text: str, kinds: tuple[type, ...]) -> list[str]:
     assert config or lora, "all weights under DDP are float32 with their optimizer states on every GPU: docs/memory.md"
     assert not lora or config in ("", "ds_configs/zero3.json"), "ZeRO-2 saves nothing of a LoRA run: docs/memory.md"
     small = args.parse(*kinds, argv=[*flags, *one_gpu_flags(text), "--use_cpu", "True"])
-    assert small[0].q_lora and small[2].use_lora and small[3].per_device_train_batch_size == 1
+    assert (
+        small[0].q_lora and small[2].use_lora and small[3].per_device_train_batch_size == (8 if "grpo" in flags else 1)
+    )
     assert ("--deepspeed" in one_gpu_flags(text)) == bool(config) and not small[3].deepspeed
     return flags
 
@@ -98,13 +106,14 @@ def test_table_refuses_what_no_template_writes():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_launch_scripts_run(family: str, files: Path, tmp_path: Path):  # noqa: F811
-    """Each of the four: bash reads it, launcher and one-GPU command are right, one step runs with its flags on a tiny checkpoint."""
+    """Each of the five: bash reads it, launcher and one-GPU command are right, one step runs with its flags on a tiny checkpoint."""
     for algorithm in ALGORITHMS:  # PPO last: it wants the reward model
         path = ROOT / "scripts" / f"{algorithm}_{family}.sh"
         subprocess.run(["bash", "-n", path], check=True)
         kinds = (args.ModelArguments, args.DataArguments, args.LoraArguments, CONFIGS[algorithm])
         flags = check_launch(path.read_text(), kinds)
-        assert command(path.read_text())[1] == f"train_{algorithm}.py"
+        train = algorithm.replace("grpo", "ppo")
+        assert command(path.read_text())[1] == f"train_{train}.py"
 
         name = "vlquery_json" if algorithm == "sft" else "plain_dpo"
         file = "conversations.json" if algorithm == "sft" else "pairs.json"
@@ -115,7 +124,17 @@ def test_launch_scripts_run(family: str, files: Path, tmp_path: Path):  # noqa: 
             argv += ["--eval_ratio", "0.25", "--eval_steps", "1"]
         if algorithm == "ppo":
             argv += ["--reward_adapter", str(tmp_path / "rm"), "--num_mini_batches", "1", "--response_length", "4"]
-        importlib.import_module(f"train_{algorithm}").main(argv)
+        if algorithm == "grpo":
+            argv += [
+                "--num_generations",
+                "2",
+                "--response_length",
+                "4",
+                "--reward_fn",
+                "think_format",
+                "repetition_penalty",
+            ]
+        importlib.import_module(f"train_{train}").main(argv)
         history = json.loads((out / "trainer_state.json").read_text())["log_history"]
         losses = [entry["loss"] for entry in history if "loss" in entry]
         assert losses and np.isfinite(losses).all()
