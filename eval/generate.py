@@ -32,6 +32,7 @@ from base.layout import processor_path
 from base.loading import base_model_path, load_adapter, load_model
 from base.packing import scatter_to_responses
 from base.processor import VLProcessor
+from base.shared_prefill import answers_of_one_prefill
 from common.errors import InputError
 from eval.benchmark_files import TASKS, Row, check_images, prompt, read_task
 from eval.flags import add_data_flags, add_model_flags, add_switch
@@ -205,11 +206,17 @@ class Answerer:
         return joined | self.to_device(self.processor.pad_img_inputs(per_token))
 
     @torch.inference_mode()
-    def answer(self, encoded: list[dict], settings: dict, seed: int) -> list[str]:
-        """Greedy, beam or sampled answers to a batch of `EncodedBatches`."""
+    def answer(self, encoded: list[dict], settings: dict, seed: int, num_samples: int = 1) -> list[str]:
+        """Greedy, beam or sampled answers to a batch of `EncodedBatches`.
+
+        Args:
+            num_samples: answers to each row, row after row; every prompt is prefilled once for all of them.
+        """
         ids = [item["ids"] for item in encoded]
         padding = self.processor.tokenizer.pad_token_id
         prompts = self.processor.pad(ids, padding).to(self.device)  # (B, L), padded on the left
+        if num_samples > 1:
+            settings = settings | {"custom_generate": answers_of_one_prefill, "num_answers": num_samples}
         torch.manual_seed(seed)
         out = self.model.generate(
             input_ids=prompts,
@@ -218,6 +225,7 @@ class Answerer:
             **settings,
             pad_token_id=padding,
         )
+        prompts = prompts.repeat_interleave(num_samples, 0)
         length = prompts.shape[1]
         if out.shape[1] >= length and torch.equal(out[:, :length], prompts):
             out = out[:, length:]  # else only new tokens are there (InstructBLIP generates from embeddings)
@@ -267,6 +275,12 @@ def generation_settings(args: argparse.Namespace, answerer: Answerer) -> tuple[d
             recorded[name] = getattr(configured, name)
     if args.temperature > 0:
         recorded["seed"] = args.seed
+    if args.num_samples < 1 or (args.num_samples > 1 and (args.temperature <= 0 or settings.get("num_beams", 1) > 1)):
+        raise InputError(
+            f"--num_samples {args.num_samples} needs --temperature above 0 and no beams: the answers would be equal."
+        )
+    if args.num_samples > 1:
+        recorded["num_samples"] = args.num_samples
     return settings, recorded | {"dtype": str(answerer.dtype).removeprefix("torch.")}
 
 
@@ -329,12 +343,12 @@ def answer_rows(args: argparse.Namespace, rows: list[Row], answerer: Answerer, r
             if run_number != current:
                 answerer.forget_images()
                 current = run_number
-            texts = answerer.answer(
-                encoded, settings, seed
-            )  # the whole batch, as the first time: same padding, same answers
+            # The whole batch, as the first time: same padding, same answers
+            K = args.num_samples
+            texts = list(chunks(answerer.answer(encoded, settings, seed, K), K))
             new = [
-                {"id": row["id"], "prompt": row["prompt"], "answer": text, **_shown(row)}
-                for row, text in zip(batch, texts, strict=True)
+                {"id": row["id"], "prompt": row["prompt"], "answer": of_row[0], **_samples(of_row), **_shown(row)}
+                for row, of_row in zip(batch, texts, strict=True)
                 if row["id"] not in done
             ]
             ledger.write(new)
@@ -345,6 +359,11 @@ def answer_rows(args: argparse.Namespace, rows: list[Row], answerer: Answerer, r
     if rank == 0:
         ledger.finish()
     return {"rows": count, "images": answerer.tower_runs}
+
+
+def _samples(answers: list[str]) -> dict:
+    """All of several answers; scorers read the first one."""
+    return {"answers": answers} if len(answers) > 1 else {}
 
 
 def _shown(row: Row) -> dict:
@@ -399,6 +418,9 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top_p", type=float, default=1.0, help="with --temperature")
     parser.add_argument("--seed", type=int, default=0, help="with --temperature")
+    parser.add_argument(
+        "--num_samples", type=int, default=1, help="answers per row, with --temperature; the column `answers` has all"
+    )
     add_switch(parser, "--bf16", help="weights and activations in bfloat16 (default float32)")
     parser.add_argument("--num_workers", type=int, default=2, help="processes that decode images and tokenise")
     add_switch(parser, "--overwrite", help="start again instead of going on")

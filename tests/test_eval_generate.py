@@ -90,6 +90,23 @@ def test_shared_features_give_the_answers_of_a_plain_batch(family: str, beams: i
     assert answerer.tower_runs == (4 if family == "instructblip" else 2)
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "mllama", "instructblip"])
+def test_several_samples_of_every_row(family: str, questions: Path, tmp_path: Path) -> None:
+    """Almost without temperature all of them are the greedy answer; with it they differ, and one seed gives the same ones."""
+    model = zoo.checkpoint(family)
+    greedy, cold = tmp_path / "greedy.jsonl", tmp_path / "cold.jsonl"
+    run(arguments(questions, greedy, model, limit=6))
+    run(arguments(questions, cold, model, limit=6, num_samples=3, temperature=1e-3))
+    assert [[row["answer"]] * 3 for row in lines(greedy)] == [row["answers"] for row in lines(cold)]
+    found = []
+    for name in ("a", "b"):
+        run(arguments(questions, tmp_path / name, model, limit=6, num_samples=3, temperature=1.0))
+        found.append([row["answers"] for row in lines(tmp_path / name)])
+    assert found[0] == found[1] and all(len(set(answers)) > 1 for answers in found[0])
+    with pytest.raises(InputError, match="--num_samples 3 needs --temperature above 0"):
+        run(arguments(questions, tmp_path / "c", model, num_samples=3))
+
+
 def test_vision_tower_sees_every_image_once(questions: Path, tmp_path: Path, llava: str) -> None:
     answerer = Answerer(llava, None, CPU, bf16=False)
     seen = []
