@@ -33,10 +33,22 @@ VALUE_HEAD = "value_head.safetensors"
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def scalar_head(backbone: nn.Module) -> nn.Linear:
-    """A fresh head: D -> 1, no bias, std 1 / sqrt(D + 1) (Stiennon et al., 2009.01325)."""
+class ScalarHead(nn.Linear):
+    """D -> 1, no bias, computed in float32 whatever the precision around it: on the bf16 grid close rewards would tie."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size, 1, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(N, D) -> (N, 1) float32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.float(), self.weight.float())
+
+
+def scalar_head(backbone: nn.Module) -> ScalarHead:
+    """A fresh head: std 1 / sqrt(D + 1) (Stiennon et al., 2009.01325)."""
     hidden_size = backbone.config.get_text_config().hidden_size
-    head = nn.Linear(hidden_size, 1, bias=False)
+    head = ScalarHead(hidden_size)
     nn.init.normal_(head.weight, std=(hidden_size + 1) ** -0.5)
     return head
 
@@ -184,7 +196,7 @@ class HeadModel(nn.Module):
 
     def apply_head(self, head: nn.Linear, hidden: Tensor) -> Tensor:
         """(N, D) -> (N,) float32."""
-        return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
+        return head(hidden).squeeze(-1)
 
     def save_pretrained(self, save_directory: str, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:
         """Save backbone or adapter as transformers and peft do, and the head beside.
