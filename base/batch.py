@@ -82,6 +82,7 @@ class RMBatch(DPOBatch, total=False):
     """The same for a reward model."""
 
     source: list[str | None]  # (rows,), the data set of each row
+    counted: Tensor  # (R,) bool, False for the responses of a row that fills up the last batch of an evaluation
 
 
 class PPOBatch(ImageBatch, total=False):

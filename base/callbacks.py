@@ -22,17 +22,13 @@ class RunningDelta(TrainerCallback, ExportableState):
         """What trainer_state.json keeps."""
         return {"args": {"mean": self.mean.item(), "count": int(self.count)}, "attributes": {}}
 
-    def with_rewards(self, rewards: Tensor, accelerator: Accelerator, keep: bool) -> Tensor:
-        """The mean () over all training batches so far, with the rewards (N,) of this one, of all ranks.
-
-        Args:
-            keep: whether they count from now on, as those of evaluation do not.
-        """
+    def with_rewards(self, rewards: Tensor, accelerator: Accelerator) -> Tensor:
+        """The mean () over all training batches so far, with the rewards (N,) of this one, of all ranks. They count from now on."""
         sums = accelerator.reduce(torch.stack([rewards.sum(), rewards.new_tensor(rewards.numel())]), reduction="sum")
-        mean, count = update_running_mean(self.mean, self.count, (sums[0] / sums[1]).expand(int(sums[1])).cpu())
-        if keep:
-            self.mean, self.count = mean, count
-        return mean.to(rewards.device)
+        count = int(sums[1])
+        mean_here = sums[0] / max(count, 1)
+        self.mean, self.count = update_running_mean(self.mean, self.count, mean_here.expand(count).cpu())
+        return self.mean.to(rewards.device)
 
 
 class SetEpoch(TrainerCallback):

@@ -155,7 +155,8 @@ class VLSFTDataCollatorWithPadding(VLDataCollator):
                 raise InputError(
                     f"{row.get('where') or 'A row'} is longer than the limits: call drop_overlong on the data first."
                 )
-            input_ids[b], labels[b] = kept, labels[b][: len(kept)]
+            trained = labels[b][: len(kept)]
+            input_ids[b], labels[b] = kept, [IGNORE_INDEX] * len(kept) if row.get("repeated") else trained
         img_inputs = {
             k: [v[: len(ids)] for v, ids in zip(vs, input_ids, strict=True)] if k in processor.per_token_keys else vs
             for k, vs in img_inputs.items()
@@ -217,7 +218,10 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
     def __call__(self, features: Sequence[Row]) -> DPOBatch:
         """Lay out rows and pairs, and what the losses need beyond them."""
         self._check_columns(features)
-        pairs = [ordered_pairs(row["ranks"], row.get("scores"), self.pairs, self.score_margin) for row in features]
+        pairs = [
+            [] if row.get("repeated") else ordered_pairs(row["ranks"], row.get("scores"), self.pairs, self.score_margin)
+            for row in features
+        ]
         better = [views.better_responses(row) for row in pairs]
         rows = self._with_negatives(features, better)
         corrupted, image_rejected = self._corrupted_rows(features, pairs), self._image_rejected_rows(features, better)
@@ -391,7 +395,10 @@ class VLRMDataCollatorWithPadding(VLDPODataCollatorWithPadding):
 
     def __call__(self, features: Sequence[Row]) -> RMBatch:
         """The DPO batch, with each row's `source`."""
-        return RMBatch(**super().__call__(features), source=[row.get("source") for row in features])
+        counted = torch.tensor([not row.get("repeated") for row in features])
+        batch = RMBatch(**super().__call__(features), source=[row.get("source") for row in features])
+        batch["counted"] = counted[batch["rows"]]
+        return batch
 
 
 class VLPPODataCollator(VLDataCollator):

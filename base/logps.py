@@ -52,8 +52,17 @@ def token_logits(model: nn.Module, hidden: torch.Tensor, token_ids: torch.Tensor
     """Raw logit of each token, (N, D), (N,) -> (N,) float32, from the head's rows of those tokens alone."""
     lm_head = model.get_output_embeddings()
     with maybe_gather_lm_head_ctx(lm_head.weight, lm_head.bias):
-        logits = (hidden * lm_head.weight[token_ids]).sum(-1)
+        logits = (hidden.float() * lm_head.weight[token_ids].float()).sum(-1)
         return (logits if lm_head.bias is None else logits + lm_head.bias[token_ids]).float()
+
+
+def all_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits of the whole vocabulary, (N, D) -> (N, V) float32.
+
+    accelerate makes float32 of what a forward returns, and this runs outside of autocast: lm_head may be of another type.
+    """
+    lm_head = model.get_output_embeddings()
+    return lm_head(hidden.to(next(lm_head.parameters()).dtype)).float()
 
 
 def vocabulary_kl(
@@ -65,9 +74,7 @@ def vocabulary_kl(
     """
 
     def chunk(ref: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        return token_kl(
-            reference.get_output_embeddings()(ref).float().detach(), policy.get_output_embeddings()(own).float()
-        )
+        return token_kl(all_logits(reference, ref).detach(), all_logits(policy, own))
 
     chunks = zip(reference_hidden.split(TOKEN_CHUNK), policy_hidden.split(TOKEN_CHUNK), strict=True)
     return torch.cat([torch.utils.checkpoint.checkpoint(chunk, ref, own, use_reentrant=False) for ref, own in chunks])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from base.logps import TOKEN_CHUNK, token_logits, vocabulary_kl
+from base.logps import TOKEN_CHUNK, all_logits, token_logits, vocabulary_kl
 from base.packing import scatter_to_responses
 from data.rows import NUMBER_COLUMNS
 from losses import PairLogps, PreferenceBatch, Sides
@@ -65,10 +65,17 @@ def preference_batch(
         ref=None if reference is None else _pair_logps(reference, batch, needs),
         chosen_lengths=lengths[chosen],
         rejected_lengths=lengths[rejected],
+        chosen_tokens_per_pair=batch.get("chosen_tokens_per_pair"),
         row_columns={name: batch[name] for name in columns if NUMBER_COLUMNS[name] == "row"},
         response_columns={name: Sides(batch[name][chosen], batch[name][rejected]) for name in per_response},
         **fields,
     )
+
+
+def pairs_and_chosen_tokens(batch: Batch) -> Tensor:
+    """Number of pairs, and of the tokens of their chosen answers, (2,) long."""
+    tokens = batch["completion_mask"].sum(1)[batch["chosen"]].sum()
+    return torch.stack([tokens.new_tensor(len(batch["chosen"])), tokens])
 
 
 def _pair_logps(model: ModelPass, batch: Batch, needs: Collection[str]) -> PairLogps:
@@ -102,7 +109,7 @@ def _logit_shift(model: ModelPass, batch: Batch) -> Tensor:
 
 def most_likely_tokens(head: nn.Module, hidden: Tensor) -> Tensor:
     """The token that the model would say at each place, (N, D) -> (N,), with the logits of TOKEN_CHUNK places at a time."""
-    return torch.cat([head.get_output_embeddings()(states).argmax(-1) for states in hidden.split(TOKEN_CHUNK)])
+    return torch.cat([all_logits(head, states).argmax(-1) for states in hidden.split(TOKEN_CHUNK)])
 
 
 def with_negatives(batch: Batch, tokens: Tensor) -> Batch:

@@ -6,10 +6,12 @@ rows -> their keys -> those that base/reference_cache.py lacks -> every rank ask
 import dataclasses
 import importlib.metadata
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, List, Value
 from torch import Tensor, nn
@@ -33,7 +35,7 @@ def about_reference(
     collator: VLDPODataCollatorWithPadding,
     *,
     is_policy: bool,
-    mixed_precision: str,
+    precision: str,
     second_image: bool,
 ) -> dict[str, Any]:
     """Everything that changes the log-probs of every row: what the cache's key covers.
@@ -41,7 +43,7 @@ def about_reference(
     Args:
         reference: without wrappers; `config` is that of the family's model in it.
         is_policy: see `weights_digest`.
-        mixed_precision: accelerate's name of the autocast type.
+        precision: in which the model computes, accelerate's name, and by whom.
         second_image: whether the reference also reads the chosen answer on the row's second image (`image_rejected`).
     """
     about = {
@@ -49,7 +51,7 @@ def about_reference(
         "config": {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")},
         "processor": processor_digest(processor),
         "limits": dataclasses.asdict(collator.limits),
-        "autocast": mixed_precision,
+        "precision": precision,
         "share_prefix": collator.share_prefix,
         "losses": ["image_rejected"] if second_image else [],
         "pairs": [collator.pairs, collator.score_margin] if second_image else None,
@@ -58,6 +60,20 @@ def about_reference(
     if is_deepspeed_zero3_enabled():  # every rank holds a part of the weights
         about["weights"] = gather_object([about["weights"]])
     return about
+
+
+@contextmanager
+def weights_as(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Compute with parameters and buffers of this type, as DeepSpeed will once it has started; then they are what they were."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    kept = [t.data for t in tensors]
+    for t in tensors:
+        t.data = t.data.to(dtype)
+    try:
+        yield
+    finally:
+        for t, data in zip(tensors, kept, strict=True):
+            t.data = data
 
 
 class ReferencePass:

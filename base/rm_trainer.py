@@ -26,8 +26,7 @@ class VLRMTrainer(VLHeadTrainer):
     def __init__(self, model: VLRewardModel, args: RMConfig, *rest: Any, **kwargs: Any) -> None:
         disable_dropout(model)
         super().__init__(model, args, *rest, **kwargs)
-        # The loss is a mean over rows: Trainer must divide it by the accumulation steps.
-        self.model_accepts_loss_kwargs = False
+        self.model_accepts_loss_kwargs = True  # `compute_loss` divides by the rows of the whole step
         self._margins: list[Tensor] = []
         # Every rank must log the same names, whatever its rows are from.
         self._sources = sorted(
@@ -71,7 +70,7 @@ class VLRMTrainer(VLHeadTrainer):
         metrics = {
             "accuracy": right,
             "margin": chosen - rejected,
-            "mean_reward": rewards,
+            "mean_reward": rewards[batch["counted"]],
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
         }
@@ -90,18 +89,23 @@ class VLRMTrainer(VLHeadTrainer):
         model: nn.Module,
         inputs: Batch,
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Mean loss over the rows with a pair; stores the metrics."""
         rewards = self.response_rewards(model, inputs)
         self.log_metrics(rewards.detach(), inputs)
         per_row = self.ranking_loss(rewards, inputs)  # empty if all responses of these rows are equally good
-        # Ranks may hold different numbers of rows with a pair: divided by the mean of these numbers, DDP's average is the mean over all of them.
-        count = torch.tensor(float(per_row.numel()), device=per_row.device)
-        loss = sample_mean(
-            per_row, self.accelerator.reduce(count, reduction="mean").clamp(min=1 / self.args.world_size)
-        )
+        if not self.model.training:
+            self.store_metrics({"loss": per_row})
+        if num_items_in_batch is None:
+            loss = sample_mean(per_row, max(len(per_row), 1))
+        else:  # DDP and DeepSpeed average over devices
+            loss = sample_mean(per_row, num_items_in_batch[0].clamp(min=1) / self.args.world_size)
         return (loss, {"rewards": rewards}) if return_outputs else loss
+
+    def count_items(self, batch: Batch) -> Tensor:
+        """Rows with a pair, (1,)."""
+        return torch.tensor([len(batch["rows"][batch["chosen"]].unique())])
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As Trainer's; also draws accuracy by margin into `calibration.png` of the run folder."""

@@ -8,8 +8,9 @@ What they share is in vl_trainer.py.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,11 +26,17 @@ from base.batch import Batch
 from base.callbacks import RunningDelta, SetEpoch
 from base.model import CompletionOutput
 from base.packing import scatter_to_responses
-from base.preference_inputs import ModelPass, most_likely_tokens, preference_batch, with_negatives
+from base.preference_inputs import (
+    ModelPass,
+    most_likely_tokens,
+    pairs_and_chosen_tokens,
+    preference_batch,
+    with_negatives,
+)
 from base.reference_cache import COLUMN, ReferenceCache, default_folder
-from base.reference_pass import ReferencePass, about_reference
+from base.reference_pass import ReferencePass, about_reference, weights_as
 from base.rm_trainer import VLRMTrainer
-from base.vl_trainer import VLHeadTrainer, VLTrainer, disable_dropout
+from base.vl_trainer import VLHeadTrainer, VLTrainer, disable_dropout, sum_and_count
 from common.errors import InputError
 from losses import (
     check_losses,
@@ -55,29 +62,39 @@ class VLSFTTrainer(VLTrainer):
         model: nn.Module,
         inputs: Batch,
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, CompletionOutput]:
         """Mean cross-entropy of the trained tokens of the global batch."""
-        outputs = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            use_cache=False,
-            **self.image_inputs(model, inputs),
-            completion_index=inputs["completion_index"],
-            completion_ids=inputs["completion_ids"],
-        )
+        outputs = self.completions(model, inputs)
+        if not self.model.training:
+            self.store_metrics({"loss": -outputs.logps})
         if num_items_in_batch is None:
-            loss = -outputs.logps.mean()
+            loss = -outputs.logps.sum() / max(len(outputs.logps), 1)
         else:
             # Trained tokens of the whole global batch; DDP then averages gradients over ranks.
-            loss = -outputs.logps.sum() / num_items_in_batch
-            loss = loss * (self.accelerator.num_processes if self.args.average_tokens_across_devices else 1)
+            loss = -outputs.logps.sum() / num_items_in_batch[0]
+            loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def count_items(self, batch: Batch) -> Tensor:
+        """Trained tokens, (1,)."""
+        return torch.tensor([len(batch["completion_ids"])])
+
+    def completions(self, model: nn.Module, batch: Batch) -> CompletionOutput:
+        """Log-probs of the N trained tokens."""
+        return model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            use_cache=False,
+            **self.image_inputs(model, batch),
+            completion_index=batch["completion_index"],
+            completion_ids=batch["completion_ids"],
+        )
 
     def response_scores(self, model: nn.Module, batch: Batch) -> Tensor:
         """Log-prob of each conversation's trained tokens, (B,)."""
         rows = torch.div(batch["completion_index"], batch["input_ids"].shape[1], rounding_mode="floor")
-        logps = self.compute_loss(model, batch, return_outputs=True)[1].logps
+        logps = self.completions(model, batch).logps
         return logps.new_zeros(len(batch["input_ids"])).index_add(0, rows, logps)
 
 
@@ -124,8 +141,7 @@ class VLDPOTrainer(VLTrainer):
             if m is not None:
                 disable_dropout(m.get_base_model() if isinstance(m, PeftModel) else m)
         super().__init__(model, args, *rest, **kwargs)
-        # The loss is a mean over pairs: Trainer must divide it by the accumulation steps.
-        self.model_accepts_loss_kwargs = False
+        self.model_accepts_loss_kwargs = True  # `compute_loss` divides by the pairs of the whole step
         self.add_callback(SetEpoch(self.data_collator))
         if "running_delta" in self.needs:
             self.add_callback(RunningDelta())
@@ -170,7 +186,8 @@ class VLDPOTrainer(VLTrainer):
             # Resuming puts another object in the place of the one that was added.
             delta = next(c for c in self.callback_handler.callbacks if isinstance(c, RunningDelta))
             rewards = torch.cat(implicit_rewards(pairs, self.beta))
-            mean = delta.with_rewards(rewards, self.accelerator, keep=self.model.training)
+            # Evaluation takes the mean as it is: its own batches must not matter.
+            mean = delta.with_rewards(rewards, self.accelerator) if self.model.training else delta.mean.to(rewards)
             pairs = dataclasses.replace(pairs, running_delta=mean)
         return preference_loss(pairs, self.args.loss_type, self.args.loss_weights, vars(self.args))
 
@@ -230,7 +247,7 @@ class VLDPOTrainer(VLTrainer):
         model: nn.Module,
         inputs: Batch,
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Passes of reference and policy, the loss of each pair, their mean; stores the metrics."""
         if "policy_negative" in self.needs:
@@ -238,14 +255,42 @@ class VLDPOTrainer(VLTrainer):
         batch = inputs | {"image_inputs": self.image_inputs(model, inputs)}
         reference = None if self.reference_free else self.reference_logps(batch)
         policy = self.response_logps(model, batch)
-        per_pair, parts = self.preference_loss(policy, reference, batch)
-        self.log_metrics(policy, reference, parts, batch)
-        # Ranks may hold different numbers of pairs: divided by the mean of these numbers, DDP's average is the mean over all pairs.
-        count = torch.tensor(float(per_pair.numel()), device=per_pair.device)
-        loss = sample_mean(
-            per_pair, self.accelerator.reduce(count, reduction="mean").clamp(min=1 / self.args.world_size)
+        pairs, chosen_tokens = (self.count_items(batch) if num_items_in_batch is None else num_items_in_batch).float()
+        pairs = pairs.clamp(min=1)
+        per_pair, parts = self.preference_loss(
+            policy, reference, batch | {"chosen_tokens_per_pair": chosen_tokens / pairs}
         )
+        if self.model.training:
+            self.log_metrics(policy, reference, parts, batch)
+        else:
+            self.log_metrics(policy, reference, {}, batch)
+            self._store_evaluated_losses(policy, reference, batch)
+        # DDP and DeepSpeed average over devices
+        scale = 1 if num_items_in_batch is None else self.args.world_size
+        loss = sample_mean(per_pair, pairs / scale)
         return (loss, {"policy": policy.logps}) if return_outputs else loss
+
+    def count_items(self, batch: Batch) -> Tensor:
+        """Pairs, and the tokens of their chosen answers, (2,)."""
+        return pairs_and_chosen_tokens(batch)
+
+    def _store_evaluated_losses(self, policy: ModelPass, reference: ModelPass | None, batch: Batch) -> None:
+        """Metrics "loss" and, in a mixture, "loss/<name>": every pair and every chosen token of the evaluation counts once.
+
+        How many chosen tokens there will be is not known yet. A loss is linear in 1 / chosen_tokens_per_pair: its part
+        without them is what it is at infinity, the rest is a sum over chosen tokens.
+        """
+
+        def losses(chosen_tokens_per_pair: float) -> dict[str, Tensor]:
+            number = policy.logps.new_tensor(chosen_tokens_per_pair)
+            loss, parts = self.preference_loss(policy, reference, batch | {"chosen_tokens_per_pair": number})
+            return {"loss": loss} | ({f"loss/{name}": part for name, part in parts.items()} if len(parts) > 1 else {})
+
+        of_pairs, with_tokens = losses(math.inf), losses(1.0)
+        tokens = self.count_items(batch)[1]
+        for name, per_pair in of_pairs.items():
+            of_tokens = torch.stack([(with_tokens[name] - per_pair).sum(), tokens.float()])
+            self._metrics["eval"][name].append(torch.stack([sum_and_count(per_pair), of_tokens]))
 
     # -- the reference's log-probs before the first step: --precompute_ref_log_probs -------------------------------------------
 
@@ -263,13 +308,14 @@ class VLDPOTrainer(VLTrainer):
             return
         reference = self.model if self.ref_model is None else self.ref_model
         second_image = "image_rejected" in self.needs
+        mixed = self.accelerator.mixed_precision
         about = about_reference(
             self.accelerator.unwrap_model(reference),
             self.base_model(reference).config,
             self.processing_class,
             self.data_collator,
             is_policy=self.ref_model is None,
-            mixed_precision=self.accelerator.mixed_precision,
+            precision=f"deepspeed {mixed}" if self.is_deepspeed_enabled and mixed != "no" else mixed,
             second_image=second_image,
         )
         cache = ReferenceCache(self.args.ref_log_probs_dir or default_folder(), about)
@@ -279,15 +325,22 @@ class VLDPOTrainer(VLTrainer):
         def reference_logps(batch: Batch) -> Tensor:
             batch = self._prepare_inputs(batch)
             batch["image_inputs"] = self.image_inputs(reference, batch)
-            with self.compute_loss_context_manager():
+            with self.accelerator.autocast():  # a prepared model enters it by itself, the policy is not prepared yet
                 return self.reference_logps(batch).logps
 
         reference_pass = ReferencePass(self.args, cache, self.data_collator, reference_logps, second_image)
         training = self.model.training
         self.model.eval()
-        for name, dataset in datasets.items():
-            setattr(self, name, reference_pass.add_to(dataset, name))
+        with self._as_deepspeed_computes():
+            for name, dataset in datasets.items():
+                setattr(self, name, reference_pass.add_to(dataset, name))
         self.model.train(training)
         self.ref_model = None
         if isinstance(self.model, PeftModel) and REFERENCE_ADAPTER in self.model.peft_config:
             self.model.delete_adapter(REFERENCE_ADAPTER)
+
+    def _as_deepspeed_computes(self) -> AbstractContextManager[None]:
+        """The policy that answers before DeepSpeed starts, in the precision in which DeepSpeed will train it."""
+        if not self.is_deepspeed_enabled or self.ref_model is not None or self.accelerator.mixed_precision == "no":
+            return nullcontext()
+        return weights_as(self.model, self.accelerator.state.deepspeed_plugin.hf_ds_config.dtype())

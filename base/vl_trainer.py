@@ -2,33 +2,63 @@
 
 import functools
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from trl.trainer.utils import disable_dropout_in_model
 
 from args import VLConfig
-from base.batch import Batch
+from base.batch import Batch, ImageInputs
 from base.checkpoints import SafeCheckpoints
 from base.collator import VLDataCollator
+from base.features import pooled_features
 from base.model import CompletionOutput, VLModelMixin
 from base.packing import scatter_to_responses
 from base.processor import VLProcessor
 from common.errors import InputError
+from common.tensors import to_device
 
 
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout of a model to 0: its noise would be part of the log-ratio of two passes.
 
-    Attention layers keep their rate as a float and not as a module, so that is set to 0 as well.
+    Many layers keep a rate as a float and not as a module (`dropout`, `attention_dropout`, `drop_prob`, ...): every
+    float whose name says so is set to 0 as well.
     """
     disable_dropout_in_model(model)
     for module in model.modules():
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "drop" in name:
+                setattr(module, name, 0.0)
+
+
+def sum_and_count(values: Tensor) -> Tensor:
+    """Any shape -> (2,) float32. Two numbers per step instead of the values; a NaN stays visible."""
+    values = values.detach().float().flatten()
+    return torch.stack([values.sum(), values.new_tensor(values.numel())])
+
+
+class FilledUp(torch.utils.data.Dataset):
+    """Rows and then, up to a multiple, the first of them again with `repeated`: every device evaluates equally many batches.
+
+    Collators give a repeated row no pair and no trained token, so that it runs and does not count.
+    """
+
+    def __init__(self, rows: Dataset, multiple: int) -> None:
+        self.rows = rows
+        self.length = -(-len(rows) // multiple) * multiple
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index % len(self.rows)]
+        return row | {"repeated": True} if index >= len(self.rows) else row
 
 
 class VLTrainer(SafeCheckpoints):
@@ -79,9 +109,23 @@ class VLTrainer(SafeCheckpoints):
             eval_dataset=eval_dataset,
             **kwargs,
         )
+        # Sums and counts, (2,), or (2, 2) for the sum of two means
         self._metrics: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
 
     # -- the model's view of a batch -------------------------------------------------------------------------------------
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Move a batch to the device. Only image inputs get DeepSpeed's precision: log-probs and numbers of the data stay float32."""
+        if isinstance(data, Mapping):
+            return {
+                k: self._prepare_images(v) if k == "img_input_dict" else self._prepare_input(v) for k, v in data.items()
+            }
+        return to_device(data, self.args.device)
+
+    def _prepare_images(self, images: ImageInputs) -> ImageInputs:
+        """Move image inputs to the device, under DeepSpeed in its precision."""
+        zero = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        return to_device(images, self.args.device, zero and zero.hf_ds_config.dtype())
 
     def base_model(self, model: nn.Module) -> VLModelMixin:
         """The family's model inside DDP, DeepSpeed and peft wrappers."""
@@ -99,7 +143,7 @@ class VLTrainer(SafeCheckpoints):
         # A rank whose rows have no image runs the tower all the same: else ZeRO-3 would wait for it, and DDP for its gradients. So does a single
         # process whose tower trains: Adam moves a parameter whose gradient is 0 and skips one whose gradient is None.
         several, text_only, trains = self.args.world_size > 1, images.get("pixel_values") is None, core.vision_trains()
-        dummy = self._prepare_inputs(self.dummy_images) if text_only and (several or trains) else None
+        dummy = self._prepare_images(self.dummy_images) if text_only and (several or trains) else None
         if trains:
             return images | {"dummy_images": dummy or {}} if several or text_only else images
         training = core.training
@@ -109,7 +153,7 @@ class VLTrainer(SafeCheckpoints):
             if dummy is not None:
                 core.encode_images(dummy)
         core.train(training)
-        return features
+        return pooled_features(features)
 
     @functools.cached_property
     def dummy_images(self) -> Batch:
@@ -137,23 +181,38 @@ class VLTrainer(SafeCheckpoints):
         outputs = self.completion_outputs(model, batch, image_inputs)
         return scatter_to_responses(outputs.logps, batch["completion_mask"])
 
+    # -- what a loss is a mean over -------------------------------------------------------------------------------------------
+
+    def count_items(self, batch: Batch) -> Tensor:
+        """Hook: how many of each kind of thing the losses of a batch are means over, (n,)."""
+        raise NotImplementedError
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | None:
+        """`num_items_in_batch` of `compute_loss`: `count_items` over all micro batches of an optimizer step, on all devices.
+
+        Divided by them, accumulated micro batches, ranks and one large batch give the same loss, however unequal they are.
+        """
+        if not batch_samples:
+            return None
+        counts = torch.stack([self.count_items(batch) for batch in batch_samples]).sum(0)
+        return self.accelerator.reduce(counts.to(device, torch.float32), reduction="sum")
+
     # -- metrics ------------------------------------------------------------------------------------------------------------
 
     def store_metrics(self, metrics: dict[str, Tensor]) -> None:
         """Keep per-sample values, (n,) each, until the next log; log averages all samples since then, over all ranks."""
         mode = "train" if self.model.training else "eval"
         for name, values in metrics.items():
-            values = values.detach().float().flatten()
-            # Sum and count instead of the values: two numbers per step. A NaN stays visible.
-            self._metrics[mode][name].append(torch.stack([values.sum(), values.new_tensor(values.numel())]))
+            self._metrics[mode][name].append(sum_and_count(values))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As Trainer's, with the stored metrics averaged over samples, steps and ranks."""
         mode = "eval" if any(name.startswith("eval_") for name in logs) else "train"
         for name, sums in self._metrics[mode].items():
-            total, count = self.accelerator.reduce(torch.stack(sums).sum(0), reduction="sum").tolist()
-            if count:  # 0 for a data source without a pair since the last log
-                logs[name if mode == "train" else f"eval_{name}"] = total / count
+            means = self.accelerator.reduce(torch.stack(sums).sum(0), reduction="sum").view(-1, 2).tolist()
+            means = [total / count for total, count in means if count]
+            if means:  # else a data source without a pair since the last log
+                logs[name if mode == "train" else f"eval_{name}"] = sum(means)
         self._metrics[mode].clear()
         super().log(logs, start_time)
 
@@ -196,13 +255,32 @@ class VLTrainer(SafeCheckpoints):
             changes.append((own - other).abs().float().cpu())
         return torch.cat(changes).mean().item() if changes else float("nan")
 
+    # -- evaluation ---------------------------------------------------------------------------------------------------------
+
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
+        """As Trainer's, over `FilledUp` rows: no row is left out, and none counts twice."""
+        rows = eval_dataset if eval_dataset is not None else self.eval_dataset
+        fill = self.args.world_size > 1 or self.args.dataloader_drop_last
+        return super().get_eval_dataloader(
+            FilledUp(rows, self.args.eval_batch_size * self.args.world_size if fill else 1)
+        )
+
+    def _get_eval_sampler(self, eval_dataset: FilledUp) -> list[int]:
+        """In order, or by length: the same on every device, and without random numbers, which training would miss."""
+        order = [*range(len(eval_dataset))]
+        if self.args.train_sampling_strategy == "group_by_length":
+            lengths = eval_dataset.rows[self.args.length_column_name][:]
+            order.sort(key=lambda i: -lengths[i % len(lengths)])
+        return order
+
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Tensor, None, None]:
-        """The loss of one evaluation batch; nothing else is gathered."""
+    ) -> tuple[Tensor | None, None, None]:
+        """As Trainer's. Where `compute_loss` stores the metric "loss", `log` makes `eval_loss` of it, whatever the batches are."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+            loss = self.compute_loss(model, inputs).detach()
+        return None if "loss" in self._metrics["eval"] else loss, None, None
 
 
 class VLHeadTrainer(VLTrainer):

@@ -71,6 +71,8 @@ class PreferenceBatch:
 
     chosen_lengths: Tensor  # (M,) answer tokens
     rejected_lengths: Tensor  # (M,)
+    # () chosen tokens per pair of everything that one optimizer step averages over; None stands for these M pairs alone
+    chosen_tokens_per_pair: Tensor | None = None
     chosen_mask: Tensor = filled_for("per_token", dims=2, dtype=torch.bool)  # (M, T) True on answer tokens
     rejected_mask: Tensor = filled_for("per_token", dims=2, dtype=torch.bool)  # (M, T')
     # what differs between the two answers, see changed_tokens()

@@ -170,7 +170,8 @@ def sppo_hard(batch: PreferenceBatch, *, beta: Beta = 0.1) -> Tensor:
 def aot(batch: PreferenceBatch, *, beta: Beta = 0.1, label_smoothing: LabelSmoothing = 0.0) -> Tensor:
     """AOT, paired, 2406.05882: DPO between sorted margins of policy and reference.
 
-    Element i is about the i-th quantile, not about pair i: the loss depends on the pairs that share a batch.
+    Element i is about the i-th quantile, not about pair i: the loss depends on the pairs that share a batch. These are
+    the pairs of one micro batch on one device: accumulated micro batches are not one larger batch here.
     """
     policy = (batch.policy.chosen - batch.policy.rejected).sort().values  # (M,)
     reference = (batch.ref.chosen - batch.ref.rejected).sort().values
@@ -179,7 +180,10 @@ def aot(batch: PreferenceBatch, *, beta: Beta = 0.1, label_smoothing: LabelSmoot
 
 @loss(paper="2406.05882", summary="stochastic dominance of sorted log-ratios")
 def aot_unpaired(batch: PreferenceBatch, *, beta: Beta = 0.1, label_smoothing: LabelSmoothing = 0.0) -> Tensor:
-    """AOT, unpaired, 2406.05882: DPO between sorted log-ratios of chosen and rejected. Depends on the batch, as aot."""
+    """AOT, unpaired, 2406.05882: DPO between sorted log-ratios of chosen and rejected.
+
+    Sorts within a micro batch of one device, as aot.
+    """
     ratio = batch.log_ratio
     return logistic(beta * (ratio.chosen.sort().values - ratio.rejected.sort().values), label_smoothing)  # (M,)
 
@@ -219,14 +223,21 @@ def sigmoid_norm(batch: PreferenceBatch, *, beta: Beta = 0.1) -> Tensor:
 
 @loss(summary="cross-entropy of the chosen answer", reference_free=True)
 def sft(batch: PreferenceBatch) -> Tensor:
-    """Cross-entropy of the chosen answers, scaled so that the mean over pairs is the mean over all chosen tokens."""
-    tokens_per_pair = batch.chosen_lengths.sum().clamp(min=1) / len(batch.chosen_lengths)
+    """Cross-entropy of the chosen answers, scaled so that the mean over pairs is the mean over all chosen tokens.
+
+    `batch.chosen_tokens_per_pair` makes that all tokens of an optimizer step, of which these pairs may be a part.
+    """
+    tokens_per_pair = batch.chosen_tokens_per_pair
+    if tokens_per_pair is None:
+        tokens_per_pair = batch.chosen_lengths.sum().clamp(min=1) / len(batch.chosen_lengths)
     return -batch.policy.chosen / tokens_per_pair  # (M,)
 
 
 @loss(paper="2402.01306", summary="KTO on pairs, the predecessor's")
 def kto_pair(batch: PreferenceBatch, *, beta: Beta = 0.1) -> Tensor:
     """KTO on pairs, 2402.01306 eq. 7, as in the predecessor: the KL of one side is estimated from the other.
+
+    The estimate is that of the micro batch, as in the predecessor: accumulated micro batches are not one larger batch.
 
     Departure: 1. the predecessor returns 2M losses, chosen then rejected; we return the mean of each pair's two, (M,).
     """

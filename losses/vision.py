@@ -126,7 +126,8 @@ def mpo(
 ) -> Tensor:
     """MPO of InternVL, 2411.10442: w_p preference (DPO) + w_q quality (BCO with running δ) + w_g SFT.
 
-    With δ = 0 it is TRL's mixture `--loss_type sigmoid bco_pair sft --loss_weights 0.8 0.2 1.0`.
+    With δ = 0 it is TRL's mixture `--loss_type sigmoid bco_pair sft --loss_weights 0.8 0.2 1.0`. δ moves with every
+    micro batch, of all devices: later micro batches of an optimizer step see it further on.
     """
     ratio, delta = batch.log_ratio, batch.running_delta
     preference = logistic(beta * (ratio.chosen - ratio.rejected))
@@ -139,6 +140,8 @@ def update_running_mean(mean: Tensor, count: Tensor, values: Tensor) -> tuple[Te
 
     MPO's δ: feed the implicit rewards of both sides of the batch (of all ranks) before the loss, so δ includes them.
     """
+    if not values.numel():
+        return mean, count
     new_count = count + values.numel()
     return mean + (values.detach().mean() - mean) * values.numel() / new_count, new_count
 

@@ -545,7 +545,8 @@ def test_padding_is_never_read(name: str) -> None:
 def test_losses_are_per_pair() -> None:
     """A pair's loss does not depend on its neighbours, except where the docstring says that it does."""
     whole = random_batch()
-    of_the_batch = {"aot", "aot_unpaired", "kto_pair", "sft", "mpo", "mmdpo"}  # sorted, KL or token mean of the batch
+    of_the_batch = {"aot", "aot_unpaired", "kto_pair"}  # sorted, or a KL of the batch
+    with_token_mean = {"sft", "mpo", "mmdpo"}  # of these pairs, unless they are told how many tokens a pair has
 
     def part(value: object, i: int) -> object:
         """Pair i of a field, of a column or of a model's fields."""
@@ -562,10 +563,12 @@ def test_losses_are_per_pair() -> None:
     def only(i: int) -> PreferenceBatch:
         return PreferenceBatch(**{f.name: part(getattr(whole, f.name), i) for f in dataclasses.fields(whole)})
 
-    for name, loss in LOSSES.items():
-        alone = torch.cat([loss(only(i), **flags_of(name)) for i in range(3)])
-        together = loss(whole, **flags_of(name))
-        assert torch.allclose(alone, together, atol=1e-14, rtol=0) != (name in of_the_batch), name
+    for dependent in (of_the_batch, of_the_batch | with_token_mean):
+        for name, loss in LOSSES.items():
+            alone = torch.cat([loss(only(i), **flags_of(name)) for i in range(3)])
+            together = loss(whole, **flags_of(name))
+            assert torch.allclose(alone, together, atol=1e-14, rtol=0) != (name in dependent), name
+        whole = dataclasses.replace(whole, chosen_tokens_per_pair=None)
 
 
 # ---------------------------------------------------------------- registry, flags, mixtures
