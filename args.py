@@ -666,6 +666,7 @@ def _refuse_contradictions(parsed: Sequence[Any]) -> None:
         for name, default in defaults.items():
             if flags.get(name, default) != default:
                 raise InputError(f"--{name} needs --use_lora True: without it all weights are trained.")
+    _refuse_training_in_16_bits(flags)
     if any(isinstance(p, PPOConfig) for p in parsed) and flags.get("lora_bias", "none") != "none":
         raise InputError(
             "--lora_bias must be none in PPO: trained biases belong to the base, which the reference and the rewards share."
@@ -674,6 +675,21 @@ def _refuse_contradictions(parsed: Sequence[Any]) -> None:
         raise InputError("--eval_data_path and --eval_ratio both say what to evaluate on: give one of them.")
     if flags.get("pairs") == "score_margin" and flags.get("score_margin") is None:
         raise InputError("--pairs score_margin needs --score_margin.")
+
+
+def _refuse_training_in_16_bits(flags: dict[str, Any]) -> None:
+    """Weights that train are float32, or have a float32 copy in DeepSpeed's optimizer: 16 bits lose small steps."""
+    dtype, mixed = flags.get("torch_dtype"), flags.get("bf16") or flags.get("fp16")
+    if dtype not in ("bfloat16", "float16") or (mixed and (flags.get("use_lora") or flags.get("deepspeed"))):
+        return
+    if not flags.get("use_lora"):
+        raise InputError(
+            f"--torch_dtype {dtype} would train 16-bit weights, whose small steps are lost: leave it out (--bf16 True "
+            "computes in bf16 on float32 weights), or add --bf16 True and --deepspeed, which keeps a float32 copy."
+        )
+    for name, default in (("modules_to_save", None), ("lora_bias", "none")):
+        if flags.get(name, default) != default:
+            raise InputError(f"--{name} trains float32 weights beside those of --torch_dtype {dtype}: add --bf16 True.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def all_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     accelerate makes float32 of what a forward returns, and this runs outside of autocast: lm_head may be of another type.
     """
     lm_head = model.get_output_embeddings()
-    return lm_head(hidden.to(next(lm_head.parameters()).dtype)).float()
+    return lm_head(hidden.to(lm_head.weight.dtype)).float()
 
 
 def vocabulary_kl(

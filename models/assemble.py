@@ -104,6 +104,10 @@ def load_policy(plan: LoadPlan, lora_args: LoraArguments, training_args: VLConfi
         model = add_lora(model, lora_args, gradient_checkpointing=training_args.gradient_checkpointing)
     if plan.fast_lora:
         use_fast_lora(model)
+    if not training_args.deepspeed:  # whose optimizers keep float32 copies of 16-bit weights
+        for parameter in model.parameters():  # of --modules_to_save and --lora_bias; adapters are float32 already
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     return model
 
 

@@ -12,6 +12,7 @@ from datasets import Dataset
 
 import train_dpo
 import train_sft
+from common.errors import InputError
 from tests.processes import history
 from tests.test_distributed import launch
 from tests.test_dpo import dpo_trainer
@@ -207,3 +208,37 @@ def test_deepspeed_in_bf16(command, tmp_path: Path, stage: int):
                 assert step["rewards/margins"] == 0, job["name"]
         else:
             assert not on_bf16_grid(torch.tensor([step["loss"] for step in steps])), job["name"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--torch_dtype bfloat16", "16-bit weights"),
+        ("--torch_dtype float16 --bf16 True", "16-bit weights"),
+        ("--torch_dtype bfloat16 --deepspeed ds_configs/zero2.json", "16-bit weights"),
+        (f"{LORA} --torch_dtype bfloat16 --modules_to_save lm_head", "--modules_to_save trains float32"),
+        (f"{LORA} --torch_dtype bfloat16 --lora_bias all", "--lora_bias trains float32"),
+    ],
+)
+def test_weights_do_not_train_in_16_bits(llava, preference_rows, tmp_path, flags: str, sentence: str):
+    with pytest.raises(InputError, match=sentence):
+        dpo_trainer(llava, Dataset.from_list(preference_rows), tmp_path, flags)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "chip"])
+def test_what_trains_on_a_bf16_base_is_float32(llava, preference_rows, tmp_path, loss: str):
+    flags = f"{PRECISIONS['lora']} --modules_to_save lm_head --loss_type {loss} --max_steps 2"
+    trainer = dpo_trainer(llava, Dataset.from_list(preference_rows), tmp_path, flags)
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32}
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32, torch.bfloat16}
+    assert first_step(trainer)["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_a_finished_run_that_goes_on_has_the_rate_of_the_longer_schedule(command, tmp_path):
+    """Linear decay by hand: of four steps the third has half of the first one's rate."""
+    flags = f"{LORA} --save_strategy steps --save_steps 2 --learning_rate 0.001"
+    train_sft.main(command("sft", flags))
+    train_sft.main(command("sft", f"{flags} --max_steps 4 --resume_from_checkpoint True"))
+    rates = [entry["learning_rate"] for entry in history(tmp_path / "sft") if "learning_rate" in entry]
+    assert rates == pytest.approx([0.001, 0.0005, 0.0005, 0.00025])
