@@ -29,7 +29,7 @@ def rollout_metrics(rollouts: Sequence[Advantages], kl_coef: float, kl_estimator
             "objective/kl": kl,
             "objective/non_score_reward": -kl_coef * penalty,
             "objective/rlhf_reward": scores - kl_coef * penalty,
-            "objective/kl_coef": torch.full((1,), kl_coef),
+            "objective/kl_coef": scores.new_full((1,), kl_coef),  # on the device: it is reduced over all of them
         }
     return metrics | {
         "objective/scores": scores[~scores.isnan()],
