@@ -17,6 +17,7 @@ from base.collator import VLPPODataCollator
 from base.features import join_image_inputs
 from base.processor import VLProcessor
 from base.rollout import Answers, Prompts
+from base.rollout_cache import rollout_cache
 from base.shared_prefill import answers_of_one_prefill
 from common.seeds import stable_seed
 from common.tensors import to_device
@@ -117,7 +118,8 @@ class Sampler:
             logits_processor=LogitsProcessorList(
                 [SeededSampling(uniforms.to(args.device), args.temperature, args.top_p)]
             ),
-            **core.rollout_cache,
+            past_key_values=rollout_cache(core, inputs["input_ids"].shape[1] + args.response_length),
+            disable_compile=True,
             # Weights that are shared out need all ranks at every token, until the longest answer of all ranks has
             # ended.
             synced_gpus=is_deepspeed_zero3_enabled() and args.world_size > 1 and not args.ds3_gather_for_generation,

@@ -46,6 +46,7 @@ BASE = [
         "model",
         "packed_attention",
         "reward",
+        "rollout_cache",
         "value",
     },
     {
