@@ -401,7 +401,13 @@ class VLPPOTrainer(UpdateLoop):
 
     def _whiten(self, values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
         everywhere, everywhere_mask = self.accelerator.gather(values), self.accelerator.gather(mask)
-        whitened = losses.masked_whiten(everywhere, everywhere_mask, shift_mean)
+        try:
+            whitened = losses.masked_whiten(everywhere, everywhere_mask, shift_mean)
+        except ValueError as error:
+            raise InputError(
+                "The answers of an update have one token in all, and one number has no variance to be whitened with: raise "
+                "--per_device_train_batch_size, --gradient_accumulation_steps or --response_length."
+            ) from error
         start = self.accelerator.process_index * len(values)
         return whitened[start : start + len(values)]
 

@@ -551,6 +551,10 @@ BAD = {
         "{LORA} --reward_adapter {rm} --init_value_from_reward True --value_adapter shared", r"needs --value_adapter separate"
     ),
     "greedy": ("{LORA} --reward_fn {file}:length --temperature 0", r"--temperature must be above 0"),
+    "noise in the embeddings": ("{LORA} --reward_fn {file}:length --neftune_noise_alpha 5", r"--neftune_noise_alpha puts noise"),
+    "one token in all": (
+        "{LORA} --reward_fn {file}:length --response_length 1 --per_device_train_batch_size 1", r"have one token in all"
+    ),
     "biases": ("{LORA} --lora_bias all --reward_fn {file}:length", r"--lora_bias must be none"),
 }  # fmt: skip
 
@@ -560,7 +564,7 @@ def test_wrong_input_gets_one_sentence(case: str, command, reward_file, reward_a
     flags, message = BAD[case]
     flags = flags.format(LORA=LORA, file=reward_file, rm=reward_adapters("llava"), llava=llava)
     with pytest.raises(InputError, match=message) as caught:
-        train_ppo.main(command("ppo", flags + " --response_length 6"))
+        train_ppo.main(command("ppo", "--response_length 6 " + flags))
     assert "\n" not in str(caught.value)
 
 
