@@ -162,14 +162,14 @@ class VLSFTDataCollatorWithPadding(VLDataCollator):
             for k, vs in img_inputs.items()
         }
         padded_labels = processor.pad(labels, IGNORE_INDEX)
-        trained = (padded_labels != IGNORE_INDEX).flatten()
+        is_trained = (padded_labels != IGNORE_INDEX).flatten()
         return {
             "input_ids": processor.pad(input_ids, processor.tokenizer.pad_token_id),
             "attention_mask": processor.pad([[1] * len(i) for i in input_ids], 0),
             "labels": padded_labels,
             # The first token of a row is never trained, so the position before a trained token is in the same row.
-            "completion_index": trained.nonzero()[:, 0] - 1,
-            "completion_ids": padded_labels.flatten()[trained],
+            "completion_index": is_trained.nonzero()[:, 0] - 1,
+            "completion_ids": padded_labels.flatten()[is_trained],
             "img_path": self.image_files(features),
             "img_input_dict": processor.pad_img_inputs(img_inputs),
         }
@@ -268,9 +268,9 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
                 of_pair = [
                     float(row[column]) for row, row_pairs in zip(features, pairs, strict=True) for _ in row_pairs
                 ]
-                batch[column] = torch.tensor(of_pair)
+                batch[column] = torch.tensor(of_pair)  # type: ignore[literal-required]
             elif not any(None in row[column] for row in features):
-                batch[column] = of_responses(column)
+                batch[column] = of_responses(column)  # type: ignore[literal-required]
         if all(row.get("reference_logps") is not None for row in features):
             batch["reference_logps"] = self._reference(features, batch)
 

@@ -54,7 +54,7 @@ class ChatTemplate:
         self._answer_tail = "" if end else after  # LLaVA-NeXT's template misprints its end token
         end = end or [tokenizer.eos_token]
         self.answer_end = "".join(end)
-        self._answer_end_ids = tokenizer.convert_tokens_to_ids(end)
+        self._answer_end_ids: list[int] = tokenizer.convert_tokens_to_ids(end)  # type: ignore[assignment]
 
         # Tokenizers with a dummy prefix (SentencePiece) read the start of a text as the start of a word: tokenise
         # answers behind the end of the generation prompt, as the model sees them. Others split the same way without it.
@@ -174,7 +174,7 @@ class ChatTemplate:
     def decode_response(self, ids: Sequence[int]) -> str:
         """Text of a generated answer: without special tokens, without its end and without white space around it."""
         kept = [token for token in ids if token not in self._answer_end_ids]  # some are not special
-        return self._tokenizer.decode(kept, skip_special_tokens=True).strip()
+        return str(self._tokenizer.decode(kept, skip_special_tokens=True)).strip()
 
     def encode_answer(self, text: str) -> list[int]:
         """Token ids of an answer as `split` returns it, end token included."""

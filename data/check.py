@@ -272,7 +272,7 @@ def _words(question: str) -> str:
 
 def _different(rows: Dataset) -> list:
     """The pictures of the rows, each once."""
-    found = {}
+    found: dict[object, object] = {}
     for images in rows["images"]:
         for image in images:
             found.setdefault(image if isinstance(image, str) else image["bytes"] or image["path"], image)
@@ -282,7 +282,7 @@ def _different(rows: Dataset) -> list:
 def _is_plain(image: object) -> bool:
     """Whether all pixels are alike: an empty picture, or ink that was lost."""
     try:
-        return all(low == high for low, high in load_image(image).getextrema())  # type: ignore[arg-type]
+        return all(low == high for low, high in load_image(image).getextrema())  # type: ignore[arg-type, misc]
     except InputError:
         return False
 

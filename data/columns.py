@@ -5,10 +5,11 @@ for every format alike: pictures, sound, film and answers that would be lost mak
 booleans and lists of those stay in the row as columns of the user's own; nothing else is dropped without being listed.
 """
 
+import functools
 import json
 import os
 import re
-from collections.abc import Callable, ItemsView, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyarrow.compute as pc
@@ -66,7 +67,7 @@ class Record(dict):
         self.read.update(dict.keys(self))
         return super().__iter__()
 
-    def items(self) -> ItemsView[str, Any]:
+    def items(self) -> Any:  # noqa: ANN401  the class of dict.items has no public name
         """All columns; they count as read from now on."""
         self.read.update(dict.keys(self))
         return super().items()
@@ -161,7 +162,7 @@ def _refuse_media(name: str, value: object, images: list, labels: set[str]) -> N
     words = set(re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()))
     named = isinstance(value, str | list | Mapping | bytes) and bool(value) and not words & _ABOUT_WORDS
     for medium, files in (("video", _FILM_FILE), ("audio", _SOUND_FILE)):
-        if (named and words & {medium, medium + "s"}) or _find(value, lambda leaf, f=files: _is_file(leaf, f)):
+        if (named and words & {medium, medium + "s"}) or _find(value, functools.partial(_is_file, files=files)):
             article = "an" if medium == "audio" else "a"
             shown = shorten(repr(value[0] if isinstance(value, list) and value else value), 80)
             raise BadRow(f"is {article} {medium} row ({shown}): {medium}s are not supported, take it out")
@@ -202,7 +203,7 @@ def _refuse_answers(name: str, value: object, kind: str) -> None:
         )
 
 
-def _find(value: object, test: Callable[[object], bool], depth: int = 5) -> Any:  # noqa: ANN401  whatever it finds
+def _find(value: object, test: Callable[[str | bytes], bool], depth: int = 5) -> Any:  # noqa: ANN401  whatever it finds
     """The first text or bytes within a value that passes the test."""
     if isinstance(value, str | bytes):
         return value if test(value) else None

@@ -118,7 +118,8 @@ def _conversation(record: dict) -> Row:
             return {"messages": messages_of(record[name], name)}
     answer = next((name for name in ANSWERS if record.get(name) is not None), None)
     if answer is None:
-        require(record, "completion" if _asked_in(record) else "messages")
+        answer = "completion" if _asked_in(record) else "messages"
+        require(record, answer)
     content = {"role": "assistant", "content": _answer(record[answer], answer)}
     return {"messages": [*asked(record), content]}
 
@@ -171,9 +172,8 @@ def _prompt(record: dict) -> Row:
 
 def asked(record: dict) -> list[Message]:
     """The question of a row, with what was said before it."""
-    name = _asked_in(record)
-    if name is None:
-        require(record, "prompt")
+    name = _asked_in(record) or "prompt"
+    require(record, name)
     value = record[name]
     if name == "instruction" and isinstance(value, str) and record.get("input"):
         value = f"{value}\n{text_of(record['input'], '`input`')}".strip("\n")

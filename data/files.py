@@ -6,6 +6,7 @@ row is wrong.
 """
 
 import csv
+import functools
 import glob
 import hashlib
 import json
@@ -124,7 +125,7 @@ def read_file(path: str, what: str) -> tuple[Dataset, bool]:
         files = [path]
     else:
         raise InputError(f"{what} {path} does not exist: give the path of a file or folder.")
-    kinds = {_guarded(path, lambda f=f: kind_of_file(f)) for f in files}
+    kinds = {_guarded(path, functools.partial(kind_of_file, f)) for f in files}
     if len(kinds) > 1:
         raise InputError(f"{what} {path} holds files of several kinds ({', '.join(sorted(kinds))}): name one file.")
     match kinds.pop():
@@ -135,7 +136,7 @@ def read_file(path: str, what: str) -> tuple[Dataset, bool]:
         case "tar":
             return _guarded(path, lambda: _webdataset(files)), False
         case _:
-            parts = [part for f in files for part in _guarded(path, lambda f=f: parts_of_meta(f) or [(f, None)])]
+            parts = [part for f in files for part in _guarded(path, functools.partial(_parts, f))]
             stamps = [(f, root, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f, root in parts]
             return _guarded(path, lambda: _json(stamps)), True
 
@@ -315,6 +316,10 @@ def _separator(line: str) -> str | None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # InternVL's meta files
+
+
+def _parts(path: str) -> list[tuple[str, str | None]]:
+    return [*parts_of_meta(path)] or [(path, None)]
 
 
 def parts_of_meta(path: str) -> list[tuple[str, str]]:

@@ -25,14 +25,14 @@ DESCRIBE = (
 
 
 def convert(record: dict, kind: Kind, image_root: str, changed: tuple[float, ...] = ()) -> Row:
-    # desc_data.json of LLaVA is {image_id: answers}, whose names data.files gives the rows as `id`.
     """One record of HA-DPO."""
+    # desc_data.json of LLaVA is {image_id: answers}, whose names data.files gives the rows as `id`.
     number = record["image_id"] if record.get("image_id") is not None else record.get("id")
     if number is None:
         require(record, "image_id")
     if not str(number).isdigit():
         raise BadRow(f"has the image_id {str(number)[:80]!r}: it must be the number of an image of Visual Genome")
-    names = [os.path.join(folder, f"{int(number)}.jpg") for folder in FOLDERS]
+    names = [os.path.join(folder, f"{int(str(number))}.jpg") for folder in FOLDERS]
     name = next((n for n in names if os.path.exists(os.path.join(image_root, n))), names[0])
     rejected = record["rejected"] if record.get("rejected") is not None else record.get("reject")
     if rejected is None:
@@ -41,7 +41,7 @@ def convert(record: dict, kind: Kind, image_root: str, changed: tuple[float, ...
     chosen = record["chosen"]
     if record.get("correct"):
         raise SkippedRow("holds no pair: the model had answered right (`correct`)")
-    prompt = record.get("question") or DESCRIBE[int(number) % len(DESCRIBE)]
+    prompt = record.get("question") or DESCRIBE[int(str(number)) % len(DESCRIBE)]
     good, bad = (answers if isinstance(answers, list) else [answers] for answers in (chosen, rejected))
     row = preference(record, prompt, [*good, *bad], ranks=[0] * len(good) + [1] * len(bad))
     return row | {"images": [name]}

@@ -21,7 +21,7 @@ def convert(record: dict, kind: Kind) -> Row:
     """One record of VLFeedback."""
     require(record, "prompt", "completions")
     if _is_scored(record["completions"]):
-        row = ranked(record, "completions", question(record["prompt"]))
+        row: Row = ranked(record, "completions", question(record["prompt"]))
         return row | {"images": image_column(record)}
     responses, scores = [], []
     for response, annotations in _completions(record["completions"]):
@@ -31,7 +31,7 @@ def convert(record: dict, kind: Kind) -> Row:
             scores.append(score)
     if len(responses) < 2:
         raise SkippedRow(f"holds no pair: {len(responses)} of its responses have ratings that are numbers")
-    row: Row = {"prompt": question(record["prompt"]), "responses": responses}
+    row = {"prompt": question(record["prompt"]), "responses": responses}
     row |= {"ranks": dense_ranks(scores), "scores": scores}
     # The hub's files name the image beside the picture itself.
     images = image_column(record, "image", "images") or image_column(record, "img_path")

@@ -776,9 +776,12 @@ def test_row_counts_as_callers_see_them(folder: Path) -> None:
 # docs/data.md
 
 
+ANSWER_KEYS = "Prompts with an answer key"
+
+
 def examples() -> dict[str, list[dict]]:
     """The JSON lines under each format's heading."""
-    sections = re.split(r"^### ", (ROOT / "docs" / "data.md").read_text(), flags=re.MULTILINE)[1:]
+    sections = re.split(r"^####? ", (ROOT / "docs" / "data.md").read_text(), flags=re.MULTILINE)[1:]
     found = {}
     for section in sections:
         blocks = re.findall(r"```json\n(.*?)```", section, flags=re.DOTALL)
@@ -793,7 +796,9 @@ def names_in(rows: list[dict]) -> set[str]:
 
 
 def test_documentation_has_an_example_of_every_format() -> None:
-    assert set(examples()) == {*data.DATASET_MAP, "any other value"} - {"shapes"} and all(examples().values())
+    assert set(examples()) == {*data.DATASET_MAP, "any other value", ANSWER_KEYS} - {"shapes"} and all(
+        examples().values()
+    )
 
 
 @pytest.mark.parametrize("name", sorted(examples()))
@@ -808,7 +813,7 @@ def test_example_of_the_documentation_loads(folder: Path, name: str) -> None:
         if name in data.DATASET_MAP
         else arguments(folder, str(folder / "d.jsonl"), None)
     )
-    kind = "conversation" if "conversations" in rows[0] else "preference"
+    kind = "prompt" if name == ANSWER_KEYS else "conversation" if "conversations" in rows[0] else "preference"
     train = load(args, kind).train
     assert len(train) == len(rows) and "duplicates" in load(args, kind).info["sets"][0]
     if name in ("vlfeedback_paired", "rlhfv", "rlaifv"):  # the same rows as the hub has them
