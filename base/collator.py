@@ -26,7 +26,7 @@ from base.processor import IGNORE_INDEX, VLProcessor
 from base.views import Pairs, Places, Row, View
 from common.errors import InputError
 from common.seeds import stable_seed
-from data.lengths import LengthCounts, LengthLimits, fit_row
+from data.lengths import LengthCounts, LengthLimits, fit, fit_row
 from data.pairs import PairMode, ordered_pairs
 from data.rows import NUMBER_COLUMNS
 from losses import changed_tokens
@@ -227,6 +227,7 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
         corrupted, image_rejected = self._corrupted_rows(features, pairs), self._image_rejected_rows(features, better)
         batch = DPOBatch(**self.encode_rows([*rows, *corrupted.rows, *image_rejected.rows]))
 
+        self._check_different(features, batch)
         places = Places(rows, len(batch["completion_ids"]))
         batch["chosen"] = places.of([[k for k, _ in row] for row in pairs])
         batch["rejected"] = places.of([[k for _, k in row] for row in pairs])
@@ -291,6 +292,21 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
                 if not row.get(column) and row.get(column) != 0:
                     where = row.get("where") or "A row"
                     raise InputError(f"{where} has no {column}, which the loss reads: add it to the row.")
+
+    @staticmethod
+    def _check_different(features: Sequence[Row], batch: DPOBatch) -> None:
+        """Raise InputError for a row whose texts differ and whose tokens do not: there is nothing to prefer."""
+        ids = [
+            tuple(row[keep].tolist())
+            for row, keep in zip(batch["completion_ids"], batch["completion_mask"], strict=True)
+        ]
+        for b, row in enumerate(features):
+            own = [tokens for tokens, r in zip(ids, batch["rows"].tolist(), strict=True) if r == b]
+            if len(own) > 1 and len(set(own)) == 1:
+                raise InputError(
+                    f"{row.get('where') or 'A row'}: its {len(own)} responses are the same tokens, although their texts "
+                    "differ: leave the row out, or raise the limit that cuts them."
+                )
 
     def _with_negatives(self, features: Sequence[Row], better: Sequence[Sequence[int]]) -> Sequence[Row]:
         """The rows with copies of the chosen responses at their end; the trainer puts the policy's tokens there."""
@@ -371,10 +387,11 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
         prompts, img_inputs = self.encode_prompts(features)
         responses = []
         for prompt, row in zip(prompts, features, strict=True):
-            kept = self._fit(prompt, row, LengthCounts(), "a row of the batch")
-            if kept is None:
-                raise InputError("A prompt is longer than the limits: call drop_overlong on the data first.")
-            responses.append(kept)
+            # One by one: a view may hold equal responses of a row that has others.
+            fitted = [fit(len(prompt), [processor.encode_response(r)], self.limits) for r in row["responses"]]
+            if reason := next((f.reason for f in fitted if f.responses is None), None):
+                raise InputError(f"{row.get('where') or 'A row'}: {reason}; or call drop_overlong on the data first.")
+            responses.append([ids for f in fitted for ids in f.responses or ()])
         # The policy's tokens will replace those of some responses, which therefore share nothing.
         shared = [0 if "policy_negative" in self.needs else common_beginning(row) for row in responses]
         sources = [

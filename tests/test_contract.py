@@ -141,7 +141,7 @@ def test_every_field_of_a_batch_is_in_base_batch(llava, rows_with_columns):
     dpo |= mapper.dpo_collator(processor)(cached)
     assert dpo.keys() == DPOBatch.__annotations__.keys()
     rm = mapper.reward_collator(processor)(rows)
-    assert rm.keys() <= RMBatch.__annotations__.keys() == dpo.keys() | {"source"}
+    assert rm.keys() <= RMBatch.__annotations__.keys() == dpo.keys() | {"source", "counted"}
     assert mapper.ppo_collator(processor)(rows).keys() == PPOBatch.__annotations__.keys()
     talks = [row | {"messages": [*row["prompt"], {"role": "assistant", "content": "A star."}]} for row in rows]
     assert mapper.sft_collator(processor)(talks).keys() == SFTBatch.__annotations__.keys()

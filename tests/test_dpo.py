@@ -313,3 +313,28 @@ def test_hinge_and_ipo_and_mixtures_train(llava, preference_data, tmp_path):
         )
     )
     assert mixed[0] == pytest.approx(2 * math.log(2) + 0.5 * 25)
+
+
+def test_texts_of_equal_tokens_are_named(llava, preference_rows, tmp_path):
+    trainer = dpo_trainer(llava, Dataset.from_list(preference_rows), tmp_path, LORA)
+    alike = ["\u2767", "\u2766"]  # two characters that the tokenizer does not know
+    encode = trainer.data_collator.processor.encode_response
+    assert encode(alike[0]) == encode(alike[1])
+    row = preference_rows[0] | {"responses": alike, "where": "pairs.json, row 3"}
+    for share in (True, False):
+        trainer.data_collator.share_prefix = share
+        with pytest.raises(InputError, match=r"^pairs\.json, row 3: its 2 responses are the same tokens"):
+            trainer.data_collator([row])
+    third = row | {"responses": [*alike, "no"], "ranks": [0, 0, 1]}
+    assert len(trainer.data_collator([third])["chosen"]) == 2
+
+
+def test_of_a_frozen_tower_only_the_features_are_kept(llava, preference_rows, tmp_path):
+    """Not the hidden states of all its layers, which would live as long as the step."""
+    trainer = dpo_trainer(llava, Dataset.from_list(preference_rows), tmp_path, LORA)
+    batch = trainer._prepare_inputs(trainer.data_collator(preference_rows[:2]))
+    features = trainer.image_inputs(trainer.model, batch)["mm_encoder_outputs"]["image"]
+    assert list(features.keys()) == ["pooler_output"]
+    assert trainer.model.get_base_model().encode_images(batch["img_input_dict"])["mm_encoder_outputs"][
+        "image"
+    ].keys() > {"pooler_output"}
