@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -169,11 +169,47 @@ class DataArguments:
 # How it is trained: one class per algorithm
 # ---------------------------------------------------------------------------------------------------------------------
 
+# transformers' flags that would do nothing, or harm, beside what they say: given another value than the default, they are
+# refused with the sentence. tests/test_flags.py has a line for every flag.
+REFUSED: dict[str, str] = {
+    "average_tokens_across_devices": "False is not supported: losses are means over all devices, whatever their number",
+    "label_smoothing_factor": "smooths the labels of classifiers: in train_dpo.py --label_smoothing smooths preferences",
+    "prediction_loss_only": "does nothing: evaluation computes losses and metrics and keeps no predictions",
+    "eval_do_concat_batches": "does nothing: evaluation keeps no predictions",
+    "eval_use_gather_object": "does nothing: evaluation keeps no predictions",
+    "eval_accumulation_steps": "does nothing: evaluation keeps no predictions",
+    "include_for_metrics": "does nothing: evaluation keeps no predictions",
+    "batch_eval_metrics": "does nothing: evaluation keeps no predictions",
+    "label_names": "does nothing: collators say what is trained",
+    "do_predict": "does nothing: python -m eval.generate writes answers",
+    "use_cache": "does nothing: training passes keep no cache, rollouts always do",
+    "bf16_full_eval": "would leave the weights in bf16 after the first evaluation: --bf16 True evaluates in bf16, too",
+    "fp16_full_eval": "would leave the weights in float16 after the first evaluation: --fp16 True evaluates in float16, too",
+    "fsdp": "is not supported: --deepspeed ds_configs/zero3.json partitions the weights",
+    "fsdp_config": "is not supported: --deepspeed ds_configs/zero3.json partitions the weights",
+    "parallelism_config": "is not supported: use DDP or --deepspeed",
+    "enable_jit_checkpoint": "does nothing more: SIGTERM always saves a checkpoint (docs/distributed.md)",
+}
+REFUSED_IN_COMPARISONS: dict[str, str] = {
+    "neftune_noise_alpha": "adds noise to one of two passes that are compared: it is for train_sft.py",
+}
+REFUSED_IN_PPO: dict[str, str] = {
+    "per_device_eval_batch_size": "does nothing in PPO: evaluation samples --per_device_train_batch_size answers at a time",
+    "dataloader_drop_last": "does nothing in PPO: an update always takes whole micro batches",
+    "train_sampling_strategy": "does nothing in PPO: prompts are shuffled with --seed",
+    "data_seed": "does nothing in PPO: prompts are shuffled with --seed",
+    "ignore_data_skip": "does nothing in PPO: a resumed run goes on with the next prompts",
+    "torch_empty_cache_steps": "does nothing in PPO",
+    "auto_find_batch_size": "cannot work in PPO: an update has a fixed number of rollouts",
+    "include_num_input_tokens_seen": "does nothing in PPO: episode counts rollouts",
+}
+
 
 @dataclass
 class VLConfig(TrainingArguments):
     """What the four algorithms share on top of transformers' TrainingArguments."""
 
+    refused: ClassVar[dict[str, str]] = REFUSED | REFUSED_IN_COMPARISONS
     report_to: None | str | list[str] = field(  # noqa: RUF036  the parser reads the members in this order
         default="none", metadata={"help": "wandb, tensorboard, ...; none by default."}
     )
@@ -187,6 +223,12 @@ class VLConfig(TrainingArguments):
             "help": "Compute the prompt once per row and let its K responses share it. False: one row per response."
         },
     )
+    do_train: bool = field(
+        default=True,
+        metadata={
+            "help": "False evaluates and ends: the model as loaded, or the checkpoint of --resume_from_checkpoint."
+        },
+    )
     project_name: str | None = field(default=None, metadata={"help": "wandb project."})
     group_name: str | None = field(default=None, metadata={"help": "wandb group."})
     log_image_sensitivity: bool = field(
@@ -194,7 +236,22 @@ class VLConfig(TrainingArguments):
         metadata={"help": "At each evaluation, log how much response log-probs change when the images are swapped."},
     )
 
+    def _refuse_flags(self) -> None:
+        known = {f.name: f for f in dataclasses.fields(self)}
+        for name, why in self.refused.items():
+            default = known[name].default
+            value = getattr(self, name)
+            if value != (None if default is dataclasses.MISSING else default) and value != []:
+                raise InputError(f"--{name} {why}.")
+        if self.do_eval and self.do_train and str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
+            raise InputError(
+                "--do_eval True evaluates alone, with --do_train False; beside training --eval_strategy says when."
+            )
+        if not self.do_train and self.deepspeed:
+            raise InputError("--do_train False evaluates without DeepSpeed: leave --deepspeed out.")
+
     def __post_init__(self) -> None:
+        self._refuse_flags()
         if self.project_name:
             os.environ["WANDB_PROJECT"] = self.project_name
         if self.group_name:
@@ -220,6 +277,7 @@ class VLConfig(TrainingArguments):
 class SFTConfig(VLConfig):
     """Supervised fine-tuning on conversations: token-mean cross-entropy of the assistant's turns."""
 
+    refused: ClassVar[dict[str, str]] = REFUSED
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
 
 
@@ -344,6 +402,7 @@ class PPOConfig(VLConfig):
         },
     )
 
+    refused: ClassVar[dict[str, str]] = REFUSED | REFUSED_IN_COMPARISONS | REFUSED_IN_PPO
     learning_rate: float = field(
         default=3e-6, metadata={"help": "Peak learning rate; with LoRA 10 times this is usual."}
     )

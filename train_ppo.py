@@ -82,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     resume_from = checkpoint_to_resume(training_args)
     trainer, about = build(*flags)
     write_run_json(training_args.output_dir, *flags, **about)
+    if not training_args.do_train:
+        trainer.evaluate_alone(resume_from)
+        return
     trainer.train(resume_from_checkpoint=resume_from)
 
     # ---- Save ------------------------------------------------------------------------------------------------------

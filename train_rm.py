@@ -83,6 +83,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     resume_from = checkpoint_to_resume(training_args)
     trainer, about = build(*flags)
     write_run_json(training_args.output_dir, *flags, **about)
+    if not training_args.do_train:
+        trainer.evaluate_alone(resume_from)
+        return
     trainer.train(resume_from_checkpoint=resume_from)
     if trainer.eval_dataset is not None:
         trainer.evaluate()  # accuracy on the held-out pairs, and calibration.png

@@ -103,6 +103,25 @@ class SafeCheckpoints(Trainer):
             raise SystemExit(EXIT_PREEMPTED)
         return result
 
+    def evaluate_alone(self, checkpoint: str | None = None) -> dict[str, float]:
+        """Evaluate without training, and write `eval_results.json` and the trainer's state to the run's folder.
+
+        Args:
+            checkpoint: of an earlier run, whose weights are loaded first; None evaluates the model as it is.
+
+        Raises:
+            InputError: there are no evaluation rows.
+        """
+        if self.eval_dataset is None:
+            raise InputError("--do_train False needs rows to evaluate on: add --eval_ratio or --eval_data_path.")
+        if checkpoint is not None:
+            self._load_from_checkpoint(checkpoint)
+        self.model_wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        metrics = self.evaluate()
+        self.save_metrics("eval", metrics)
+        self.save_state()
+        return metrics
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Trainer compares the number of steps only after a step: resumed from the checkpoint of the last step, it would train one more.
         if self.state.global_step >= self.state.max_steps:

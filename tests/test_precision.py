@@ -215,7 +215,6 @@ def test_deepspeed_in_bf16(command, tmp_path: Path, stage: int):
     [
         ("--torch_dtype bfloat16", "16-bit weights"),
         ("--torch_dtype float16 --bf16 True", "16-bit weights"),
-        ("--torch_dtype bfloat16 --deepspeed ds_configs/zero2.json", "16-bit weights"),
         (f"{LORA} --torch_dtype bfloat16 --modules_to_save lm_head", "--modules_to_save trains float32"),
         (f"{LORA} --torch_dtype bfloat16 --lora_bias all", "--lora_bias trains float32"),
     ],
