@@ -617,11 +617,6 @@ class PPOConfig(VLConfig):
             )
         if self.log_image_sensitivity:
             raise InputError("--log_image_sensitivity reads answers in the data; in PPO there are none: leave it out.")
-        if self.neftune_noise_alpha is not None:
-            raise InputError(
-                "--neftune_noise_alpha puts noise between an answer's log-probs at sampling time and in training, which "
-                "PPO compares: leave it out."
-            )
         if self.total_episodes is not None:
             size = (
                 self.per_device_train_batch_size

@@ -551,7 +551,7 @@ BAD = {
         "{LORA} --reward_adapter {rm} --init_value_from_reward True --value_adapter shared", r"needs --value_adapter separate"
     ),
     "greedy": ("{LORA} --reward_fn {file}:length --temperature 0", r"--temperature must be above 0"),
-    "noise in the embeddings": ("{LORA} --reward_fn {file}:length --neftune_noise_alpha 5", r"--neftune_noise_alpha puts noise"),
+    "noise in the embeddings": ("{LORA} --reward_fn {file}:length --neftune_noise_alpha 5", r"--neftune_noise_alpha adds noise"),
     "one token in all": (
         "{LORA} --reward_fn {file}:length --response_length 1 --per_device_train_batch_size 1", r"have one token in all"
     ),
