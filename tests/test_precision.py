@@ -163,9 +163,9 @@ def zero_jobs(command, stage: int, start: Path, tmp_path: Path) -> list[dict]:
     """DPO whose first steps are known, RM and SFT, all in bf16 under DeepSpeed."""
     common = (
         f"--deepspeed ds_configs/zero{stage}.json {BF16} --per_device_train_batch_size 2 --max_steps 2 "
-        "--learning_rate 1e-12 --ddp_timeout 300 --precompute_ref_batch_size 2"
+        "--learning_rate 1e-12 --ddp_timeout 300"
     )
-    cache = f"--precompute_ref_log_probs True --ref_log_probs_dir {tmp_path / 'cache'}"
+    cache = f"--precompute_ref_log_probs True --precompute_ref_batch_size 2 --ref_log_probs_dir {tmp_path / 'cache'}"
     cells = {
         "dpo-full-cached": ("dpo", cache, None),
         "dpo-lora-cached": ("dpo", f"{LORA} {cache}", None),
