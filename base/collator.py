@@ -375,7 +375,7 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
         return int((batch["segment_ids"] >= 0).sum())
 
     def _fit(self, prompt: list[int], row: Row, counts: LengthCounts, where: str) -> list[list[int]] | None:
-        responses = [self.processor.encode_response(r) for r in row["responses"]]
+        responses = [self.processor.encode_response(r, e) for r, e in zip(row["responses"], _ended(row), strict=True)]
         return fit_row(len(prompt), responses, self.limits, counts, row.get("where") or where)
 
     def encode_rows(self, features: Sequence[Row]) -> ResponseBatch:
@@ -383,7 +383,11 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
         processor = self.processor
         rows = torch.tensor([b for b, row in enumerate(features) for _ in row["responses"]])
         if not self.share_prefix:
-            features = [row | {"responses": [response]} for row in features for response in row["responses"]]
+            features = [
+                row | {"responses": [response], "responses_ended": [ended]}
+                for row in features
+                for response, ended in zip(row["responses"], _ended(row), strict=True)
+            ]
         prompts, img_inputs = self.encode_prompts(features)
         responses = []
         for prompt, row in zip(prompts, features, strict=True):
@@ -405,6 +409,11 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
             "img_path": self.image_files(features),
             "img_input_dict": processor.pad_img_inputs(processor.follow_tokens(img_inputs, sources)),
         }
+
+
+def _ended(row: Row) -> Sequence[bool]:
+    """Whether each response ends; sampled ones may be cut off (base/reward.py), those of data sets are whole."""
+    return row.get("responses_ended") or [True] * len(row["responses"])
 
 
 class VLRMDataCollatorWithPadding(VLDPODataCollatorWithPadding):

@@ -223,9 +223,9 @@ class VLProcessor:
         """Hook: messages with contents as parts, image marks as image parts. See `ChatTemplate.as_parts`."""
         return self.template.as_parts(messages, images)
 
-    def encode_response(self, text: str) -> list[int]:
-        """Token ids of an assistant's answer as they follow the generation prompt, end token included."""
-        return self.template.encode_response(text)
+    def encode_response(self, text: str, ended: bool = True) -> list[int]:
+        """Token ids of an assistant's answer as they follow the generation prompt, with its end token if it ended."""
+        return self.template.encode_response(text, ended)
 
     def decode_response(self, ids: Sequence[int]) -> str:
         """Text of a generated answer: without special tokens, without its end and without white space around it."""

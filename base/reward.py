@@ -52,7 +52,8 @@ def score_rows(
 
     Args:
         model, processor: of one checkpoint.
-        rows: columns `images`, `prompt`, `responses`.
+        rows: columns `images`, `prompt`, `responses`, and for sampled answers `responses_ended`: for each of them
+            whether an end token was sampled. None is put behind the others, which would count as finished.
         dummy_images: of VLProcessor, under ZeRO-3: what the vision tower runs on where a batch has no image.
 
     Returns:

@@ -58,8 +58,8 @@ class ModelReward(Reward):
 
     def score(self, sampled: Sampled, share_prefix: bool, dummy_images: ImageInputs | None) -> Tensor:
         """(R,). For the arguments see `score_rows`."""
-        texts = sampled.by_prompt(sampled.texts)
-        rows = [row | {"responses": of_row} for row, of_row in zip(sampled.rows, texts, strict=True)]
+        texts, ended = sampled.by_prompt(sampled.texts), sampled.by_prompt(sampled.ended.tolist())
+        rows = [row | {"responses": texts[b], "responses_ended": ended[b]} for b, row in enumerate(sampled.rows)]
         scores = score_rows(self.model, self.processor, rows, len(rows), share_prefix, dummy_images)
         return torch.tensor([scores[b][k] for b, k in sampled.order])
 

@@ -164,12 +164,16 @@ class ChatTemplate:
                 return token.content, token_id
         raise InputError("A conversation holds every special token of the tokenizer as text: remove them from the row.")
 
-    def encode_response(self, text: str) -> list[int]:
+    def encode_response(self, text: str, ended: bool = True) -> list[int]:
         """Token ids of an answer behind a generation prompt, end token included.
 
         The text follows what the template lets the model write first, such as an empty block of thoughts.
+
+        Args:
+            ended: False for an answer that was cut off: without the end, unless nothing else would be left.
         """
-        return self.encode_answer(self._answer_lead + text)
+        ids = self.encode_answer(self._answer_lead + text)
+        return ids if ended else ids[: len(ids) - len(self._answer_end_ids)] or ids
 
     def decode_response(self, ids: Sequence[int]) -> str:
         """Text of a generated answer: without special tokens, without its end and without white space around it."""

@@ -22,7 +22,7 @@ from base.loading import load_model
 from base.ppo_batches import BatchSizes, PromptBatches, mini_batches
 from base.ppo_metrics import warn_of_collapse
 from base.reward import VLRewardModel, score_rows
-from base.rollout import Sampled, prompt_by_prompt, round_by_round
+from base.rollout import Prompts, Sampled, prompt_by_prompt, round_by_round
 from base.sampling import SeededSampling, cut_after_end
 from base.update_loop import PPOState
 from base.value import VLModelWithValueHead
@@ -377,16 +377,48 @@ def test_rewards_are_summed_with_weights_penalty_and_clip(llava, image_dir, tmp_
         adapter, own, foreign, place = r.parts.values()
         text_rows = [r.rows[p] | {"responses": [t]} for p, t in zip(r.prompt_of, r.texts, strict=True)]
         gemma = trainer.rewards[2]
+        for row, ended in zip(text_rows, r.ended.tolist(), strict=True):
+            row["responses_ended"] = [ended]
         expected = [s[0] for s in score_rows(gemma.model, gemma.processor, text_rows)]
         assert foreign.tolist() == pytest.approx(expected, abs=1e-4)
         assert place.tolist() == [float(r.rows[p]["where"].split()[-1]) for p in r.prompt_of]
-        assert adapter.shape == own.shape  # equal where the answer ended; `own` adds the end token to the others
-        assert adapter[r.ended].tolist() == pytest.approx(own[r.ended].tolist(), abs=1e-4)
+        again = [
+            trainer.data_collator.processor.encode_response(*a) for a in zip(r.texts, r.ended.tolist(), strict=True)
+        ]
+        same = torch.tensor([ids == r.batch["completion_ids"][i][r.mask[i]].tolist() for i, ids in enumerate(again)])
+        assert adapter.shape == own.shape  # equal where the text gives the sampled tokens again
+        assert adapter[same].tolist() == pytest.approx(own[same].tolist(), abs=1e-4)
         total = 2 * adapter - own + 0.5 * foreign + 3 * place - 0.25 * (~r.ended).float()
         assert r.scores.tolist() == pytest.approx(total.tolist(), abs=1e-4)
     trainer.args.reward_clip = 0.1
     (clipped,) = trainer.score([Sampled(**{f.name: getattr(r, f.name) for f in fields(Sampled)})])
     assert clipped.scores.abs().max() <= 0.1
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cut_answer_is_worth_the_same_to_adapter_and_model(
+    family: str, share_prefix: bool, image_dir, tmp_path, reward_adapters
+):
+    """One reward model as an adapter on the policy's base and with a base of its own: it reads the end token if it was sampled."""
+    rows = prompt_rows(image_dir, 2)
+    folder = reward_adapters(family)
+    flags = f"{LORA} --reward_adapter {folder} --reward_model_name_or_path {folder} --share_prefix {share_prefix}"
+    trainer = ppo_trainer(zoo.checkpoint(family), rows, tmp_path, flags)
+    processor, batch = trainer.data_collator.processor, trainer.data_collator(rows)
+    whole = processor.encode_response("A red square")
+    cut = processor.encode_response("A red square", ended=False)
+    assert whole[: len(cut)] == cut and len(cut) < len(whole)
+    prompts = Prompts(
+        batch["rows"], batch["prompts"], batch["img_input_dict"], trainer._encode(batch["img_input_dict"]), [0, 1]
+    )
+    answers = [[whole, cut], [cut, whole]]
+    sampled = Sampled.of(prompts, answers, trainer.data_collator, trainer.sampler.end_ids, torch.device("cpu"))
+    (scored,) = trainer.score([sampled])
+    adapter, own = scored.parts.values()
+    assert adapter.tolist() == pytest.approx(own.tolist(), abs=1e-5)
+    of_prompts = scored.by_prompt(own.tolist())
+    assert all(abs(of_row[0] - of_row[1]) > 1e-3 for of_row in of_prompts)  # the end makes a difference
 
 
 # ------------------------------------------------------------------------------------------------ whole runs
