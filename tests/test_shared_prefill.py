@@ -5,6 +5,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from base.features import join_image_inputs
+from base.rollout_cache import rollout_cache
 from base.sampling import SeededSampling, cut_after_end
 from common.tensors import to_device
 from tests import zoo
@@ -38,7 +39,8 @@ def with_k_prefills(trainer, core, prompts, images, seed: int):
         eos_token_id=sampler.end_ids,
         pad_token_id=sampler.collator.processor.tokenizer.pad_token_id,
         logits_processor=LogitsProcessorList([SeededSampling(uniforms, args.temperature, args.top_p)]),
-        **core.rollout_cache,
+        past_key_values=rollout_cache(core, inputs["input_ids"].shape[1] + args.response_length),
+        disable_compile=True,
     )
     if sequences.shape[1] > args.response_length:
         sequences = sequences[:, inputs["input_ids"].shape[1] :]
