@@ -39,8 +39,8 @@ def prompt_by_prompt(prompts: int, answers: int) -> list[tuple[int, int]]:
 def round_by_round(prompts: int, answers: int) -> list[tuple[int, int]]:
     """(prompt, answer) of every row: the first answer to each prompt, then the second to each.
 
-    The order where every answer has a row of its own (generation, --share_prefix False): the image inputs of a batch
-    can be repeated as a whole, but not taken apart by prompt, which only their family could do.
+    The order where every answer has a row of its own (--share_prefix False): the image inputs of a batch can be
+    repeated as a whole, but not taken apart by prompt, which only their family could do.
     `VLPPODataCollator.pack` lays out rows in the same order.
     """
     return [(b, k) for k in range(answers) for b in range(prompts)]
