@@ -157,6 +157,15 @@ class VLModelMixin:
         )
         return super().generate(*args, **kwargs)
 
+    @property
+    def decodes_packed(self) -> bool:
+        """Whether the answers to a prompt can be queries of one row in generation, too: full attention, an ordinary mask and cache."""
+        text = self.config.get_text_config()
+        kinds = set(getattr(text, "layer_types", None) or ())
+        windows = kinds - {"full_attention"} if kinds else getattr(text, "sliding_window", None)
+        ordinary = type(self).packed_attention_mask is VLModelMixin.packed_attention_mask
+        return self.packs and ordinary and not windows and self.static_rollout_cache
+
     # -- packed rows ---------------------------------------------------------------------------------------------------
 
     def packed_inputs(

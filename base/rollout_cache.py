@@ -29,14 +29,16 @@ class StaticRolloutCache(_InTypeOfAttention, StaticCache):
 
 
 class DynamicRolloutCache(_InTypeOfAttention, DynamicCache):
-    """For families that a static cache has no room for."""
+    """For families that a static cache has no room for, and for packed rows."""
 
 
-def rollout_cache(core: nn.Module, length: int) -> Cache:
+def rollout_cache(core: nn.Module, length: int, packed: bool = False) -> Cache:
     """An empty cache for prompts and answers of `length` tokens together.
+
+    With several answers in a prompt's row (`packed`) it is a dynamic one: a static one is attended to its full length.
 
     A new one for each call of generate, because the one that transformers makes is never shorter than any before it.
     """
-    if core.static_rollout_cache:
+    if core.static_rollout_cache and not packed:
         return StaticRolloutCache(config=core.config, max_cache_len=length)
     return DynamicRolloutCache(config=core.config)

@@ -104,12 +104,14 @@ class Sampler:
         """
         args = self.args
         K = args.rollouts_per_prompt
+        packed = core.decodes_packed and K > 1
         inputs = to_device(self._padded_prompts(group), args.device) | join_image_inputs(images)
         uniforms = torch.cat([self._uniforms(place, seed) for p in group for place in p.places])  # (all R, T)
         sequences = core.generate(
             **inputs,
             custom_generate=answers_of_one_prefill,
             num_answers=K,
+            packed=packed,
             do_sample=False,  # the processor samples
             max_new_tokens=args.response_length,
             eos_token_id=self.end_ids,
@@ -118,7 +120,7 @@ class Sampler:
             logits_processor=LogitsProcessorList(
                 [SeededSampling(uniforms.to(args.device), args.temperature, args.top_p)]
             ),
-            past_key_values=rollout_cache(core, inputs["input_ids"].shape[1] + args.response_length),
+            past_key_values=rollout_cache(core, inputs["input_ids"].shape[1] + args.response_length, packed),
             disable_compile=True,
             # Weights that are shared out need all ranks at every token, until the longest answer of all ranks has
             # ended.

@@ -2,7 +2,9 @@
 
     core.generate(**inputs, custom_generate=answers_of_one_prefill, num_answers=K)
 
-Works for every cache that beam search can reorder, static or not, with linear states or keys of images. This file alone touches the private parts of
+Works for every cache that beam search can reorder, static or not, with linear states or keys of images. With
+`packed=True` the prompt's keys and values are not even repeated: the K answers are K queries of one row, and a mask
+keeps them apart (`VLModelMixin.decodes_packed` says for which families). This file alone touches the private parts of
 transformers' generation loop.
 """
 
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.utils import ModelOutput
 
 # Read in the prefill alone; what is there per image cannot be repeated by row.
 PREFILL_ONLY = ("inputs_embeds", "mm_encoder_outputs")
@@ -24,20 +27,24 @@ def answers_of_one_prefill(
     generation_config: GenerationConfig,
     synced_gpus: bool = False,
     num_answers: int = 1,
+    packed: bool = False,
     **kwargs: Any,
 ) -> Tensor:
     """For `custom_generate`: greedy search or sampling, (B, L) -> (B * num_answers, L + T), prompt by prompt.
 
     Args:
         num_answers: K. Greedy answers differ only if a logits processor makes them: it sees B * K rows from the first token on.
+        packed: decode with one row per prompt; needs a dynamic cache and `position_ids` among kwargs.
         kwargs: what generate prepared for B prompts.
     """
-    B = len(input_ids) if input_ids.shape[1] else len(kwargs["inputs_embeds"])
+    if packed and num_answers > 1 and kwargs.get("position_ids") is not None:
+        step: Step = _PackedStep(model, input_ids, kwargs, num_answers)
+    else:
+        step = _RepeatedStep(model, kwargs, num_answers)
     out = model._prefill(input_ids, generation_config, kwargs)
-    kwargs = model._update_model_kwargs_for_generation(out, kwargs, is_encoder_decoder=False)
     logits = out.logits[:, -1].float().repeat_interleave(num_answers, 0)  # (R, V)
+    input_ids = step.begin(input_ids, out)
     del out
-    input_ids, kwargs = _repeated(model, input_ids, kwargs, B, num_answers)
 
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     padding = generation_config._pad_token_tensor
@@ -51,30 +58,86 @@ def answers_of_one_prefill(
             going_on = going_on & ~stopping_criteria(input_ids, None)
             if not model._has_unfinished_sequences(not going_on.any(), synced_gpus, device=input_ids.device):
                 return input_ids
-            inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **kwargs)
-            out = model(**inputs, return_dict=True)
-            kwargs = model._update_model_kwargs_for_generation(out, kwargs, is_encoder_decoder=False)
-            logits = out.logits[:, -1].float()
-            del out
+            logits = step.logits_after(input_ids)
 
 
 def _chosen(scores: Tensor, do_sample: bool) -> Tensor:
     return torch.multinomial(scores.softmax(-1), 1)[:, 0] if do_sample else scores.argmax(-1)
 
 
-def _repeated(
-    model: nn.Module, input_ids: Tensor, kwargs: dict[str, Any], B: int, K: int
-) -> tuple[Tensor, dict[str, Any]]:
-    """Everything that has a row per prompt, K times: row after row."""
-    rows = torch.arange(B, device=input_ids.device).repeat_interleave(K)
-    cache = kwargs["past_key_values"]
-    cache.reorder_cache(rows)
-    for name, value in vars(cache).items():  # Qwen-VL keeps the scale of its rotary embedding there
-        if isinstance(value, Tensor) and value.ndim and len(value) == B:
-            setattr(cache, name, value[rows])
-    of_rows = {
-        name: value
-        for name, value in kwargs.items()
-        if name not in PREFILL_ONLY and (not isinstance(value, Tensor) or name == "position_ids" or len(value) == B)
-    }
-    return model._expand_inputs_for_generation(expand_size=K, input_ids=input_ids, **of_rows)
+class Step:
+    """The model after the prefill, one token of every answer at a time."""
+
+    def begin(self, input_ids: Tensor, out: ModelOutput) -> Tensor:
+        """After the prefill (B, L); returns the ids of all answers so far, (R, L)."""
+        raise NotImplementedError
+
+    def logits_after(self, input_ids: Tensor) -> Tensor:
+        """Logits (R, V) behind the last of the ids (R, L)."""
+        raise NotImplementedError
+
+
+class _RepeatedStep(Step):
+    """Every answer is a row, with the prompt's keys and values repeated."""
+
+    def __init__(self, model: nn.Module, kwargs: dict[str, Any], num_answers: int) -> None:
+        self.model, self.kwargs, self.K = model, kwargs, num_answers
+
+    def begin(self, input_ids: Tensor, out: ModelOutput) -> Tensor:
+        B = len(out.logits)
+        self._update(out)
+        rows = torch.arange(B, device=input_ids.device).repeat_interleave(self.K)
+        cache = self.kwargs["past_key_values"]
+        cache.reorder_cache(rows)
+        for name, value in vars(cache).items():  # Qwen-VL keeps the scale of its rotary embedding there
+            if isinstance(value, Tensor) and value.ndim and len(value) == B:
+                setattr(cache, name, value[rows])
+        of_rows = {
+            name: value
+            for name, value in self.kwargs.items()
+            if name not in PREFILL_ONLY and (not isinstance(value, Tensor) or name == "position_ids" or len(value) == B)
+        }
+        input_ids, self.kwargs = self.model._expand_inputs_for_generation(
+            expand_size=self.K, input_ids=input_ids, **of_rows
+        )
+        return input_ids
+
+    def logits_after(self, input_ids: Tensor) -> Tensor:
+        inputs = self.model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self.kwargs)
+        out = self.model(**inputs, return_dict=True)
+        self._update(out)
+        return out.logits[:, -1].float()
+
+    def _update(self, out: ModelOutput) -> None:
+        self.kwargs = self.model._update_model_kwargs_for_generation(out, self.kwargs, is_encoder_decoder=False)
+
+
+class _PackedStep(Step):
+    """The K answers are K queries of their prompt's row. In the cache stand the prompt's L columns, then K for each step."""
+
+    def __init__(self, model: nn.Module, input_ids: Tensor, kwargs: dict[str, Any], num_answers: int) -> None:
+        self.model, self.K = model, num_answers
+        read = input_ids if input_ids.shape[1] else kwargs["inputs_embeds"]
+        mask = kwargs.get("attention_mask")  # None where nothing is padded
+        prompt = torch.ones(read.shape[:2], dtype=torch.bool, device=read.device) if mask is None else mask.bool()
+        self.B = len(prompt)
+        self.mask = prompt[:, None, None, :].expand(-1, -1, num_answers, -1)  # (B, 1, K, L + K t)
+        self.own = torch.eye(num_answers, dtype=torch.bool, device=prompt.device).expand(self.B, 1, -1, -1)
+        self.position = kwargs["position_ids"][..., -1:]  # (B, 1), with M-RoPE (3 or 4, B, 1)
+
+    def begin(self, input_ids: Tensor, out: ModelOutput) -> Tensor:
+        self.cache = out.past_key_values
+        return input_ids.repeat_interleave(self.K, 0)
+
+    def logits_after(self, input_ids: Tensor) -> Tensor:
+        self.mask = torch.cat([self.mask, self.own], dim=-1)
+        self.position = self.position + 1
+        out = self.model(
+            input_ids=input_ids[:, -1].view(self.B, self.K),
+            position_ids=self.position.expand(*self.position.shape[:-2], self.B, self.K),
+            attention_mask=self.mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        return out.logits.float().flatten(0, 1)

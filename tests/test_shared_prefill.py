@@ -1,4 +1,4 @@
-"""One prefill for all answers to a prompt gives the tokens that K prefills give, on every family."""
+"""One prefill for all answers to a prompt, in one row where the cache allows, gives the tokens of K prefills, on every family."""
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from tests import zoo
 from tests.test_ppo import LORA, ppo_trainer, prompt_rows
 
 QUICK = ("gemma3", "llava", "mllama", "qwen2_5_vl", "qwen3_5", "qwen_vl", "instructblip")
+PACKED = {"llava", "qwen2_5_vl", "qwen_vl", "instructblip"}
 
 
 def families() -> list[object]:
@@ -70,8 +71,13 @@ def test_one_prefill_samples_what_k_prefills_sample(family: str, image_dir, tmp_
             with_kwargs=True,
         )
         found = trainer.sampler.sample(core, prompts, images, seed=7)
-        first = next(x for x in lengths[0] if x is not None)
-        assert len(first) == 4  # rows of the prefill: prompts, not answers
+        prefill, step = (next(x for x in found if x is not None) for found in lengths[:2])
+        assert len(prefill) == 4  # rows of the prefill: prompts, not answers
+        assert step.shape[:2] == ((4, 3) if core.decodes_packed else (12, 1))
         assert found == with_k_prefills(trainer, core, prompts, images, seed=7)
+        even = [trainer._prompts(trainer.data_collator([rows[0], rows[3]]), [5, 6])]  # of one length: without padding
+        images = [trainer._images_to_read(core, p) for p in even]
+        assert trainer.sampler.sample(core, even, images, 7) == with_k_prefills(trainer, core, even, images, 7)
+        assert core.decodes_packed == (family in PACKED) or family not in QUICK
     answers = [tuple(ids) for of_p in found for of_prompt in of_p for ids in of_prompt]
     assert len(set(answers)) > 8 and max(map(len, answers)) > 10
