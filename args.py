@@ -507,7 +507,8 @@ class PPOConfig(VLConfig):
         default=None, metadata={"help": "GAE's lambda: bias against variance (1506.02438); .95 by default."}
     )
     whiten_rewards: bool | None = field(
-        default=None, metadata={"help": "Scale token rewards to unit variance per update."}
+        default=None,
+        metadata={"help": "Scale token rewards to unit variance per update.", "nargs": "?", "const": True},
     )
     temperature: float | None = field(
         default=None,
@@ -550,7 +551,12 @@ class PPOConfig(VLConfig):
         },
     )
     init_value_from_reward: bool | None = field(
-        default=None, metadata={"help": "Start the value function, head included, as the first reward model."}
+        default=None,
+        metadata={
+            "help": "Start the value function, head included, as the first reward model.",
+            "nargs": "?",
+            "const": True,
+        },
     )
     reward_adapter: list[str] = field(
         default_factory=list, metadata={"help": "Output folders of train_rm.py, LoRA on the policy's base."}
