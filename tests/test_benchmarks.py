@@ -5,7 +5,7 @@ import json
 import pytest
 import transformers as tf
 
-from benchmarks import data_wait, dpo_vs_trl, floor, ppo_reuse, rm_vs_plain
+from benchmarks import data_wait, dpo_vs_trl, floor, grpo_vs_trl, ppo_reuse, rm_vs_plain
 from benchmarks.models import FAMILIES
 
 
@@ -68,3 +68,11 @@ def test_waiting_for_data_is_measured_from_the_real_trainer():
     inside, workers = data_wait.main("--size tiny --steps 3 --workers 0 1".split())
     assert 0 < inside["waiting"] < inside["step"] and 0 < inside["share"] < 1
     assert workers["workers"] == 1 and workers["waiting"] < workers["step"]
+
+
+@pytest.mark.slow
+def test_grpo_of_both_sides_runs(tmp_path):
+    (found,) = grpo_vs_trl.main(f"--size tiny --case llava-50 --updates 1 --out {tmp_path}".split())
+    assert set(found["ratio"]) == {"update", "rollout", "training pass"} and found["memory"] > 0
+    assert found["bound"] == pytest.approx(8 * (found["prompt"] + 50) / (found["prompt"] + 400))
+    assert "llava-50" in (tmp_path / "grpo_vs_trl_tiny.md").read_text()
