@@ -75,19 +75,31 @@ class ModelArguments:
     )
 
 
+OF_NEW_ADAPTER = "by default the adapter's that training continues, of a new one"
+
+
 @dataclass
 class LoraArguments:
-    """LoRA through peft."""
+    """LoRA through peft. `models.assemble.load_policy` fills in what was not given, so that run.json has it."""
 
     use_lora: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
-    lora_r: int = field(default=64, metadata={"help": "Rank."})
-    lora_alpha: int = field(default=16, metadata={"help": "Scale: the update is multiplied by alpha / r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the adapter's input."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["auto"],
-        metadata={"help": "auto: the family's language-model targets. Names are looked up in the language model only."},
+    lora_r: int | None = field(default=None, metadata={"help": f"Rank; {OF_NEW_ADAPTER} 64."})
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": f"Scale, the update is multiplied by alpha / r; {OF_NEW_ADAPTER} 16."}
     )
-    lora_bias: Literal["none", "all", "lora_only"] = field(default="none", metadata={"help": "Which biases train."})
+    lora_dropout: float | None = field(
+        default=None, metadata={"help": f"Dropout on the adapter's input; {OF_NEW_ADAPTER} 0.05."}
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names looked up in the language model only, a regular expression over all names, or auto: the family's "
+            f"language-model targets; {OF_NEW_ADAPTER} auto."
+        },
+    )
+    lora_bias: Literal["none", "all", "lora_only"] | None = field(
+        default=None, metadata={"help": f"Which biases train; {OF_NEW_ADAPTER} none."}
+    )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained in full and saved beside the adapter, e.g. lm_head."}
     )
@@ -732,7 +744,7 @@ def _refuse_contradictions(parsed: Sequence[Any]) -> None:
             if flags.get(name, default) != default:
                 raise InputError(f"--{name} needs --use_lora True: without it all weights are trained.")
     _refuse_training_in_16_bits(flags)
-    if any(isinstance(p, PPOConfig) for p in parsed) and flags.get("lora_bias", "none") != "none":
+    if any(isinstance(p, PPOConfig) for p in parsed) and flags.get("lora_bias") not in (None, "none"):
         raise InputError(
             "--lora_bias must be none in PPO: trained biases belong to the base, which the reference and the rewards share."
         )

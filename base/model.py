@@ -108,6 +108,7 @@ class VLModelMixin:
         decoder = self.get_decoder()
         prefix = next(name for name, module in self.named_modules() if module is decoder)
         linear = [name for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]
+        linear = [name.removesuffix(".base_layer") for name in linear if ".lora_" not in name]  # of an adapted model
         for target in targets:
             if not any(name == target or name.endswith("." + target) for name in linear):
                 known = sorted({name.rsplit(".", 1)[-1] for name in linear})

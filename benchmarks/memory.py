@@ -36,7 +36,7 @@ from base.packing import last_token_positions, pack_rows
 from base.reward import VLRewardModel
 from base.value import VLModelWithValueHead
 from models import MODEL_NICKNAME_MAP, core_mapper_for
-from models.assemble import add_lora
+from models.assemble import NEW_ADAPTER, add_lora
 
 GIB = 1 << 30
 OVERHEAD = 1.5 * GIB  # assumed: CUDA context, cuBLAS and NCCL workspaces
@@ -149,7 +149,7 @@ def trained_model(model: str, setup: Setup, layers: int | None = None) -> tuple[
                 p.data = p.data if id(p) in linears else p.data.float()
         whole = core
         if setup.method != "full":
-            dropout = LoraArguments.lora_dropout if setup.script == "sft" else 0.0  # the other scripts turn it off
+            dropout = NEW_ADAPTER["lora_dropout"] if setup.script == "sft" else 0.0  # the other scripts turn it off
             whole = add_lora(core, LoraArguments(use_lora=True, lora_r=setup.lora_r, lora_dropout=dropout))
             if setup.method == "lora" and setup.zero != "3":
                 use_fast_lora(whole)

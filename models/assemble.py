@@ -25,6 +25,15 @@ from models.merging import bits_of, merge_to
 
 logger = logging.getLogger(__name__)
 
+# LoRA flags that were not given, where training does not continue an adapter
+NEW_ADAPTER = {
+    "lora_r": 64,
+    "lora_alpha": 16,
+    "lora_dropout": 0.05,
+    "lora_target_modules": ["auto"],
+    "lora_bias": "none",
+}
+
 
 @dataclass(frozen=True)
 class LoadPlan:
@@ -98,9 +107,20 @@ class LoadPlan:
 
 
 def load_policy(plan: LoadPlan, lora_args: LoraArguments, training_args: VLConfig) -> torch.nn.Module:
-    """Load what is trained, freeze its vision tower, add LoRA."""
+    """Load what is trained, freeze its vision tower, add LoRA.
+
+    Raises:
+        InputError: flags contradict the adapter that training continues, or name modules that the model does not have.
+    """
+    if plan.is_adapter and not lora_args.use_lora:
+        raise InputError(
+            f"{plan.checkpoint} is a LoRA adapter: add --use_lora True to train it on, or --merge_first True to train all "
+            "weights of its base."
+        )
     model = _load(plan)
-    if lora_args.use_lora and not isinstance(model, PeftModel):
+    if isinstance(model, PeftModel):
+        _take_over(lora_args, model, plan.checkpoint)
+    elif lora_args.use_lora:
         model = add_lora(model, lora_args, gradient_checkpointing=training_args.gradient_checkpointing)
     if plan.fast_lora:
         use_fast_lora(model)
@@ -176,35 +196,75 @@ def one_process_loads() -> Iterator[None]:
 def add_lora(model: torch.nn.Module, lora_args: LoraArguments, gradient_checkpointing: bool = False) -> PeftModel:
     """Wrap a model with a fresh LoRA adapter.
 
-    Named targets are looked up in the language model only; a regular expression is used as given.
+    Named targets are looked up in the language model only; a regular expression is used as given. Flags that were not
+    given get the values of a new adapter.
 
     Raises:
-        InputError: a target does not name a linear layer of the language model.
+        InputError: a target does not name a linear layer of the language model, or --modules_to_save no module.
     """
-    targets = lora_args.lora_target_modules
-    try:
-        regex = (
-            targets[0]
-            if len(targets) == 1 and re.search(r"[*^$()\[\]|\\]", targets[0])
-            else model.lora_target_regex(None if targets == ["auto"] else targets)
-        )
-    except ValueError as error:
-        raise InputError(f"--lora_target_modules: {error}") from error
+    for name, value in NEW_ADAPTER.items():
+        if getattr(lora_args, name) is None:
+            setattr(lora_args, name, value)
+    targets = _targets(lora_args.lora_target_modules, model)
+    _check_modules_to_save(lora_args.modules_to_save, model)
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(
             model,
             use_gradient_checkpointing=gradient_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False},
         )
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=lora_args.lora_r,
-            lora_alpha=lora_args.lora_alpha,
-            lora_dropout=lora_args.lora_dropout,
-            target_modules=regex,
-            bias=lora_args.lora_bias,
-            modules_to_save=lora_args.modules_to_save,
-            task_type="CAUSAL_LM",
-        ),
+    config = LoraConfig(
+        r=lora_args.lora_r,
+        lora_alpha=lora_args.lora_alpha,
+        lora_dropout=lora_args.lora_dropout,
+        target_modules=targets,
+        bias=lora_args.lora_bias,
+        modules_to_save=lora_args.modules_to_save,
+        task_type="CAUSAL_LM",
     )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:  # the regular expression matches nothing, or a module that LoRA cannot adapt
+        raise InputError(f"--lora_target_modules: {' '.join(str(error).split())[:300]}") from error
+
+
+def _targets(targets: list[str], model: torch.nn.Module) -> str:
+    """--lora_target_modules as a regular expression over full module names."""
+    if len(targets) == 1 and re.search(r"[*^$()\[\]|\\]", targets[0]):
+        return targets[0]
+    try:
+        return model.lora_target_regex(None if targets == ["auto"] else targets)
+    except ValueError as error:
+        raise InputError(f"--lora_target_modules: {error}") from error
+
+
+def _check_modules_to_save(wanted: list[str] | None, model: torch.nn.Module) -> None:
+    names = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
+    for module in wanted or ():
+        if not any(name == module or name.endswith("." + module) for name in names):
+            known = sorted({name.rpartition(".")[2] for name in names if not re.search(r"\d", name)})
+            raise InputError(f"--modules_to_save {module} is no module of the model: choose from {', '.join(known)}.")
+
+
+def _take_over(lora_args: LoraArguments, model: PeftModel, folder: str) -> None:
+    """Set the flags to what the adapter in `folder` has; refuse those that say otherwise, which could only be ignored."""
+    config = model.peft_config[Role.POLICY.adapter]
+    targets = config.target_modules
+    has = {
+        "lora_r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "lora_bias": config.bias,
+        "lora_target_modules": [targets] if isinstance(targets, str) else sorted(targets),
+        "modules_to_save": sorted(config.modules_to_save) if config.modules_to_save else None,
+    }
+    for name, value in has.items():
+        given = getattr(lora_args, name)
+        if name == "lora_target_modules" and given is not None and isinstance(targets, str):
+            given = [_targets(given, model.get_base_model())]
+        if given is not None and (sorted(given) if isinstance(given, list) else given) != value:
+            raise InputError(
+                f"--{name} {' '.join(given) if isinstance(given, list) else given} contradicts the adapter in {folder}, which has "
+                f"{' '.join(value) if isinstance(value, list) else value}: leave the flag out, or start a new adapter with --merge_first True."
+            )
+        setattr(lora_args, name, value)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import train_dpo
@@ -129,5 +128,41 @@ def test_pickled_weights_are_refused(llava: str, tmp_path: Path):
         load_model(str(folder))
 
 
-def test_loading_an_adapter_gives_a_peft_model(llava: str, tmp_path: Path):
-    assert isinstance(load_model(str(save_adapter(llava, tmp_path))), PeftModel)
+CONTRADICTIONS = {
+    "--lora_r 8": r"--lora_r 8 contradicts the adapter in .*, which has 4",
+    "--lora_alpha 3": "--lora_alpha 3 contradicts.* 16",
+    "--lora_dropout 0.5": r"--lora_dropout 0\.5 contradicts.* 0\.05",
+    "--lora_bias all": "--lora_bias all contradicts.* none",
+    "--lora_target_modules q_proj": "--lora_target_modules .*q_proj.* contradicts",
+    "--modules_to_save lm_head": "--modules_to_save lm_head contradicts.* None",
+}
+
+
+@pytest.mark.parametrize("flags", CONTRADICTIONS)
+def test_flags_that_contradict_the_adapter_are_refused(flags: str, llava: str, tmp_path: Path, command):
+    folder = str(save_adapter(llava, tmp_path / "adapter"))
+    with pytest.raises(InputError, match=CONTRADICTIONS[flags]):
+        train_dpo.main(command("dpo", f"--use_lora True {flags}", model=folder))
+    with pytest.raises(InputError, match="is a LoRA adapter: add --use_lora True"):
+        train_dpo.main(command("dpo", model=folder))
+
+
+def test_the_run_records_what_the_adapter_has(llava: str, tmp_path: Path, command):
+    """Flags that agree are accepted; what was not given is the adapter's, in run.json and in what is saved."""
+    targets = ["q_proj", "v_proj"]
+    folder = str(save_adapter(llava, tmp_path / "adapter", targets))
+    flags = f"--use_lora True --lora_r 4 --lora_target_modules {' '.join(targets)} --max_steps 1"
+    train_dpo.main(command("dpo", flags, model=folder))
+    recorded = json.loads((tmp_path / "dpo" / "run.json").read_text())["arguments"]["LoraArguments"]
+    saved = json.loads((tmp_path / "dpo" / "adapter_config.json").read_text())
+    assert (recorded["lora_r"], recorded["lora_alpha"], recorded["lora_dropout"]) == (4, 16, 0.05)
+    assert recorded["lora_target_modules"] == [saved["target_modules"]] and saved["r"] == 4
+
+
+def test_modules_that_do_not_exist_are_refused(llava: str):
+    with pytest.raises(InputError, match=r"--modules_to_save lm_haed is no module.*choose from .*lm_head.*projector"):
+        add_lora(load_model(llava), LoraArguments(use_lora=True, modules_to_save=["lm_haed"]))
+    with pytest.raises(InputError, match=r"--lora_target_modules: .*no_such"):
+        add_lora(load_model(llava), LoraArguments(use_lora=True, lora_target_modules=[r".*\.no_such_(proj)"]))
+    model = add_lora(load_model(llava), LoraArguments(use_lora=True, modules_to_save=["lm_head"]))
+    assert any("modules_to_save" in name and weight.requires_grad for name, weight in model.named_parameters())
