@@ -226,6 +226,12 @@ class VLConfig(TrainingArguments):
         default="none", metadata={"help": "wandb, tensorboard, ...; none by default."}
     )
     logging_steps: float = field(default=1, metadata={"help": "Log every N steps, or a share of all steps if below 1."})
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Must stay False: it would log 0 for a loss that is NaN (base/bad_steps.py looks at every step)."
+        },
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: the collator reads the raw rows."}
     )
@@ -272,6 +278,8 @@ class VLConfig(TrainingArguments):
             raise InputError(
                 "--project_name and --group_name name a wandb run: add --report_to wandb, or leave them out."
             )
+        if self.logging_nan_inf_filter:
+            raise InputError("--logging_nan_inf_filter True would hide a loss that is not finite: leave it out.")
         if self.remove_unused_columns:
             raise InputError("--remove_unused_columns True would drop the images: leave it out.")
         if not torch.accelerator.is_available():

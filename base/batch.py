@@ -22,6 +22,7 @@ class ImageBatch(TypedDict, total=False):
 
     img_path: list[ImageFile]  # of all rows in order, as PIL.Image.open accepts them
     img_input_dict: ImageInputs  # the same, ready for the model; entries per token are (B, L, ...) as input_ids
+    where: list[str]  # (B,), file and row number, for messages
 
 
 class SFTBatch(ImageBatch, total=False):

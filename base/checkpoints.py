@@ -19,17 +19,19 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, sort_checkpoints
 
+from base.bad_steps import BadSteps
 from base.loading import load_weights
 from base.resume import newest_whole_checkpoint
 from common.errors import InputError
-from common.files import flush
+from common.files import flush, make_valid_json
+from common.tensors import first_not_finite
 
 EXIT_PREEMPTED = 75  # sysexits.h EX_TEMPFAIL: nothing is wrong, start the same command again
 ASIDE = ".incomplete"
@@ -87,11 +89,13 @@ class SafeCheckpoints(Trainer):
         Raises:
             SystemExit: with EXIT_PREEMPTED, after a SIGTERM and a checkpoint.
         """
+        self.__dict__.pop("bad_steps", None)  # of an earlier call
         preemption = Preemption(self._on_any_process)
         self.add_callback(preemption)
         try:
             with preemption.listening():
                 result = super().train(*args, **kwargs)
+                self._report_bad_steps()
         finally:
             self.remove_callback(preemption)
         if preemption.stopped:
@@ -142,6 +146,63 @@ class SafeCheckpoints(Trainer):
             part.worker_init_fn = functools.partial(ignore_sigterm, part.worker_init_fn)
         return loader
 
+    # -- looking at every step -------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def bad_steps(self) -> BadSteps:
+        """Watches loss and gradient of every step."""
+
+        def on_any_process(flag: Tensor) -> Tensor:
+            if self.accelerator.num_processes == 1:
+                return flag
+            return self.accelerator.reduce(flag.to(self.args.device).float(), reduction="sum") > 0
+
+        return BadSteps(1 if self.is_deepspeed_enabled else 2, not self.args.fp16, on_any_process)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """As Trainer's; the loss that is returned, for the log, is 0 where it is not finite: that step is skipped."""
+        self.bad_steps.see_rows(inputs.get("where") or ())
+        return self.bad_steps.see_loss(super().training_step(model, inputs, *args, **kwargs))
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
+        # Called once per optimizer step, right before it.
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        with self._naming_last_checkpoint():
+            self.bad_steps.decide(norm, self.state.global_step + 1, self.optimizer, model)
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer's; says how many steps were skipped since the last log, whose mean loss is then not a number."""
+        if "loss" in logs and (skipped := self.bad_steps.skipped_since_last_call()):
+            logs |= {"loss": float("nan"), "skipped_steps": skipped}
+        super().log(logs, start_time)
+
+    @contextmanager
+    def _naming_last_checkpoint(self) -> Iterator[None]:
+        """Add to an InputError which checkpoint of this run is whole."""
+        try:
+            yield
+        except InputError as error:
+            last = newest_whole_checkpoint(self.args.output_dir)
+            kept = f"The last checkpoint, {last}, is whole." if last else "No checkpoint was saved before."
+            raise InputError(f"{error} {kept}") from error
+
+    def _report_bad_steps(self) -> None:
+        """Before a save and at the end: what is still unread of the steps, and a look at the weights that train.
+
+        Raises:
+            InputError: the last steps or some weights are not finite.
+        """
+        with self._naming_last_checkpoint():
+            self.bad_steps.report()
+            trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+            bad = first_not_finite(trained)
+            if self._on_any_process(bad is not None):
+                raise InputError(
+                    f"The weights after step {self.state.global_step} are not finite ({bad or 'on another process'}) and are not "
+                    "saved: lower --learning_rate, or compute in a wider type (--bf16 True, --torch_dtype float32)."
+                )
+
     # -- saving ----------------------------------------------------------------------------------------------------------
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -176,6 +237,7 @@ class SafeCheckpoints(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         name = f"checkpoint-{self.state.global_step}"
         final = Path(self.args.output_dir) / name
+        self._report_bad_steps()
         with self._aside(f"The checkpoint of step {self.state.global_step}") as folder:
             super()._save_checkpoint(model, trial)
             if self.args.should_save and self.state.best_global_step:
@@ -186,6 +248,7 @@ class SafeCheckpoints(Trainer):
                     self.state.save_to_json(str(folder / name / TRAINER_STATE_NAME))
             self.accelerator.wait_for_everyone()  # all files of all processes are written
             if self.args.should_save:
+                make_valid_json(folder / name / TRAINER_STATE_NAME)
                 flush(folder / name)
                 if final.exists():  # of an earlier run
                     os.rename(final, folder / f"{name}.old")
@@ -202,6 +265,12 @@ class SafeCheckpoints(Trainer):
         limit = self.args.save_total_limit or len(checkpoints)
         for checkpoint in others[: max(0, len(checkpoints) - max(limit, len(protected)))]:
             os.rename(checkpoint, folder / f"{Path(checkpoint).name}.old")
+
+    def save_state(self) -> None:
+        """As Trainer's, as JSON that every program reads."""
+        super().save_state()
+        if self.is_world_process_zero():
+            make_valid_json(Path(self.args.output_dir) / TRAINER_STATE_NAME)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer's; files are written elsewhere and moved, so that none is ever half written."""

@@ -107,6 +107,11 @@ class VLDataCollator:
         return self.processor.encode_prompts(texts, images)
 
     @staticmethod
+    def places(features: Sequence[Row]) -> list[str]:
+        """Where each row comes from, for messages about a batch."""
+        return [str(row.get("where") or f"row {b} of a batch") for b, row in enumerate(features)]
+
+    @staticmethod
     def image_files(features: Sequence[Row]) -> list[ImageFile]:
         """All images of the batch in order, as PIL.Image.open accepts them."""
         return [image_file(image) for row in features for image in row["images"]]
@@ -172,6 +177,7 @@ class VLSFTDataCollatorWithPadding(VLDataCollator):
             "completion_ids": padded_labels.flatten()[is_trained],
             "img_path": self.image_files(features),
             "img_input_dict": processor.pad_img_inputs(img_inputs),
+            "where": self.places(features),
         }
 
 
@@ -231,6 +237,7 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
         places = Places(rows, len(batch["completion_ids"]))
         batch["chosen"] = places.of([[k for k, _ in row] for row in pairs])
         batch["rejected"] = places.of([[k for _, k in row] for row in pairs])
+        batch["where"] = self.places(features)
         self._add_columns(batch, features, pairs, places)
         if corrupted.rows:
             copies = range(places.end, places.end + len(corrupted))

@@ -80,6 +80,8 @@ def load_head(folder: str, name: str, backbone: nn.Module) -> nn.Linear:
             f"{path} is a head for hidden size {weight.shape[1]}, the model has {head.weight.shape[1]}: "
             "they were not trained together."
         )
+    if not weight.isfinite().all():
+        raise InputError(f"{path} holds values that are not finite: its training diverged. Take another checkpoint.")
     head.weight = nn.Parameter(weight.float())
     return head
 

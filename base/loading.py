@@ -18,6 +18,7 @@ from transformers.utils import cached_file, is_flash_attn_2_available
 from base.layout import ADAPTER_CONFIG, base_model_path
 from common.compat import keep_quantised_linears_trainable
 from common.errors import InputError
+from common.tensors import first_not_finite
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -107,6 +108,7 @@ def load_model(
         raise InputError(
             f"The weights of {path} do not fit {model_class.__name__}: {listed}. Save the checkpoint anew."
         )
+    check_finite(model, path)
     if is_deepspeed_zero3_enabled():
         # transformers keeps all renamings of a class here, not only those that this checkpoint needed, and would save wrong names with them.
         model._weight_conversions = [c for c in getattr(model, "_weight_conversions", None) or [] if c.was_used()]
@@ -117,6 +119,15 @@ def load_model(
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         model = load_adapter(model, model_name_or_path, is_trainable=is_trainable)
     return model
+
+
+def check_finite(model: nn.Module, path: str) -> None:
+    """Raise InputError if a weight is NaN or infinite: every number that the model computes would be, too."""
+    if bad := first_not_finite(model.named_parameters()):
+        raise InputError(
+            f"{bad} of {path} holds values that are not finite: the file is damaged, or its training diverged. Take another "
+            "checkpoint, or load it in a wider type (--torch_dtype float32)."
+        )
 
 
 def load_adapter(
@@ -146,6 +157,8 @@ def _set_adapter_weights(model: PeftModel, folder: str, adapter_name: str) -> No
     with _must_fit(model, folder) as renames:
         weights = load_peft_weights(folder, device="cpu", key_mapping=renames)
         result = set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
+        if bad := first_not_finite(weights.items()):
+            raise ValueError(f"{bad} holds values that are not finite: the file is damaged, or its training diverged.")
         missing = [name for name in result.missing_keys if "lora_" in name and f".{adapter_name}." in f"{name}."]
         for names, what in ((result.unexpected_keys, "has no place in the model"), (missing, "is not in the folder")):
             if names:

@@ -304,12 +304,22 @@ class VLPPOTrainer(UpdateLoop):
         return values
 
     @staticmethod
-    def _check_finite(what: str, values: Tensor, r: Sampled) -> None:
+    def _check_finite(what: str, values: Tensor, r: Sampled, fix: str = "fix the reward or the row") -> None:
         bad = (~values.isfinite()).reshape(len(r.texts), -1).any(1).nonzero()[:, 0].tolist()
         if bad:
-            raise InputError(
-                f"{what} is not finite for {', '.join(r.where(i) for i in bad[:5])}: fix the reward or the row."
-            )
+            raise InputError(f"{what} is not finite for {', '.join(r.where(i) for i in bad[:5])}: {fix}.")
+
+    def _check_advantages(self, r: Advantages) -> None:
+        """Raise InputError where advantages are not finite: with what is the cause, which is not the reward."""
+        try:
+            self._check_finite("The advantage", r.advantages, r)
+        except InputError:
+            fix = "lower --learning_rate, or compute in a wider type"
+            for what in ("logps", "ref_logps", "values"):
+                self._check_finite(
+                    f"{what} of the model, with which advantages are computed,", getattr(r, what), r, fix
+                )
+            raise
 
     # -- 3. log-probs, reference log-probs, values ---------------------------------------------------------------------
 
@@ -438,7 +448,7 @@ class VLPPOTrainer(UpdateLoop):
             parts = {"advantages": a[:, :length], "returns": g[:, :length] if g is not None else None}
             loss_mask, counted = self._enters_loss(r)
             result.append(Advantages(**vars(r), **parts, loss_mask=loss_mask, counted=counted))
-            self._check_finite("The advantage", result[-1].advantages, r)
+            self._check_advantages(result[-1])
         return result
 
     def _enters_loss(self, r: Scored) -> tuple[Tensor, Tensor]:

@@ -61,6 +61,7 @@ class UpdateLoop(VLHeadTrainer):
         self.ppo_state = PPOState(args.kl_coef)
         self.add_callback(self.ppo_state)
         self._grad_norm: Tensor | float | None = None
+        self._where: list[str] = []  # the rows of the update
 
     # -- for a subclass ------------------------------------------------------------------------------------------------
 
@@ -83,10 +84,12 @@ class UpdateLoop(VLHeadTrainer):
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss. They are divided by the number of devices, not by the accumulation steps."""
+        self.bad_steps.see_loss(loss)
         self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
 
     def optimizer_step(self, model: nn.Module) -> None:
         """Clip the gradients, move the weights."""
+        self.bad_steps.see_rows(self._where)
         grad_norm = self._clip_grad_norm(model) if self.args.max_grad_norm > 0 else None
         self._grad_norm = self._get_grad_norm(model, grad_norm=grad_norm)
         self.optimizer.step()
@@ -99,7 +102,7 @@ class UpdateLoop(VLHeadTrainer):
 
     def add_loss(self, loss: Tensor) -> None:
         """What `train_loss` of the run averages."""
-        self._tr_loss += loss
+        self._tr_loss += torch.where(loss.isfinite(), loss, 0)  # one that is not finite was skipped
 
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[tqdm]:
@@ -151,7 +154,9 @@ class UpdateLoop(VLHeadTrainer):
         for update in range(order.first_update, order.updates):
             self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
             seed = stable_seed(args.seed, "rollout", self.state.global_step)
-            self.update([next(micro_batches) for _ in places], seed, places)
+            of_update = [next(micro_batches) for _ in places]
+            self._where = [place for batch in of_update for place in self.data_collator.places(batch["rows"])]
+            self.update(of_update, seed, places)
             learning_rate = self._get_learning_rate()
             if not self.accelerator.optimizer_step_was_skipped:
                 self.lr_scheduler.step()

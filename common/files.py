@@ -39,6 +39,13 @@ def write_json_lines(path: str | Path, rows: Iterable[object]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def make_valid_json(path: str | Path) -> None:
+    """Write a JSON file anew with null for NaN and infinity, which Python writes and JSON does not have."""
+    text = Path(path).read_text(encoding="utf-8")
+    if "NaN" in text or "Infinity" in text:
+        write_json(path, json.loads(text, parse_constant=lambda _: None))
+
+
 def check_writable(folder: str) -> None:
     """Raise InputError if no file can be created in a folder, or in its nearest existing parent."""
     there = Path(folder).absolute()

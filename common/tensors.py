@@ -1,5 +1,6 @@
 """Nested tensors."""
 
+from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
@@ -17,3 +18,18 @@ def to_device(value: Nested, device: torch.device, dtype: torch.dtype | None = N
     if isinstance(value, dict):
         return {k: to_device(v, device, dtype) for k, v in value.items()}
     return type(value)(to_device(v, device, dtype) for v in value) if isinstance(value, list | tuple) else value
+
+
+def first_not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """The name of the first tensor that holds NaN or infinity, or None. Waits for the device once."""
+    names, flags = [], []
+    for name, tensor in named:
+        tensor = getattr(tensor, "ds_tensor", tensor).detach()  # ZeRO-3: this rank's part
+        floating = tensor.dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+        if floating and tensor.numel() and tensor.device.type != "meta":
+            names.append(name)
+            flags.append(torch.stack(torch.aminmax(tensor)).isfinite().all())  # both carry a NaN on
+    if not flags:
+        return None
+    found = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
+    return next((name for name, finite in zip(names, found, strict=True) if not finite), None)

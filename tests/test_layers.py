@@ -50,6 +50,7 @@ BASE = [
         "value",
     },
     {
+        "bad_steps",
         "calibration",
         "callbacks",
         "checkpoints",
