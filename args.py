@@ -27,6 +27,7 @@ from common.files import check_writable, write_text
 from common.versions import installed_versions
 
 __all__ = [
+    "RUN_JSON",
     "DPOConfig",
     "DataArguments",
     "LoraArguments",
@@ -35,11 +36,13 @@ __all__ = [
     "RMConfig",
     "SFTConfig",
     "VLConfig",
+    "describe",
     "parse",
     "run",
     "write_run_json",
 ]
 
+RUN_JSON = "run.json"  # in the folder of a run, and in each of its checkpoints
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is trained, on which rows
@@ -234,6 +237,18 @@ class VLConfig(TrainingArguments):
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: the collator reads the raw rows."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Give up another run whose checkpoints and weights lie in --output_dir, which is refused otherwise."
+        },
+    )
+    resume_on_other_data: bool = field(
+        default=False,
+        metadata={
+            "help": "Go on from a checkpoint that was trained on other rows or images, which is refused otherwise."
+        },
     )
     share_prefix: bool = field(
         default=True,
@@ -724,6 +739,10 @@ def parse(*classes: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
         flags[PPOConfig].ddp_find_unused_parameters = False  # every adapter weight takes part in every step
     for config in parsed:
         if isinstance(config, TrainingArguments):
+            if any(ord(character) < 32 for character in config.output_dir):
+                raise InputError(
+                    f"--output_dir {config.output_dir!r} holds a line break or another control character: rename it."
+                )
             check_writable(config.output_dir)
     return parsed
 
@@ -803,6 +822,14 @@ def _unreachable(error: BaseException) -> str:
     )
 
 
+def describe(*parsed: Any) -> dict[str, dict[str, Any]]:
+    """The arguments as run.json holds them: class name -> {flag: value}."""
+    arguments = {
+        type(p).__name__: p.to_dict() if isinstance(p, TrainingArguments) else dataclasses.asdict(p) for p in parsed
+    }
+    return json.loads(json.dumps(arguments, default=str))
+
+
 def write_run_json(output_dir: str | Path, *parsed: Any, **facts: Any) -> Path:
     """Write `run.json`: argv, resolved arguments, git commit, versions, seed, device, and `facts` (data fingerprint, counts).
 
@@ -812,9 +839,7 @@ def write_run_json(output_dir: str | Path, *parsed: Any, **facts: Any) -> Path:
     training = next(p for p in parsed if isinstance(p, TrainingArguments))
     info = {
         "argv": sys.argv,
-        "arguments": {
-            type(p).__name__: p.to_dict() if isinstance(p, TrainingArguments) else dataclasses.asdict(p) for p in parsed
-        },
+        "arguments": describe(*parsed),
         "git": _git_state(),
         "versions": installed_versions(packages),
         "seed": training.seed,
@@ -824,7 +849,7 @@ def write_run_json(output_dir: str | Path, *parsed: Any, **facts: Any) -> Path:
     }
     if training.device.type == "cuda":
         info["gpu"] = torch.cuda.get_device_name(training.device)
-    path = Path(output_dir) / "run.json"
+    path = Path(output_dir) / RUN_JSON
     if training.process_index == 0:
         write_text(path, json.dumps(info, indent=2, default=str) + "\n")
     return path

@@ -19,9 +19,9 @@ from typing import Any
 
 from transformers import set_seed
 
-from args import DataArguments, DPOConfig, LoraArguments, ModelArguments, parse, run, write_run_json
-from base.resume import checkpoint_to_resume
+from args import DataArguments, DPOConfig, LoraArguments, ModelArguments, parse, run
 from base.row_checks import ProcessorCheck
+from base.run_folder import open_run, record_run
 from base.trainer import VLDPOTrainer
 from data import DataSplits, load_train_eval
 from data.lengths import LengthLimits
@@ -87,11 +87,10 @@ def build(
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, build, train, save."""
     flags = parse(ModelArguments, DataArguments, LoraArguments, DPOConfig, argv=argv)
-    training_args = flags[-1]
-    resume_from = checkpoint_to_resume(training_args)
+    resume_from = open_run(*flags)
     trainer, about = build(*flags)
-    write_run_json(training_args.output_dir, *flags, **about)
-    if not training_args.do_train:
+    record_run(*flags, resumed_from=resume_from, **about)
+    if not trainer.args.do_train:
         trainer.evaluate_alone(resume_from)
         return
     trainer.train(resume_from_checkpoint=resume_from)

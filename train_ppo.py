@@ -18,11 +18,11 @@ from typing import Any
 
 from transformers import set_seed
 
-from args import DataArguments, LoraArguments, ModelArguments, PPOConfig, parse, run, write_run_json
+from args import DataArguments, LoraArguments, ModelArguments, PPOConfig, parse, run
 from base.ppo_trainer import VLPPOTrainer
-from base.resume import checkpoint_to_resume
 from base.rewards import load_rewards
 from base.row_checks import ProcessorCheck
+from base.run_folder import open_run, record_run
 from data import DataSplits, load_train_eval
 from data.lengths import LengthLimits
 from models import core_mapper_for
@@ -78,11 +78,10 @@ def build(
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, build, train, save."""
     flags = parse(ModelArguments, DataArguments, LoraArguments, PPOConfig, argv=argv)
-    training_args = flags[-1]
-    resume_from = checkpoint_to_resume(training_args)
+    resume_from = open_run(*flags)
     trainer, about = build(*flags)
-    write_run_json(training_args.output_dir, *flags, **about)
-    if not training_args.do_train:
+    record_run(*flags, resumed_from=resume_from, **about)
+    if not trainer.args.do_train:
         trainer.evaluate_alone(resume_from)
         return
     trainer.train(resume_from_checkpoint=resume_from)

@@ -26,9 +26,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, sort_checkpoints
 
+from args import RUN_JSON
 from base.bad_steps import BadSteps
 from base.loading import load_weights
-from base.resume import newest_whole_checkpoint
+from base.resume import newest_whole_checkpoint, write_checksums
 from common.errors import InputError
 from common.files import flush, make_valid_json
 from common.tensors import first_not_finite
@@ -249,6 +250,9 @@ class SafeCheckpoints(Trainer):
             self.accelerator.wait_for_everyone()  # all files of all processes are written
             if self.args.should_save:
                 make_valid_json(folder / name / TRAINER_STATE_NAME)
+                if (final.parent / RUN_JSON).is_file():
+                    shutil.copyfile(final.parent / RUN_JSON, folder / name / RUN_JSON)  # which run it is of
+                write_checksums(folder / name)
                 flush(folder / name)
                 if final.exists():  # of an earlier run
                     os.rename(final, folder / f"{name}.old")
@@ -283,6 +287,7 @@ class SafeCheckpoints(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 flush(folder)
+                moved: set[Path] = set()
                 for file in sorted(folder.rglob("*")):
                     place = out / file.relative_to(folder)
                     if file.is_dir():
@@ -290,6 +295,11 @@ class SafeCheckpoints(Trainer):
                     else:
                         out.mkdir(parents=True, exist_ok=True)
                         os.replace(file, place)
+                        moved.add(place)
+                # Weights that an earlier run left would be loaded with the new ones, or instead of them.
+                for pattern in ("*.safetensors", "*.safetensors.index.json", "adapter_config.json"):
+                    for stale in {*out.glob(pattern)} - moved:
+                        stale.unlink()
                 shutil.rmtree(folder)
             self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and not _internal_call:

@@ -95,14 +95,14 @@ def head_metadata(folder: str, name: str = REWARD_HEAD) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def checkpoint_fingerprint(model_name_or_path: str) -> str | None:
+def checkpoint_fingerprint(model_name_or_path: str, weights: str = "model.safetensors") -> str | None:
     """Identity of a checkpoint's weights: names, shapes and some bytes of every tensor. None without safetensors files.
 
     Two checkpoints of one family differ, and so does one that was trained on in place; loading in another dtype or
     quantised does not matter.
     """
     index = checkpoint_file(model_name_or_path, "model.safetensors.index.json")
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index else ["model.safetensors"]
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index else [weights]
     digest = hashlib.sha256()
     for name in names:
         path = checkpoint_file(model_name_or_path, name)

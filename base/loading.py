@@ -115,6 +115,13 @@ def load_model(
     if bits is not None:
         keep_quantised_linears_trainable(model)
     if path != model_name_or_path:
+        if whole := [
+            f for f in ("model.safetensors", "model.safetensors.index.json") if (Path(model_name_or_path) / f).is_file()
+        ]:
+            raise InputError(
+                f"{model_name_or_path} holds a whole model and an adapter, of two runs: remove {ADAPTER_CONFIG} to load the model, "
+                f"or {whole[0]} to load the adapter."
+            )
         if bits is not None and is_trainable:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         model = load_adapter(model, model_name_or_path, is_trainable=is_trainable)

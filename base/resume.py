@@ -1,9 +1,13 @@
 """Which checkpoint a run goes on from."""
 
+import functools
+import hashlib
 import json
 import os
 import sys
 import zipfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -12,6 +16,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
 from common.errors import InputError
+from common.files import write_json
+
+CHECKSUMS = "checksums.json"
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
@@ -44,20 +51,41 @@ def newest_whole_checkpoint(output_dir: str) -> str | None:
     return None
 
 
+def write_checksums(checkpoint: Path) -> None:
+    """Write how long every file of a checkpoint is and its digest, for `what_is_wrong_with`."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    digests = _digests(files)
+    listed = {
+        str(path.relative_to(checkpoint)): [path.stat().st_size, digest]
+        for path, digest in zip(files, digests, strict=True)
+    }
+    write_json(checkpoint / CHECKSUMS, {"algorithm": "blake2b-128", "files": listed})
+
+
 def what_is_wrong_with(checkpoint: str | Path) -> str | None:
-    """Why a checkpoint cannot be resumed from, or None. Reads headers and sizes, not the weights."""
+    """Why a checkpoint cannot be resumed from, or None.
+
+    Every byte is compared with the checksums that were written with it. Without them (another program's checkpoint) headers and sizes are read.
+    """
     checkpoint = Path(checkpoint)
+    if (checkpoint / CHECKSUMS).is_file() and (reason := _damage(checkpoint)):
+        return reason
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
     except FileNotFoundError:
         return f"it has no {TRAINER_STATE_NAME}"
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, UnicodeDecodeError):
         return f"its {TRAINER_STATE_NAME} is cut short"
+    except OSError as error:
+        return f"its {TRAINER_STATE_NAME} cannot be read ({error.strerror})"
+    return _cut_short(checkpoint) or _missing_state(checkpoint)
+
+
+def _cut_short(checkpoint: Path) -> str | None:
     weights = sorted(checkpoint.rglob("*.safetensors"))
     for index in checkpoint.rglob("*.safetensors.index.json"):
         weights += [index.parent / name for name in set(json.loads(index.read_text())["weight_map"].values())]
-    sharded_state = [*checkpoint.glob("global_step*")]
-    if not weights and not sharded_state:
+    if not weights and not [*checkpoint.glob("global_step*")]:
         return "it has no weights"
     for file in weights:
         try:
@@ -65,9 +93,50 @@ def what_is_wrong_with(checkpoint: str | Path) -> str | None:
                 pass
         except (OSError, SafetensorError) as error:
             return f"{file.name} is damaged ({error})"
-    for file in checkpoint.rglob("*.pt"):
+    for file in (*checkpoint.rglob("*.pt"), *checkpoint.glob("rng_state*.pth")):
         if not zipfile.is_zipfile(file):  # the directory of a zip file is its end
             return f"{file.name} is cut short"
-    if not sharded_state and not (checkpoint / "optimizer.pt").is_file():
-        return "it has no optimizer state (--save_only_model)"
     return None
+
+
+def _missing_state(checkpoint: Path) -> str | None:
+    """Files without which Trainer goes on with other numbers, and does not say so."""
+    if not [*checkpoint.glob("global_step*")]:  # DeepSpeed's, which hold all of it
+        if not (checkpoint / "optimizer.pt").is_file():
+            return "it has no optimizer state (--save_only_model)"
+        if not (checkpoint / "scheduler.pt").is_file():
+            return "it has no scheduler.pt, without which the optimizer's state is not loaded either"
+    if not [*checkpoint.glob("rng_state*.pth")]:
+        return "it has no random state (rng_state.pth)"
+    return None
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """The first file that is not as it was written."""
+    try:
+        listed: dict[str, list] = json.loads((checkpoint / CHECKSUMS).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"its {CHECKSUMS} is damaged"
+    for name, (size, _) in listed.items():
+        if not (checkpoint / name).is_file():
+            return f"it has no {name}"
+        if (checkpoint / name).stat().st_size != size:
+            return f"{name} is damaged ({(checkpoint / name).stat().st_size} bytes instead of {size})"
+    try:
+        digests = _digests([checkpoint / name for name in listed])
+    except OSError as error:
+        return f"{error.filename} cannot be read ({error.strerror})"
+    wrong = [name for (name, (_, digest)), found in zip(listed.items(), digests, strict=True) if digest != found]
+    return f"{wrong[0]} is damaged (its checksum is another)" if wrong else None
+
+
+def _digests(files: Sequence[Path]) -> list[str]:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(lambda path: _digest(path, path.stat().st_size, path.stat().st_mtime_ns), files))
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest(path: Path, size: int, changed: int) -> str:
+    """Of a file of this size and time of change, so that it is read once."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -65,6 +65,7 @@ BASE = [
         "reward_functions",
         "rewards",
         "rm_trainer",
+        "run_folder",
         "rollout",
         "samples",
         "sampling",
