@@ -79,11 +79,19 @@ class ModelArguments:
 
 
 OF_NEW_ADAPTER = "by default the adapter's that training continues, of a new one"
+# LoRA flags that were not given, where training does not continue an adapter
+NEW_ADAPTER: dict[str, Any] = {
+    "lora_r": 64,
+    "lora_alpha": 16,
+    "lora_dropout": 0.05,
+    "lora_target_modules": ["auto"],
+    "lora_bias": "none",
+}
 
 
 @dataclass
 class LoraArguments:
-    """LoRA through peft. `models.assemble.load_policy` fills in what was not given, so that run.json has it."""
+    """LoRA through peft. `parse` fills in what was not given, so that run.json has it."""
 
     use_lora: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
     lora_r: int | None = field(default=None, metadata={"help": f"Rank; {OF_NEW_ADAPTER} 64."})
@@ -274,6 +282,8 @@ class VLConfig(TrainingArguments):
         for name, why in self.refused.items():
             default = known[name].default
             value = getattr(self, name)
+            if value is False and default == "no":  # the parser reads `str | bool` as a bool or as a text
+                continue
             if value != (None if default is dataclasses.MISSING else default) and value != []:
                 raise InputError(f"--{name} {why}.")
         if self.do_eval and self.do_train and str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
@@ -735,6 +745,8 @@ def parse(*classes: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
         raise InputError(_unreachable(error)) from error
     _refuse_contradictions(parsed)
     flags = {type(p): p for p in parsed}
+    if LoraArguments in flags and flags[LoraArguments].use_lora:
+        _settle_lora(flags[ModelArguments], flags[LoraArguments])
     if PPOConfig in flags and flags[LoraArguments].use_lora and flags[PPOConfig].ddp_find_unused_parameters is None:
         flags[PPOConfig].ddp_find_unused_parameters = False  # every adapter weight takes part in every step
     for config in parsed:
@@ -745,6 +757,42 @@ def parse(*classes: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
                 )
             check_writable(config.output_dir)
     return parsed
+
+
+def _settle_lora(model_args: ModelArguments, lora_args: LoraArguments) -> None:
+    """Fill in the LoRA flags that were not given; refuse those that the adapter that training continues contradicts."""
+    file = Path(model_args.model_name_or_path) / "adapter_config.json"
+    if model_args.merge_first or not file.is_file():
+        for name, value in NEW_ADAPTER.items():
+            if getattr(lora_args, name) is None:
+                setattr(lora_args, name, value)
+        return
+    config = json.loads(file.read_text(encoding="utf-8"))
+    targets, saved = config.get("target_modules"), config.get("modules_to_save")
+    has = {
+        "lora_r": config.get("r"),
+        "lora_alpha": config.get("lora_alpha"),
+        "lora_dropout": config.get("lora_dropout"),
+        "lora_bias": config.get("bias"),
+        "lora_target_modules": [targets] if isinstance(targets, str) else sorted(targets or ()),
+        "modules_to_save": sorted(saved) if saved else None,
+    }
+    for name, value in has.items():
+        given = getattr(lora_args, name)
+        same = value
+        if (
+            name == "lora_target_modules"
+            and isinstance(targets, str)
+            and (names := re.search(r"\((?!\.)([^()]*)\)$", targets))
+        ):
+            same = sorted(names[1].replace("\\", "").split("|"))  # names, as add_lora wrote them
+        if given is not None and (sorted(given) if isinstance(given, list) else given) not in (value, same):
+            raise InputError(
+                f"--{name} {' '.join(given) if isinstance(given, list) else given} contradicts the adapter in {file.parent}, which "
+                f"has {' '.join(value) if isinstance(value, list) else value}: leave the flag out, or start a new adapter with "
+                "--merge_first True."
+            )
+        setattr(lora_args, name, value)
 
 
 def _check_config_file(argv: Sequence[str]) -> None:

@@ -29,14 +29,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from args import LoraArguments, run
+from args import NEW_ADAPTER, LoraArguments, run
 from base.adapters import Role
 from base.fast_lora import use_fast_lora
 from base.packing import last_token_positions, pack_rows
 from base.reward import VLRewardModel
 from base.value import VLModelWithValueHead
 from models import MODEL_NICKNAME_MAP, core_mapper_for
-from models.assemble import NEW_ADAPTER, add_lora
+from models.assemble import add_lora
 
 GIB = 1 << 30
 OVERHEAD = 1.5 * GIB  # assumed: CUDA context, cuBLAS and NCCL workspaces

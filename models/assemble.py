@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
-from args import LoraArguments, ModelArguments, VLConfig
+from args import NEW_ADAPTER, LoraArguments, ModelArguments, VLConfig
 from base.adapters import Role
 from base.fast_lora import use_fast_lora
 from base.loading import base_model_path, load_adapter, load_model
@@ -24,15 +24,6 @@ from models import core_mapper_for
 from models.merging import bits_of, merge_to
 
 logger = logging.getLogger(__name__)
-
-# LoRA flags that were not given, where training does not continue an adapter
-NEW_ADAPTER = {
-    "lora_r": 64,
-    "lora_alpha": 16,
-    "lora_dropout": 0.05,
-    "lora_target_modules": ["auto"],
-    "lora_bias": "none",
-}
 
 
 @dataclass(frozen=True)
@@ -110,7 +101,7 @@ def load_policy(plan: LoadPlan, lora_args: LoraArguments, training_args: VLConfi
     """Load what is trained, freeze its vision tower, add LoRA.
 
     Raises:
-        InputError: flags contradict the adapter that training continues, or name modules that the model does not have.
+        InputError: the checkpoint is an adapter and --use_lora is not given, or flags name modules that the model does not have.
     """
     if plan.is_adapter and not lora_args.use_lora:
         raise InputError(
@@ -118,9 +109,7 @@ def load_policy(plan: LoadPlan, lora_args: LoraArguments, training_args: VLConfi
             "weights of its base."
         )
     model = _load(plan)
-    if isinstance(model, PeftModel):
-        _take_over(lora_args, model, plan.checkpoint)
-    elif lora_args.use_lora:
+    if lora_args.use_lora and not isinstance(model, PeftModel):
         model = add_lora(model, lora_args, gradient_checkpointing=training_args.gradient_checkpointing)
     if plan.fast_lora:
         use_fast_lora(model)
@@ -202,9 +191,8 @@ def add_lora(model: torch.nn.Module, lora_args: LoraArguments, gradient_checkpoi
     Raises:
         InputError: a target does not name a linear layer of the language model, or --modules_to_save no module.
     """
-    for name, value in NEW_ADAPTER.items():
-        if getattr(lora_args, name) is None:
-            setattr(lora_args, name, value)
+    new = {name: value for name, value in NEW_ADAPTER.items() if getattr(lora_args, name) is None}
+    lora_args = dataclasses.replace(lora_args, **new)
     targets = _targets(lora_args.lora_target_modules, model)
     _check_modules_to_save(lora_args.modules_to_save, model)
     if getattr(model, "is_quantized", False):
@@ -244,27 +232,3 @@ def _check_modules_to_save(wanted: list[str] | None, model: torch.nn.Module) -> 
         if not any(name == module or name.endswith("." + module) for name in names):
             known = sorted({name.rpartition(".")[2] for name in names if not re.search(r"\d", name)})
             raise InputError(f"--modules_to_save {module} is no module of the model: choose from {', '.join(known)}.")
-
-
-def _take_over(lora_args: LoraArguments, model: PeftModel, folder: str) -> None:
-    """Set the flags to what the adapter in `folder` has; refuse those that say otherwise, which could only be ignored."""
-    config = model.peft_config[Role.POLICY.adapter]
-    targets = config.target_modules
-    has = {
-        "lora_r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "lora_bias": config.bias,
-        "lora_target_modules": [targets] if isinstance(targets, str) else sorted(targets),
-        "modules_to_save": sorted(config.modules_to_save) if config.modules_to_save else None,
-    }
-    for name, value in has.items():
-        given = getattr(lora_args, name)
-        if name == "lora_target_modules" and given is not None and isinstance(targets, str):
-            given = [_targets(given, model.get_base_model())]
-        if given is not None and (sorted(given) if isinstance(given, list) else given) != value:
-            raise InputError(
-                f"--{name} {' '.join(given) if isinstance(given, list) else given} contradicts the adapter in {folder}, which has "
-                f"{' '.join(value) if isinstance(value, list) else value}: leave the flag out, or start a new adapter with --merge_first True."
-            )
-        setattr(lora_args, name, value)

@@ -752,6 +752,18 @@ def test_pairs_hold_for_random_rows() -> None:
         assert largest == [(i, j) for i, j in everything if scores[i] - scores[j] == gap]
 
 
+@pytest.mark.parametrize("check_images", ["all", "sample", "none"])
+def test_images_are_looked_at_as_asked(folder: Path, check_images: str) -> None:
+    """`sample` looks at 1,000 rows, that is all of these; `none` leaves a missing file to the batch that needs it."""
+    path = write(folder / "d.json", [pair(0), pair(0) | {"image": "gone.png"}])
+    found = arguments(folder, "plain_dpo", path, check_images=check_images)
+    if check_images == "none":
+        assert len(load(found).train) == 2
+    else:
+        with pytest.raises(InputError, match=r"gone\.png, which does not exist"):
+            load(found)
+
+
 def test_row_counts_as_callers_see_them(folder: Path) -> None:
     loader: Callable = data.DATASET_MAP["plain_dpo"]
     rows = loader(arguments(folder, "plain_dpo", write(folder / "d.json", [pair(0), pair(0), pair(1)])))

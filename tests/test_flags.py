@@ -49,14 +49,14 @@ OTHER_VALUES = {
     "train_sampling_strategy": "sequential",
     "data_seed": "3",
     "torch_empty_cache_steps": "2",
-    "include_num_input_tokens_seen": "all",
+    "include_num_input_tokens_seen": "True",
 }
 NOT_ON_THE_COMMAND_LINE = {"parallelism_config"}  # an object of Python
 
 
 def words_of_tests() -> str:
     here = Path(__file__)
-    return " ".join(p.read_text() for p in here.parent.glob("*.py") if p != here)
+    return " ".join(p.read_text() for p in here.parent.rglob("*.py") if p != here)
 
 
 def test_every_flag_of_transformers_has_a_line():

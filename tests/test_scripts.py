@@ -166,6 +166,10 @@ def test_config_file_and_the_command_line_wins(command, tmp_path):
 
 
 BAD_INPUT = {
+    "columns that the collator reads": (
+        "--remove_unused_columns True",
+        r"--remove_unused_columns True would drop the images",
+    ),
     "missing config file": ("--config nowhere.yaml", r"Config file nowhere\.yaml does not exist"),
     "unknown loss": ("--loss_type sigmoidd", r"sigmoidd.*sigmoid"),
     "quantised base without an adapter": ("--q_lora True", r"--use_lora True"),
