@@ -20,23 +20,34 @@ class _LoraProduct(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
     ) -> Tensor:
         """x (..., in), weight (out, in), bias (out,), A (r, in), B (out, r) -> (..., out)."""
-        flat = x.flatten(0, -2)
+        flat = x.reshape(-1, x.shape[-1])
         low = flat @ A.T  # (N, r)
         out = nn.functional.linear(flat, weight, bias).addmm_(low, B.T, alpha=scaling)
-        ctx.save_for_backward(flat, low, weight, A, B)
-        ctx.scaling, ctx.shape = scaling, x.shape
-        return out.view(*x.shape[:-1], -1)
+        ctx.save_for_backward(x, low, weight, A, B)
+        ctx.scaling = scaling
+        # Not `view`: nobody could add in place to a view that was made in here.
+        return torch._unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        flat, low, weight, A, B = ctx.saved_tensors
-        grad = grad.flatten(0, -2)  # (N, out)
+        x, low, weight, A, B = ctx.saved_tensors
+        flat = x.reshape(-1, x.shape[-1])
+        grad = grad.reshape(-1, grad.shape[-1])  # (N, out)
+        if torch.is_grad_enabled():  # a gradient of gradients: nothing in place, and `low` as a function of x and A
+            low = flat @ A.T
+            low_grad = (grad @ B) * ctx.scaling
+            x_grad = (grad @ weight + low_grad @ A).view(x.shape)
+            return x_grad, None, None, low_grad.T @ flat, (grad.T @ low) * ctx.scaling, None
         low_grad = (grad @ B) * ctx.scaling  # (N, r)
-        x_grad = (grad @ weight).addmm_(low_grad, A).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        x_grad = (grad @ weight).addmm_(low_grad, A).view(x.shape) if ctx.needs_input_grad[0] else None
         A_grad = low_grad.T @ flat if ctx.needs_input_grad[3] else None
         B_grad = (grad.T @ low).mul_(ctx.scaling) if ctx.needs_input_grad[4] else None
         return x_grad, None, None, A_grad, B_grad, None
+
+
+def _transformed() -> bool:
+    """Whether vmap, functorch's grad or forward-mode differentiation is at work, which need operations that torch knows."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 class LoraLinear(Linear):
@@ -57,6 +68,7 @@ class LoraLinear(Linear):
             and not base.weight.requires_grad
             and (base.bias is None or not base.bias.requires_grad)
             and B.bias is None
+            and not _transformed()
             and (isinstance(dropout, nn.Identity) or not (dropout.training and dropout.p))
             # ZeRO-3 and other tools reach weights through the hooks of the modules that own them.
             and not any(m._forward_pre_hooks or m._forward_hooks for m in (base, A, B))

@@ -1,0 +1,35 @@
+"""A pytest plugin that lets peft's own tests run on this project's LoRA layer (base/fast_lora.py). They are in peft's source distribution:
+
+pip download --no-deps --no-binary :all: peft==VERSION && tar xzf peft-VERSION.tar.gz
+PYTHONPATH=. python -m pytest -p tests.faults.peft_with_fast_lora peft-VERSION/tests/test_custom_models.py peft-VERSION/tests/test_mixed.py
+"""
+
+import common.compat  # noqa: F401  isort: skip  (must come before transformers)
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+
+from base import fast_lora
+
+layers = 0  # how many became fast
+
+
+def _then_fast(inject: Any) -> Any:
+    def inject_adapter(self: BaseTuner, model: Any, *args: Any, **kwargs: Any) -> Any:
+        global layers
+        result = inject(self, model, *args, **kwargs)
+        fast_lora.use_fast_lora(model)
+        layers += sum(type(m) is fast_lora.LoraLinear for m in model.modules())
+        return result
+
+    return inject_adapter
+
+
+def pytest_configure() -> None:
+    """Every adapter that peft injects from here on computes as ours."""
+    BaseTuner.inject_adapter = _then_fast(BaseTuner.inject_adapter)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say how many layers were tested: 0 would mean that nothing was."""
+    terminalreporter.write_line(f"LoRA layers that became fast: {layers}")
