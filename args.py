@@ -609,6 +609,10 @@ class PPOConfig(VLConfig):
     reward_model_name_or_path: list[str] = field(
         default_factory=list, metadata={"help": "Reward models of their own, of any family."}
     )
+    reward_timeout: float = field(
+        default=1800,
+        metadata={"help": "Seconds that a call of a reward function may take before the run stops; 0: without limit."},
+    )
     reward_fn: list[str] = field(
         default_factory=list,
         metadata={

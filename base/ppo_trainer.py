@@ -60,6 +60,7 @@ from base.ppo_metrics import (
     token_metrics,
     warn_of_collapse,
 )
+from base.reward_calls import UnscoredAnswers
 from base.rewards import AdapterReward, FunctionReward, ModelReward, Reward
 from base.rollout import Advantages, Answers, Evaluated, Images, Prompts, Row, Sampled, Scored
 from base.samples import Sample, write_samples
@@ -97,6 +98,7 @@ class VLPPOTrainer(UpdateLoop):
             disable_dropout(m)
         super().__init__(model, args, *rest, **kwargs)
         self.rewards = list(rewards)
+        self.unscored = UnscoredAnswers(args.output_dir, args.process_index)
         self.ref_model = self._prepare_frozen(ref_model) if ref_model is not None else None
         for reward in models_of_rewards:
             reward.model = self.accelerator.unwrap_model(self._prepare_frozen(reward.model))
@@ -141,6 +143,7 @@ class VLPPOTrainer(UpdateLoop):
         # 7. metrics
         self.log_metrics(rollouts, sums)
         self._write_samples(rollouts)
+        self.unscored.forget()
 
     # -- 1. rollout ----------------------------------------------------------------------------------------------------
 
@@ -148,6 +151,10 @@ class VLPPOTrainer(UpdateLoop):
     def rollout(self, micro_batches: Sequence[PPOBatch], seed: int, places: Sequence[list[int]]) -> list[Sampled]:
         """Encode the images of every micro batch once and sample answers. For the arguments see `UpdateLoop.update`."""
         self.model.eval()
+        args = self.args
+        self.unscored.begin(
+            seed=seed, step=self.state.global_step, sampling=[args.temperature, args.top_p, args.response_length]
+        )
         prompts = [self._prompts(batch, place) for batch, place in zip(micro_batches, places, strict=True)]
         at_once = max(1, self.args.local_rollout_forward_batch_size // self.args.per_device_train_batch_size)
         if self._on_any_process(len({len(row["images"]) for p in prompts for row in p.rows}) > 1):
@@ -156,9 +163,13 @@ class VLPPOTrainer(UpdateLoop):
         with self._generating_model() as core, self.phase("rollout", len(prompts)) as bar:
             for start in range(0, len(prompts), at_once):
                 group = prompts[start : start + at_once]
-                images = [self._images_to_read(core, p) for p in group]
-                with self.accelerator.autocast():
-                    answers = self.sampler.sample(core, group, images, seed)
+                answers = [self.unscored.get(p.tokens, p.places) for p in group]
+                if self._on_any_process(None in answers):
+                    images = [self._images_to_read(core, p) for p in group]
+                    with self.accelerator.autocast():
+                        answers = self.sampler.sample(core, group, images, seed)
+                for p, of_prompts in zip(group, answers, strict=True):
+                    self.unscored.put(p.tokens, p.places, of_prompts)
                 sampled += [self._lay_out(p, of_prompts) for p, of_prompts in zip(group, answers, strict=True)]
                 bar.update(len(group))
         return sampled
@@ -290,7 +301,7 @@ class VLPPOTrainer(UpdateLoop):
         values = []
         with self.phase(f"reward {reward.name}", len(sampled)) as bar:
             if isinstance(reward, FunctionReward):
-                return reward.score(sampled)
+                return self._values_of_function(reward, sampled)
             for r in sampled:
                 if isinstance(reward, AdapterReward):
                     last = last_token_positions(r.batch["segment_ids"])
@@ -302,6 +313,26 @@ class VLPPOTrainer(UpdateLoop):
                 values.append(value)
                 bar.update()
         return values
+
+    def _values_of_function(self, reward: FunctionReward, sampled: Sequence[Sampled]) -> list[Tensor]:
+        """`reward.score`. If it fails on any device all stop, with a checkpoint and the answers on disk: nothing is lost."""
+        values, failure = [], None
+        try:
+            values = reward.score(sampled)
+        except InputError as error:
+            failure = error
+        if not self._on_any_process(failure is not None):
+            return values
+        kept = ""
+        if self.is_in_train:
+            self.unscored.write()
+            if (
+                self.state.global_step
+                and not (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}").exists()
+            ):
+                self._save_checkpoint(self.model, None)
+            kept = f" The answers are kept in {self.args.output_dir}: --resume_from_checkpoint True goes on with them."
+        raise InputError(f"{failure or f'Reward {reward.name} failed on another process.'}{kept}") from failure
 
     @staticmethod
     def _check_finite(what: str, values: Tensor, r: Sampled, fix: str = "fix the reward or the row") -> None:
@@ -315,10 +346,9 @@ class VLPPOTrainer(UpdateLoop):
             self._check_finite("The advantage", r.advantages, r)
         except InputError:
             fix = "lower --learning_rate, or compute in a wider type"
-            for what in ("logps", "ref_logps", "values"):
-                self._check_finite(
-                    f"{what} of the model, with which advantages are computed,", getattr(r, what), r, fix
-                )
+            for name, what in (("logps", "A log-prob"), ("ref_logps", "A reference log-prob"), ("values", "A value")):
+                if getattr(r, name) is not None:
+                    self._check_finite(what, getattr(r, name), r, fix)
             raise
 
     # -- 3. log-probs, reference log-probs, values ---------------------------------------------------------------------

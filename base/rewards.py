@@ -20,6 +20,7 @@ from base.heads import check_same_base, head_metadata
 from base.loading import core_mapper_for
 from base.processor import VLProcessor
 from base.reward import VLRewardModel, score_rows
+from base.reward_calls import call_in_time
 from base.reward_functions import BUILT_IN, RIGHT_FROM, RewardFunction, built_in
 from base.rollout import Row, Sampled
 from base.value import VLModelWithValueHead
@@ -74,6 +75,7 @@ class FunctionReward(Reward):
     """
 
     function: RewardFunction
+    timeout: float = 0  # seconds; 0: without limit
 
     @property
     def right_from(self) -> float | None:
@@ -113,10 +115,11 @@ class FunctionReward(Reward):
         NaN where it returns None: the reward does not apply to that answer.
 
         Raises:
-            InputError: it does not return one number for each answer.
+            InputError: it does not return one number for each answer, raises, or takes too long.
         """
         rows = [(r, i, r.rows[p]) for r in sampled for i, p in enumerate(r.prompt_of)]
-        values = list(self.function(**self._arguments(rows)))
+        where = [r.where(i) for r, i, _ in rows]
+        values = call_in_time(self.function, self._arguments(rows), self.name, where, self.timeout)
         if len(values) != len(rows):
             raise InputError(
                 f"Reward {self.name} returned {len(values)} numbers for {len(rows)} answers: return one each."
@@ -212,5 +215,5 @@ def load_rewards(model: VLModelWithValueHead, base: str, freeze_vision_tower: bo
         reward_model = family.reward_model.from_pretrained(path, dtype=dtype)
         add(ModelReward, Path(path).name, model=reward_model, processor=family.processor(path))
     for spec in args.reward_fn:
-        add(FunctionReward, spec.rpartition(":")[2], function=load_reward_fn(spec))
+        add(FunctionReward, spec.rpartition(":")[2], function=load_reward_fn(spec), timeout=args.reward_timeout)
     return rewards

@@ -63,6 +63,7 @@ BASE = [
         "reference_pass",
         "resume",
         "reward_functions",
+        "reward_calls",
         "rewards",
         "rm_trainer",
         "run_folder",

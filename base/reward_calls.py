@@ -1,0 +1,137 @@
+"""Calling a user's reward function: in time, with one sentence for what it raises, and without losing the answers that it was asked about."""
+
+import inspect
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from common.errors import InputError
+from common.files import write_json
+
+Answers = list[list[list[int]]]  # [prompt][answer] -> token ids
+
+
+class _TooLong(BaseException):
+    """Not an Exception: the function's own `except Exception` must not take it."""
+
+
+def call_in_time(
+    function: Callable[..., Any], arguments: dict[str, list], name: str, where: Sequence[str], seconds: float
+) -> list:
+    """The list that a reward function returns.
+
+    Args:
+        arguments: one entry per answer each.
+        where: the row of each answer, for messages.
+        seconds: how long it may take; 0 is without limit.
+
+    Raises:
+        InputError: it raises (with the first row for which it does so alone), takes too long, or returns nothing to iterate over.
+    """
+    try:
+        with _limited(seconds):
+            values = function(**arguments)
+    except _TooLong:
+        raise InputError(
+            f"Reward {name} has not returned within {seconds:g} seconds for {len(where)} answers ({where[0]}, ...): look at what it "
+            "waits for, or raise --reward_timeout."
+        ) from None
+    except Exception as error:
+        row, cause = _first_that_raises(function, arguments, where, seconds) or (
+            f"the {len(where)} answers together",
+            error,
+        )
+        raise InputError(
+            f"Reward {name} raised {_said(cause, function)} for {row}: fix the function or the row."
+        ) from error
+    try:
+        return list(values)
+    except TypeError:
+        raise InputError(
+            f"Reward {name} returned {type(values).__name__}: return a list of one number per answer."
+        ) from None
+
+
+def _first_that_raises(
+    function: Callable[..., Any], arguments: dict[str, list], where: Sequence[str], seconds: float
+) -> tuple[str, Exception] | None:
+    for i, row in enumerate(where):
+        try:
+            with _limited(seconds):
+                function(**{name: values[i : i + 1] for name, values in arguments.items()})
+        except _TooLong:
+            return None
+        except Exception as error:
+            return row, error
+    return None
+
+
+def _said(error: Exception, function: Callable[..., Any]) -> str:
+    """The error with the line of the function's file that raised it."""
+    file, line, trace = inspect.getsourcefile(function), None, error.__traceback__
+    while trace is not None:
+        line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == file else line
+        trace = trace.tb_next
+    text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{text} ({file}, line {line})" if line else text
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raise _TooLong after some seconds. By an alarm, not in a thread: functions with alarms of their own need the main one."""
+    if not seconds or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(*_: Any) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class UnscoredAnswers:
+    """The answers of an update whose reward function failed, kept beside the checkpoint: the resumed run does not sample them again."""
+
+    def __init__(self, folder: str, process: int) -> None:
+        self.path = Path(folder) / f"unscored_answers_{process}.json"
+        self._answers: dict[str, Answers] = {}
+        self._key: dict[str, Any] = {}
+
+    def begin(self, **key: Any) -> None:
+        """Start an update; `key` is everything that the answers depend on. Reads what a failed run has left for it."""
+        if key == self._key:
+            return  # more answers of the same update
+        self._key, self._answers = key, {}
+        try:
+            kept = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        if kept.get("key") == json.loads(json.dumps(key)):
+            self._answers = kept["answers"]
+
+    def get(self, prompts: Sequence[list[int]], places: Sequence[int]) -> Answers | None:
+        """The answers to these prompts (token ids) at these places of the update, if they are known."""
+        return self._answers.get(json.dumps([*zip(places, prompts, strict=True)]))
+
+    def put(self, prompts: Sequence[list[int]], places: Sequence[int], answers: Answers) -> None:
+        """Remember answers until the next update begins."""
+        self._answers[json.dumps([*zip(places, prompts, strict=True)])] = answers
+
+    def write(self) -> Path:
+        """Write them, whole or not at all."""
+        write_json(self.path, {"key": self._key, "answers": self._answers})
+        return self.path
+
+    def forget(self) -> None:
+        """The update is done."""
+        self.path.unlink(missing_ok=True)
