@@ -20,7 +20,7 @@ from datasets import Dataset
 from base import views
 from base.batch import DPOBatch, ImageFile, ImageInputs, PPOBatch, ResponseBatch, RMBatch, SFTBatch
 from base.corruption import Corruption, diffuse
-from base.images import image_file
+from base.images import IMAGE_STATES, image_file, image_states
 from base.packing import common_beginning, pack_rows, packed_length
 from base.processor import IGNORE_INDEX, VLProcessor
 from base.views import Pairs, Places, Row, View
@@ -288,6 +288,11 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
         reference = torch.zeros(mask.shape)
         row_of = batch["rows"] % len(features)  # further rows repeat the batch's rows in order
         for b, row in enumerate(features):
+            if row.get(IMAGE_STATES) is not None and row[IMAGE_STATES] != image_states(row):
+                raise InputError(
+                    f"{row.get('where') or 'A row'}: its image has changed since the reference saw it: start the run again, which asks the "
+                    "reference about the new one, or put the old file back."
+                )
             reference[mask & (row_of == b)[:, None]] = torch.tensor(row["reference_logps"])
         return reference
 

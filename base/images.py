@@ -2,14 +2,14 @@
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 from PIL import ExifTags, Image
 
 from common.errors import InputError
-from data.images import FORMATS, to_rgb
+from data.images import FORMATS, size_and_time, to_rgb
 
 ImageSource = str | os.PathLike[str] | bytes | dict[str, Any] | Image.Image
 ImageFile = str | io.BytesIO | Image.Image
@@ -22,6 +22,15 @@ def image_file(image: ImageSource) -> ImageFile:
     if isinstance(image, bytes):
         return io.BytesIO(image)
     return image if isinstance(image, Image.Image) else os.fspath(image)
+
+
+IMAGE_STATES = "image_states"  # column of a data set with cached reference log-probs: what `image_states` said when they were computed
+
+
+def image_states(row: Mapping[str, Any]) -> list[list[int]]:
+    """Size and time of change of each image file of a row, by which a replaced one is known; [] for bytes and missing files."""
+    files = [image_file(image) for image in (*row["images"], row.get("image_rejected")) if image is not None]
+    return [list((isinstance(file, str) and size_and_time(file)) or ()) for file in files]
 
 
 def load_image(image: ImageSource) -> Image.Image:

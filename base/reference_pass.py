@@ -22,6 +22,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from args import DPOConfig
 from base.collator import VLDPODataCollatorWithPadding
+from base.images import IMAGE_STATES, image_states
 from base.processor import VLProcessor
 from base.reference_cache import COLUMN, ReferenceCache, processor_digest, row_key, weights_digest
 
@@ -107,6 +108,7 @@ class ReferencePass:
             name: of the data set, for the log.
         """
         rank, world = self.args.process_index, self.args.world_size
+        states = [image_states(row) for row in dataset]
         keys = self._row_keys(dataset)
         known = set().union(*gather_object([self.cache.keys()]))  # one answer for all ranks, before any of them writes
         todo = list({key: i for i, key in enumerate(keys) if key not in known}.values())
@@ -122,7 +124,8 @@ class ReferencePass:
         self._compute(dataset.select(mine), [keys[i] for i in mine], len(todo))
         self.args.distributed_state.wait_for_everyone()
         values = self.cache.read(keys)
-        return dataset.add_column(COLUMN, [values[key] for key in keys], feature=List(Value("float32")))
+        dataset = dataset.add_column(COLUMN, [values[key] for key in keys], feature=List(Value("float32")))
+        return dataset.add_column(IMAGE_STATES, states, feature=List(List(Value("int64"))))
 
     def _row_keys(self, dataset: Dataset) -> list[str]:
         """`row_key` of every row; each rank reads the images of its share."""

@@ -6,7 +6,6 @@ columns of any kind as they are (data/rows.py); marks, texts and images are chec
 
 import copy
 import hashlib
-import json
 import logging
 import os
 from collections import Counter
@@ -21,6 +20,7 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 
 from args import DataArguments
 from common.errors import InputError
+from common.files import write_json_lines
 from data import (
     conversational,
     hadpo,
@@ -281,8 +281,7 @@ def _report_refused(parts: list[_Part], on_bad_row: str, output_dir: str | os.Pa
     path = None
     if output_dir is not None and os.environ.get("RANK", "0") == "0":
         path = Path(output_dir) / "bad_rows.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in refused), encoding="utf-8")
+        write_json_lines(path, refused)
     bad = [entry for entry in refused if not entry["skipped"]]
     rows = sum(int(part.counts["rows"]) for part in parts)  # type: ignore[call-overload]
     if bad and on_bad_row == "error":

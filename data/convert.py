@@ -74,11 +74,23 @@ def convert_batch(
     return out
 
 
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object whose names are all different; Python would take the last of equal ones."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BadRow(f"has the key {twice!r} twice in one object: which of the values counts?")
+    return found
+
+
 def _parse(record: Mapping[str, object]) -> dict:
     if record["unreadable"]:
         raise BadRow(str(record["unreadable"]))
     try:
-        value = json.loads(record["text"])  # type: ignore[arg-type]
+        value = json.loads(record["text"], object_pairs_hook=_object)  # type: ignore[arg-type]
+    except BadRow:
+        raise
     except json.JSONDecodeError as error:
         line, column = int(record["line"]) + error.lineno - 1, error.colno  # type: ignore[call-overload]
         raise BadRow(

@@ -6,22 +6,24 @@ row is wrong.
 """
 
 import csv
+import fnmatch
 import functools
-import glob
 import hashlib
 import json
 import logging
 import os
 import re
 import tarfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
 import datasets
+import pyarrow as pa
 from datasets import Dataset, Features, Value
 
-from common.errors import InputError
+from common.errors import InputError, disk_trouble
 from data.rows import shorten
 
 logger = logging.getLogger(__name__)
@@ -145,8 +147,9 @@ def _files_of_folder(path: str) -> list[str]:
     if os.path.exists(os.path.join(path, "state.json")):  # save_to_disk; what is cached beside the data is not data
         with open(os.path.join(path, "state.json"), encoding="utf-8") as file:
             return [os.path.join(path, part["filename"]) for part in json.load(file)["_data_files"]]
+    everything = _files_below(path)
     for names in ("*.parquet", "*.json*", "*.csv", "*.tsv", "*.tar"):
-        files = sorted(glob.glob(os.path.join(glob.escape(path), "**", names), recursive=True))
+        files = sorted(f for f in everything if fnmatch.fnmatch(os.path.basename(f), names))
         if not names.startswith(("*.parquet", "*.tar")):
             files = [f for f in files if os.path.dirname(f) == path.rstrip("/")]
         files = [f for f in files if os.path.basename(f) not in ("dataset_info.json",)]
@@ -155,6 +158,23 @@ def _files_of_folder(path: str) -> list[str]:
         if files:
             return files
     return []
+
+
+def _files_below(path: str, above: tuple[str, ...] = ()) -> list[str]:
+    """Every file of a folder and of those below it, hidden ones left out. A link to a folder above is not followed: it has no end."""
+    real = os.path.realpath(path)
+    if real in above:
+        logger.warning("%s is a link to a folder that holds it, and is passed over.", path)
+        return []
+    found = []
+    for entry in sorted(os.scandir(path), key=lambda e: e.name):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            found += _files_below(entry.path, (*above, real))
+        elif entry.is_file():
+            found.append(entry.path)
+    return found
 
 
 def _one_split(path: str) -> str:
@@ -201,7 +221,15 @@ def read_hub(name: str) -> Dataset:
 def _json(stamps: list[tuple[str, str | None, int, int]]) -> Dataset:
     # Size and time of change are part of what `datasets` keys its cache by.
     kwargs = {"stamps": stamps, "code": code_state()}
-    return Dataset.from_generator(_records_of_files, features=_RECORD, gen_kwargs=kwargs)
+    try:
+        return Dataset.from_generator(_records_of_files, features=_RECORD, gen_kwargs=kwargs)
+    except (pa.ArrowInvalid, OSError) as error:
+        # The file itself is read by our own code, whose errors come wrapped: what failed here is the copy of an earlier run.
+        if disk_trouble(error):
+            raise
+        logger.warning("The cached copy of %s is damaged (%s): reading the file again.", stamps[0][0], error)
+        kwargs["code"] += f" again {uuid.uuid4().hex}"
+        return Dataset.from_generator(_records_of_files, features=_RECORD, gen_kwargs=kwargs)
 
 
 def _guarded(path: str, load: Callable[[], Dataset]) -> Dataset:

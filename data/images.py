@@ -77,6 +77,15 @@ def _check_file(path: str, image_root: str, allow_outside: bool, decode: bool) -
         raise BadRow(f"names the image {name}, which cannot be read ({error.strerror or error})") from None
 
 
+def size_and_time(path: str) -> tuple[int, int] | None:
+    """Size in bytes and time of change in ns of a file, by which a replaced one is known; None if it is not there."""
+    try:
+        info = os.stat(path)
+    except OSError:
+        return None
+    return info.st_size, info.st_mtime_ns
+
+
 def forget_images() -> None:
     """Look at every file anew: it may have changed."""
     _check_file.cache_clear()

@@ -3,14 +3,16 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
 
 from data.files import code_state
-from data.images import check_image, forget_images
+from data.images import check_image, forget_images, size_and_time
 from data.pairs import ordered_pairs
 from data.rows import IMAGE_MARK, REQUIRED, BadRow, Kind, Message, Row, SkippedRow, first_user_text
 
@@ -72,6 +74,7 @@ def verify(
         "every": {"all": 1, "sample": max(len(rows) // SAMPLE, 1), "none": 0}[check_images],
         "by_name": check_images != "all",
         "code": code_state(),
+        "files": "" if image_bytes or check_images == "none" else _state_of_files(rows, check_images),
     }
     needed = (
         *REQUIRED[kind],
@@ -130,8 +133,10 @@ def verify_batch(
     every: int,
     by_name: bool,
     code: str,
+    files: str,
 ) -> dict[str, list]:
-    """Verdicts of some rows, for `datasets.map`: the images of each row whose number `every` divides. `code` is part of the cache's key."""
+    """Verdicts of some rows, for `datasets.map`: the images of each row whose number `every` divides. `code` and `files` are part of the
+    cache's key."""
     out: dict[str, list] = {name: [] for name in _VERDICT}
     for i, index in enumerate(indices):
         row: Row = {name: values[i] for name, values in batch.items()}
@@ -154,6 +159,21 @@ def verify_batch(
         for name, value in zip(_VERDICT, (problem, skipped, group, content, sizes), strict=True):
             out[name].append(value)
     return out
+
+
+def _state_of_files(rows: Dataset, check_images: str) -> str:
+    """Digest of size and time of change of the images that are looked at: a verdict is as old as its file."""
+    every = max(len(rows) // SAMPLE, 1) if check_images == "sample" else 1
+    names: dict[str, None] = {}
+    some = rows.select(range(0, len(rows), every)).with_format("arrow")[:] if len(rows) else {}
+    for column in {"images", "image_rejected"} & set(rows.column_names) if len(rows) else ():
+        values = pc.list_flatten(some[column]) if column == "images" else some[column]
+        names |= dict.fromkeys(sorted(name for name in values.to_pylist() if name))
+    digest = hashlib.blake2b(digest_size=16)
+    with ThreadPoolExecutor() as pool:
+        for name, state in zip(names, pool.map(size_and_time, names), strict=True):
+            digest.update(f"{name} {state}\n".encode())
+    return digest.hexdigest()
 
 
 def _name_of(image: object) -> bytes:
