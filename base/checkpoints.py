@@ -30,40 +30,39 @@ from args import RUN_JSON
 from base.bad_steps import BadSteps
 from base.loading import load_weights
 from base.resume import newest_whole_checkpoint, write_checksums
-from common.errors import InputError
+from common.errors import InputError, disk_trouble
 from common.files import flush, make_valid_json
 from common.tensors import first_not_finite
 
 EXIT_PREEMPTED = 75  # sysexits.h EX_TEMPFAIL: nothing is wrong, start the same command again
+EXIT_INTERRUPTED = 130  # as a shell reports Ctrl-C: 128 + SIGINT
 ASIDE = ".incomplete"
 
 
-def _could_not_write(error: BaseException) -> bool:
-    # torch.save reports a full disk as a RuntimeError of its zip writer.
-    return isinstance(error, OSError | SafetensorError) or (
-        isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)
-    )
-
-
 class Preemption(TrainerCallback):
-    """Stops after the step during which any process got SIGTERM, with a checkpoint."""
+    """Stops after the step during which any process got SIGTERM or Ctrl-C, with a checkpoint."""
 
     def __init__(self, on_any_process: Callable[[bool], bool]) -> None:
         self.asked = self.stopped = False
+        self.interrupted = False  # by Ctrl-C
         self.on_any_process = on_any_process
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGTERM for the duration of training."""
+        """Take SIGTERM and Ctrl-C for the duration of training. A second Ctrl-C ends it at once."""
 
-        def ask(*_: Any) -> None:
+        def ask(number: int, _: Any) -> None:
             self.asked = True
+            if number == signal.SIGINT:
+                self.interrupted = True
+                signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        before = signal.signal(signal.SIGTERM, ask)
+        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Every process must stop at the same step, and a launcher may signal them at different ones.
@@ -73,8 +72,9 @@ class Preemption(TrainerCallback):
 
 
 def ignore_sigterm(then: Callable[[int], None] | None, worker: int) -> None:
-    """Let a data-loader worker survive the SIGTERM that the whole process group gets: the last step needs it."""
+    """Let a data-loader worker survive the SIGTERM or Ctrl-C that the whole process group gets: the last step needs it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if then is not None:
         then(worker)
 
@@ -88,7 +88,7 @@ class SafeCheckpoints(Trainer):
         """As Trainer's.
 
         Raises:
-            SystemExit: with EXIT_PREEMPTED, after a SIGTERM and a checkpoint.
+            SystemExit: with EXIT_PREEMPTED after a SIGTERM, EXIT_INTERRUPTED after Ctrl-C, and a checkpoint.
         """
         self.__dict__.pop("bad_steps", None)  # of an earlier call
         preemption = Preemption(self._on_any_process)
@@ -102,10 +102,11 @@ class SafeCheckpoints(Trainer):
         if preemption.stopped:
             if self.is_world_process_zero():
                 print(
-                    f"Stopped by SIGTERM after step {self.state.global_step}; `--resume_from_checkpoint True` goes on from there.",
+                    f"Stopped by {'Ctrl-C' if preemption.interrupted else 'SIGTERM'} after step {self.state.global_step}; "
+                    "`--resume_from_checkpoint True` goes on from there.",
                     file=sys.stderr,
                 )
-            raise SystemExit(EXIT_PREEMPTED)
+            raise SystemExit(EXIT_INTERRUPTED if preemption.interrupted else EXIT_PREEMPTED)
         return result
 
     def evaluate_alone(self, checkpoint: str | None = None) -> dict[str, float]:
@@ -224,9 +225,9 @@ class SafeCheckpoints(Trainer):
         try:
             yield folder
         except Exception as error:
-            if not _could_not_write(error):
-                raise
             shutil.rmtree(folder, ignore_errors=True)
+            if disk_trouble(error) is None and not isinstance(error, OSError | SafetensorError):
+                raise
             last = newest_whole_checkpoint(self.args.output_dir)
             raise InputError(
                 f"{what} could not be written to {self.args.output_dir} ({' '.join(str(error).split())[:200]}). "

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -73,8 +73,11 @@ def load_head(folder: str, name: str, backbone: nn.Module) -> nn.Linear:
         script = "train_rm.py" if name == REWARD_HEAD else "train_ppo.py"
         raise InputError(f"{folder} has no {name}: give the output folder of {script}, or train a reward model first.")
     head = scalar_head(backbone)
-    with safe_open(path, "pt") as file:
-        weight = file.get_tensor("weight")
+    try:
+        with safe_open(path, "pt") as file:
+            weight = file.get_tensor("weight")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged ({error}): take another checkpoint, or copy the file again.") from error
     if weight.shape != head.weight.shape:
         raise InputError(
             f"{path} is a head for hidden size {weight.shape[1]}, the model has {head.weight.shape[1]}: "
@@ -91,8 +94,11 @@ def head_metadata(folder: str, name: str = REWARD_HEAD) -> dict[str, str]:
     path = checkpoint_file(folder, name)
     if path is None:
         return {}
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged ({error}): take another checkpoint, or copy the file again.") from error
 
 
 def checkpoint_fingerprint(model_name_or_path: str, weights: str = "model.safetensors") -> str | None:

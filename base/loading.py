@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel, prepare_model_for_kbit_training, set_peft_model_state_dict
 from peft.utils import load_peft_weights
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file, is_flash_attn_2_available
 
-from base.layout import ADAPTER_CONFIG, base_model_path
+from base.layout import ADAPTER_CONFIG, base_model_path, damaged_file
 from common.compat import keep_quantised_linears_trainable
 from common.errors import InputError
 from common.tensors import first_not_finite
@@ -55,6 +56,10 @@ def architecture_of(model_name_or_path: str) -> str:
                 "has moved, correct base_model_name_or_path there."
             ) from error
         raise InputError(f"{reason}: {error}") from error
+    if config_file is None:
+        raise InputError(
+            f"{path} has no config.json: give the folder of a checkpoint, or of a LoRA adapter with its {ADAPTER_CONFIG}."
+        )
     try:
         architectures = json.loads(Path(config_file).read_text()).get("architectures") or []
     except json.JSONDecodeError as error:
@@ -93,9 +98,13 @@ def load_model(
         kwargs["quantization_config"] = _quantisation(model_class, path, bits, dtype)
     # ZeRO-3 draws random weights before it reads the real ones. Adapters and heads, which are drawn next, must not depend on that.
     with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
-        model, info = model_class.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **kwargs
-        )
+        try:
+            model, info = model_class.from_pretrained(
+                path, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **kwargs
+            )
+        except (SafetensorError, OSError) as error:
+            reason = damaged_file(path) or f"{path} cannot be loaded ({' '.join(str(error).split())[:300]})"
+            raise InputError(f"{reason}: copy or download the file again.") from error
     wrong = {
         name: sorted(map(str, info.get(name) or ())) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
     }
@@ -176,6 +185,10 @@ def _set_adapter_weights(model: PeftModel, folder: str, adapter_name: str) -> No
 def _must_fit(model: nn.Module, folder: str) -> Iterator[dict[str, str]]:
     """One sentence for what peft says of an adapter that does not fit; yields the renames of the model's family."""
     core = model.get_base_model() if isinstance(model, PeftModel) else model
+    if damaged := damaged_file(folder):
+        raise InputError(f"{damaged}: take another checkpoint, or copy the file again.")
+    if not [*Path(folder).glob("adapter_model.*")] and Path(folder).is_dir():
+        raise InputError(f"{folder} has no adapter_model.safetensors: take another checkpoint, or copy the file again.")
     if (Path(folder) / "adapter_model.bin").is_file() and not (Path(folder) / "adapter_model.safetensors").is_file():
         raise InputError(
             f"{folder} holds its weights as adapter_model.bin, and only safetensors are read: load and save the adapter "

@@ -16,7 +16,7 @@ from transformers import AutoProcessor, PreTrainedTokenizerBase
 
 from base.image_tokens import ImageTokenCounter
 from base.images import ImageSource, load_image, refuse_images
-from base.layout import processor_path
+from base.layout import damaged_file, processor_path
 from base.template import ChatTemplate, Messages
 from common.errors import InputError
 from data.rows import IMAGE_MARK
@@ -46,7 +46,17 @@ class VLProcessor:
             InputError: the checkpoint has no processor, or no chat template and the family has no default.
         """
         model_name_or_path = processor_path(model_name_or_path)
-        self.processor = AutoProcessor.from_pretrained(model_name_or_path, **kwargs)
+        try:
+            self.processor = AutoProcessor.from_pretrained(model_name_or_path, **kwargs)
+        except Exception as error:  # of the many kinds that a damaged file makes tokenizers and image processors raise
+            if damaged := damaged_file(model_name_or_path):
+                raise InputError(f"{damaged}: copy or download the file again.") from error
+            if not isinstance(error, OSError | ValueError):
+                raise
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(
+                f"{model_name_or_path} has no whole processor ({reason}): copy or download it again."
+            ) from error
         if isinstance(self.processor, PreTrainedTokenizerBase):
             raise InputError(
                 f"{model_name_or_path} holds a tokenizer but no image processor: save the whole processor there."

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils.hub import constants
@@ -90,6 +90,13 @@ def _image_bytes(image: ImageSource) -> bytes:
     return hashlib.sha256(content).digest()
 
 
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for key, tensor in sorted(tensors.items()):
+        digest.update(key.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
 class ReferenceCache:
     """The cached log-probs of one reference. Every process writes separate files, whole or not at all."""
 
@@ -113,10 +120,33 @@ class ReferenceCache:
     def keys(self) -> set[str]:
         """The rows that are on disk."""
         found: set[str] = set()
-        for path in self.folder.glob("*.safetensors"):
+        for path in self._whole_files():
             with safe_open(path, framework="pt") as file:
                 found.update(file.keys())
         return found
+
+    def _whole_files(self) -> list[Path]:
+        """The files that are as they were written. Others are set aside, and their rows computed again."""
+        whole = []
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    written = (file.metadata() or {}).get("blake2b")
+                    now = _digest({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118  not a dict
+                reason = "its checksum is another" if now != written else None
+            except FileNotFoundError:
+                continue  # another process has set it aside
+            except (OSError, SafetensorError) as error:
+                reason = str(error)
+            if reason is None:
+                whole.append(path)
+                continue
+            logger.warning("%s is damaged (%s): its rows are computed again.", path, reason)
+            try:
+                path.rename(path.with_suffix(".damaged"))
+            except FileNotFoundError:
+                continue
+        return whole
 
     def add(self, key: str, logps: Tensor) -> None:
         """Keep the log-probs of a row, (tokens,); written with those of other rows."""
@@ -129,7 +159,7 @@ class ReferenceCache:
         if self._held:
             path = self.folder / f"{uuid.uuid4().hex}.safetensors"
             with replacing(path) as beside:
-                save_file(self._held, beside)
+                save_file(self._held, beside, {"blake2b": _digest(self._held)})
             self._held = {}
 
     def read(self, keys: Iterable[str]) -> dict[str, list[float]]:

@@ -1,20 +1,58 @@
-"""The one exception for wrong input, and how a command ends with it."""
+"""The one exception for wrong input, and how a command ends with it, or with a disk that is full."""
 
+import errno
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+# What a disk says, and not a mistake of the program.
+_DISK = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+)
+_DISK_TEXT = re.compile(
+    r"No space left|Disk quota exceeded|File too large|Read-only file system|Permission denied|Input/output error"
+    r"|PytorchStreamWriter|inline_container|unexpected pos"  # how torch.save says it
+)
 
 
 class InputError(ValueError):
     """Wrong input from the user: one sentence that names the file, the row and the fix. `run` prints it without a traceback."""
 
 
+def disk_trouble(error: BaseException | None) -> str | None:
+    """What a file system has refused, in words with the file where it is known; None for any other error."""
+    while error is not None:
+        text = " ".join(str(error).split())[:300]
+        if isinstance(error, OSError) and error.errno in _DISK:
+            return f"{error.filename or 'A file'} could not be written or read ({error.strerror})"
+        # safetensors and torch have errors of their own for what the system told them.
+        told = isinstance(error, RuntimeError | OSError) or type(error).__name__ == "SafetensorError"
+        if told and _DISK_TEXT.search(text):
+            return f"A file could not be written ({text})"
+        error = error.__cause__
+    return None
+
+
 def run(main: Callable[[], object]) -> None:
-    """Call a command's main: wrong input ends in one sentence on stderr and exit status 2, anything else in its traceback."""
+    """Call a command's main: wrong input, or a full disk, ends in one sentence on stderr and exit status 2, anything else in its traceback."""
     try:
         main()
     except InputError as error:
         fail(error)
+    except Exception as error:
+        trouble = disk_trouble(error)
+        if trouble is None:
+            raise
+        fail(f"{trouble}: free space, or give a folder that can be written.")
 
 
 def fail(message: InputError | str) -> None:

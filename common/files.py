@@ -46,8 +46,12 @@ def make_valid_json(path: str | Path) -> None:
         write_json(path, json.loads(text, parse_constant=lambda _: None))
 
 
-def check_writable(folder: str) -> None:
-    """Raise InputError if no file can be created in a folder, or in its nearest existing parent."""
+def check_writable(folder: str, what: str = "--output_dir") -> None:
+    """Raise InputError if no file can be created in a folder, or in its nearest existing parent.
+
+    Args:
+        what: names the folder in the message.
+    """
     there = Path(folder).absolute()
     while not there.exists():
         there = there.parent
@@ -56,7 +60,7 @@ def check_writable(folder: str) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise InputError(f"--output_dir {folder} cannot be written ({error.strerror}): give another folder.") from error
+        raise InputError(f"{what} {folder} cannot be written ({error.strerror}): give another folder.") from error
 
 
 def flush(folder: Path) -> None:

@@ -11,6 +11,7 @@ from base.heads import REWARD_HEAD, checkpoint_fingerprint, load_head, save_head
 from base.layout import processor_path
 from base.loading import base_model_path, load_adapter, load_model
 from common.errors import InputError
+from common.files import check_writable
 from models import core_mapper_for
 
 
@@ -63,16 +64,20 @@ def merge_to(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists already: give a folder that is empty or does not exist.")
+    check_writable(str(out.parent), "The folder of the merged model")
     model = merge(base, adapter, bits, dtype)
     aside = out.with_name(f".{out.name}.incomplete")
     shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    core_mapper_for(base).processor(adapter if processor_path(adapter) == adapter else base).save_pretrained(aside)
-    if (Path(adapter) / REWARD_HEAD).is_file():
-        save_head(model, load_head(adapter, REWARD_HEAD, model).weight, str(aside), REWARD_HEAD)
-    if out.exists():
-        out.rmdir()
-    os.rename(aside, out)
+    try:
+        model.save_pretrained(aside)
+        core_mapper_for(base).processor(adapter if processor_path(adapter) == adapter else base).save_pretrained(aside)
+        if (Path(adapter) / REWARD_HEAD).is_file():
+            save_head(model, load_head(adapter, REWARD_HEAD, model).weight, str(aside), REWARD_HEAD)
+        if out.exists():
+            out.rmdir()
+        os.rename(aside, out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _check_base(base: str, adapter: str) -> None:
