@@ -104,34 +104,36 @@ class UnscoredAnswers:
 
     def __init__(self, folder: str, process: int) -> None:
         self.path = Path(folder) / f"unscored_answers_{process}.json"
-        self._answers: dict[str, Answers] = {}
         self._key: dict[str, Any] = {}
+        self._sampled: dict[str, Answers] = {}  # of this update
+        self._kept: dict[str, Answers] = {}  # what a failed run has left for it
 
     def begin(self, **key: Any) -> None:
-        """Start an update; `key` is everything that the answers depend on. Reads what a failed run has left for it."""
+        """Start an update, or go on with it; `key` is everything that the answers depend on besides the weights."""
         if key == self._key:
-            return  # more answers of the same update
-        self._key, self._answers = key, {}
+            return
+        self._key, self._sampled, self._kept = key, {}, {}
         try:
             kept = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return
-        if kept.get("key") == json.loads(json.dumps(key)):
-            self._answers = kept["answers"]
+            if kept["key"] == json.loads(json.dumps(key)):
+                self._kept = kept["answers"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return  # nothing was left, or nothing that can be read: the answers are sampled
 
     def get(self, prompts: Sequence[list[int]], places: Sequence[int]) -> Answers | None:
-        """The answers to these prompts (token ids) at these places of the update, if they are known."""
-        return self._answers.get(json.dumps([*zip(places, prompts, strict=True)]))
+        """The answers that a failed run has left to these prompts (token ids) at these places of the update."""
+        return self._kept.get(json.dumps([*zip(places, prompts, strict=True)]))
 
     def put(self, prompts: Sequence[list[int]], places: Sequence[int], answers: Answers) -> None:
         """Remember answers until the next update begins."""
-        self._answers[json.dumps([*zip(places, prompts, strict=True)])] = answers
+        self._sampled[json.dumps([*zip(places, prompts, strict=True)])] = answers
 
     def write(self) -> Path:
         """Write them, whole or not at all."""
-        write_json(self.path, {"key": self._key, "answers": self._answers})
+        write_json(self.path, {"key": self._key, "answers": self._sampled})
         return self.path
 
     def forget(self) -> None:
         """The update is done."""
+        self._key = {}
         self.path.unlink(missing_ok=True)

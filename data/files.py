@@ -220,7 +220,7 @@ def read_hub(name: str) -> Dataset:
 
 def _json(stamps: list[tuple[str, str | None, int, int]]) -> Dataset:
     # Size and time of change are part of what `datasets` keys its cache by.
-    kwargs = {"stamps": stamps, "code": code_state()}
+    kwargs: dict[str, object] = {"stamps": stamps, "code": code_state()}
     try:
         return Dataset.from_generator(_records_of_files, features=_RECORD, gen_kwargs=kwargs)
     except (pa.ArrowInvalid, OSError) as error:
@@ -228,7 +228,7 @@ def _json(stamps: list[tuple[str, str | None, int, int]]) -> Dataset:
         if disk_trouble(error):
             raise
         logger.warning("The cached copy of %s is damaged (%s): reading the file again.", stamps[0][0], error)
-        kwargs["code"] += f" again {uuid.uuid4().hex}"
+        kwargs["code"] = f"{kwargs['code']} again {uuid.uuid4().hex}"
         return Dataset.from_generator(_records_of_files, features=_RECORD, gen_kwargs=kwargs)
 
 
