@@ -70,6 +70,12 @@ class ModelArguments:
         default=False, metadata={"help": "Load the base in --bits and train LoRA on it (needs --use_lora)."}
     )
     bits: Literal[4, 8] = field(default=4, metadata={"help": "With --q_lora: 4 (NF4, double quantisation) or 8."})
+    enable_thinking: bool = field(
+        default=False,
+        metadata={
+            "help": "Let the model think before it answers, where its chat template has that switch (Qwen3.5, ...)."
+        },
+    )
     merge_first: bool = field(
         default=False,
         metadata={
@@ -78,6 +84,14 @@ class ModelArguments:
     )
 
 
+# LoRA flags that were not given, where training does not continue an adapter
+NEW_ADAPTER: dict[str, Any] = {
+    "lora_r": 64,
+    "lora_alpha": 16,
+    "lora_dropout": 0.05,
+    "lora_target_modules": ["auto"],
+    "lora_bias": "none",
+}
 OF_NEW_ADAPTER = "by default the adapter's that training continues, of a new one"
 # LoRA flags that were not given, where training does not continue an adapter
 NEW_ADAPTER: dict[str, Any] = {

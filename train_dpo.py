@@ -43,7 +43,7 @@ def build(
     # ---- Model -----------------------------------------------------------------------------------------------------
     plan = LoadPlan.of(model_args, lora_args, training_args)  # precision, attention, shared prompts: printed
     adapter = core_mapper_for(plan.checkpoint)
-    processor = adapter.processor(plan.checkpoint)
+    processor = adapter.processor(plan.checkpoint, **plan.rendering)
     # EDIT: what trains and what is frozen
     model = load_policy(plan, lora_args, training_args)
     ref_model = load_reference(model, plan, training_args)

@@ -42,14 +42,14 @@ def build(
     # ---- Model -----------------------------------------------------------------------------------------------------
     plan = LoadPlan.of(model_args, lora_args, training_args)  # precision, attention, shared prompts: printed
     adapter = core_mapper_for(plan.checkpoint)
-    processor = adapter.processor(plan.checkpoint)
+    processor = adapter.processor(plan.checkpoint, **plan.rendering)
     # EDIT: what trains and what is frozen
     model = load_policy(plan, lora_args, training_args)
     ref_model = load_reference(model, plan, training_args) if training_args.reads_reference else None
     # with a value head beside the policy, unless answers are compared with each other (--advantage_estimator)
     model = adapter.value_model(model, with_value=training_args.has_value_function)
     # EDIT: a reward of your own; or a function in a file, named by --reward_fn
-    rewards = load_rewards(model, plan.base, plan.freeze_vision_tower, training_args)
+    rewards = load_rewards(model, plan.base, plan.freeze_vision_tower, training_args, plan.rendering["date"])
 
     # ---- Data ------------------------------------------------------------------------------------------------------
     collator = adapter.ppo_collator(processor, LengthLimits.from_args(data_args), share_prefix=plan.share_prefix)

@@ -99,12 +99,9 @@ class VLDataCollator:
 
     def encode_prompts(self, features: Sequence[Row]) -> tuple[list[list[int]], ImageInputs]:
         """Token ids of the rows' prompts, image tokens and generation prompt included, and their image inputs."""
-        images = [row["images"] for row in features]
-        texts = [
-            self.processor.render(row["prompt"], add_generation_prompt=True, images=len(row["images"]))
-            for row in features
-        ]
-        return self.processor.encode_prompts(texts, images)
+        return self.processor.encode_conversations(
+            [row["prompt"] for row in features], [row["images"] for row in features]
+        )
 
     @staticmethod
     def places(features: Sequence[Row]) -> list[str]:

@@ -1,12 +1,22 @@
 """What lies in a checkpoint's folder, and in that of a LoRA adapter."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedConfig, ProcessorMixin
+from transformers.utils import cached_file
 
 from common.errors import InputError
 
+# Fields that processors of older checkpoints lack -> where config.json has them
+PROCESSOR_FIELDS: dict[str, Callable[[PreTrainedConfig], Any]] = {
+    "patch_size": lambda config: config.vision_config.patch_size,
+    "vision_feature_select_strategy": lambda config: getattr(config, "vision_feature_select_strategy", "default"),
+    "num_query_tokens": lambda config: config.num_query_tokens,
+}
 ADAPTER_CONFIG = "adapter_config.json"
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
@@ -47,3 +57,43 @@ def damaged_file(folder: str | Path) -> str | None:
         except (SafetensorError, OSError, ValueError) as error:
             return f"{path} is damaged ({error})"
     return None
+
+
+def model_config(model_name_or_path: str) -> PreTrainedConfig | None:
+    """The configuration of a checkpoint, or of an adapter's base; None where only a processor was saved."""
+    path = base_model_path(model_name_or_path)
+    if cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False) is None:
+        return None
+    return AutoConfig.from_pretrained(path)
+
+
+def complete_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
+    """Fill in what a processor of an older checkpoint lacks; transformers would fail, or count an image token too few."""
+    for name, read in PROCESSOR_FIELDS.items():
+        if hasattr(processor, name) and getattr(processor, name) is None:
+            setattr(processor, name, read(config))
+    class_token = getattr(getattr(config, "vision_config", None), "model_type", None) == "clip_vision_model"
+    if class_token and getattr(processor, "num_additional_image_tokens", None) == 0:
+        processor.num_additional_image_tokens = 1
+
+
+def check_weights(path: str) -> None:
+    """Refuse a plain checkpoint whose weights cannot be trained, or are not read.
+
+    Raises:
+        InputError: they are quantised by other means than bitsandbytes, or pickled.
+    """
+    config = json.loads(Path(cached_file(path, "config.json")).read_text())
+    settings = config.get("quantization_config") or config.get("quantization") or {}
+    method = settings.get("quant_method") or ("MLX" if settings else None)
+    if method and method != "bitsandbytes":
+        raise InputError(
+            f"{path} holds weights that were quantised with {method}, which cannot be trained or merged: give the checkpoint "
+            "that it was made from (its model card names the base model), with --q_lora True for 4 bits."
+        )
+    folder = Path(path)
+    if any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
+        raise InputError(
+            f"{path} holds its weights as pytorch_model.bin, and only safetensors are read: convert it once, in Python, by "
+            f"AutoModelForImageTextToText.from_pretrained({path!r}, dtype='auto').save_pretrained(OUT), and copy the other files."
+        )

@@ -5,18 +5,19 @@ here and in base/template.py: the chat template is cut at the assistant's turns,
 labels are right by construction.
 """
 
+import datetime
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from PIL import Image
-from transformers import AutoProcessor, PreTrainedTokenizerBase
+from transformers import AutoProcessor, PreTrainedConfig, PreTrainedTokenizerBase
 
 from base.image_tokens import ImageTokenCounter
 from base.images import ImageSource, load_image, refuse_images
-from base.layout import damaged_file, processor_path
+from base.layout import complete_processor, damaged_file, model_config, processor_path
 from base.template import ChatTemplate, Messages
 from common.errors import InputError
 from data.rows import IMAGE_MARK
@@ -36,15 +37,24 @@ class VLProcessor:
     # (None: the value of the token before).
     per_token_keys: ClassVar[dict[str, int | None]] = {"token_type_ids": 0, "mm_token_type_ids": 0}
 
-    def __init__(self, model_name_or_path: str, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model_name_or_path: str,
+        *,
+        enable_thinking: bool = False,
+        date: datetime.date | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Load the processor saved in `model_name_or_path`, or of an adapter folder without one that of its base.
 
         Args:
+            enable_thinking, date: of the chat template, see base.template.ChatTemplate.
             kwargs: go to AutoProcessor.from_pretrained.
 
         Raises:
             InputError: the checkpoint has no processor, or no chat template and the family has no default.
         """
+        config = model_config(model_name_or_path)
         model_name_or_path = processor_path(model_name_or_path)
         try:
             self.processor = AutoProcessor.from_pretrained(model_name_or_path, **kwargs)
@@ -61,18 +71,53 @@ class VLProcessor:
             raise InputError(
                 f"{model_name_or_path} holds a tokenizer but no image processor: save the whole processor there."
             )
+        if config is not None:
+            complete_processor(self.processor, config)
         if getattr(self.processor, "chat_template", None) is None:
             self.processor.chat_template = self.tokenizer.chat_template or self.default_chat_template
-        if self.processor.chat_template is None:
+        if not self.processor.chat_template:
             raise InputError(f"{model_name_or_path} has no chat template: add chat_template.jinja to it.")
+        if isinstance(self.processor.chat_template, dict) and "default" not in self.processor.chat_template:
+            names = ", ".join(self.processor.chat_template)
+            raise InputError(f"{model_name_or_path} has chat templates named {names}: call the one to use `default`.")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.unk_token or self.tokenizer.eos_token
-        self.template = ChatTemplate(self.processor, self.tokenizer)
+        self.template = ChatTemplate(self.processor, self.tokenizer, enable_thinking=enable_thinking, date=date)
         self.image_token, self.image_placeholder = self.template.image_token, self.template.image_placeholder
         self.answer_end = self.template.answer_end
+        self._beyond = self._tokens_beyond(config, model_name_or_path) if config is not None else frozenset()
         self._lengths_only = False
         self._image_tokens = ImageTokenCounter(self.template, self.tokenizer, self._expand)
         self.train()
+
+    def _tokens_beyond(self, config: PreTrainedConfig, path: str) -> frozenset[int]:
+        """Added tokens that the model has no embedding for; texts that hold them are refused.
+
+        Raises:
+            InputError: every prompt would hold one.
+        """
+        rows = config.get_text_config().vocab_size
+        images = {getattr(config, name, None) for name in ("image_token_id", "image_token_index")}
+        beyond = frozenset(id for id in self.tokenizer.added_tokens_decoder if id >= rows and id not in images)
+        prompt = self.template.render(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}], True
+        )
+        always = [*self.tokenizer(prompt).input_ids, *self.template.answer_end_ids, self.tokenizer.pad_token_id]
+        if found := beyond.intersection(always):
+            raise InputError(
+                f"{path}: {self._names(found)} not among the {rows} embeddings of the model: take the tokenizer that the "
+                "checkpoint came with, or call resize_token_embeddings on the model once and save it."
+            )
+        return beyond
+
+    def _names(self, ids: Iterable[int]) -> str:
+        return " and ".join(f"the token {self.tokenizer.convert_ids_to_tokens(id)} ({id}) is" for id in sorted(ids))
+
+    def _refuse_beyond(self, ids: Iterable[int]) -> None:
+        if self._beyond and (found := self._beyond.intersection(ids)):
+            raise InputError(
+                f"A text has tokens that the model does not know: {self._names(found)} beyond its embeddings."
+            )
 
     # -- the contract -------------------------------------------------------------------------------------------------
 
@@ -84,7 +129,7 @@ class VLProcessor:
     @property
     def chat_template(self) -> str:
         """The Jinja chat template that prompts are rendered with."""
-        return self.processor.chat_template
+        return self.template.source
 
     @property
     def image_processor(self) -> Any:
@@ -137,13 +182,35 @@ class VLProcessor:
             end token; img_input_dict: the model's image inputs for the batch, per-token entries still as lists.
         """
         images = images if images is not None else [[] for _ in convs]
+        input_ids, labels, img_inputs = self._encode_conversations(convs, images, train_on=train_on)
+        return {"input_ids": input_ids, "labels": labels, "img_input_dict": img_inputs}
+
+    def encode_conversations(
+        self, convs: Sequence[Messages], images: Sequence[Sequence[ImageSource]]
+    ) -> tuple[list[list[int]], dict[str, Any]]:
+        """Token ids of prompts: conversations that end with a user turn, and the generation prompt behind them.
+
+        Earlier answers are encoded as `process_batch_conv` encodes them. For the results see `encode_prompts`.
+        """
+        input_ids, _, img_inputs = self._encode_conversations(convs, images, add_generation_prompt=True)
+        return input_ids, img_inputs
+
+    def _encode_conversations(
+        self,
+        convs: Sequence[Messages],
+        images: Sequence[Sequence[ImageSource]],
+        add_generation_prompt: bool = False,
+        train_on: str = "all",
+    ) -> tuple[list[list[int]], list[list[int]], dict[str, Any]]:
+        """Token ids, labels and image inputs of conversations."""
         parts = [self.as_parts(conv, len(row)) for conv, row in zip(convs, images, strict=True)]
-        skeletons, answers = zip(*map(self.template.split, parts), strict=True)
+        skeletons, answers = zip(*(self.template.split(conv, add_generation_prompt) for conv in parts), strict=True)
         marker, marker_id = self.template.unused_token(skeletons)
         prompts, img_inputs = self.encode_prompts([marker.join(pieces) for pieces in skeletons], images)
         filled = [self._fill_in(p, marker_id, a, train_on) for p, a in zip(prompts, answers, strict=True)]
         input_ids, labels, sources = map(list, zip(*filled, strict=True))
-        return {"input_ids": input_ids, "labels": labels, "img_input_dict": self.follow_tokens(img_inputs, sources)}
+        self._refuse_beyond(token for row in input_ids for token in row)
+        return input_ids, labels, self.follow_tokens(img_inputs, sources)
 
     def _fill_in(
         self, skeleton: list[int], marker_id: int, answers: Sequence[str], train_on: str
@@ -200,11 +267,7 @@ class VLProcessor:
             encoded = self.process_batch_conv(convs, rows, train_on)
             input_ids, labels, img_inputs = encoded["input_ids"], encoded["labels"], encoded["img_input_dict"]
         elif convs is not None:
-            prompts = [
-                self.render(conv, add_generation_prompt=conv[-1]["role"] != "assistant", images=len(row))
-                for conv, row in zip(convs, rows, strict=True)
-            ]
-            input_ids, img_inputs = self.encode_prompts(prompts, rows)
+            input_ids, img_inputs = self.encode_conversations(convs, rows)
         elif texts is not None:
             prompts = [
                 text if not row or self.is_multimodal_prompt_valid(text) else self.format_multimodal_prompt(text, row)
@@ -235,7 +298,9 @@ class VLProcessor:
 
     def encode_response(self, text: str, ended: bool = True) -> list[int]:
         """Token ids of an assistant's answer as they follow the generation prompt, with its end token if it ended."""
-        return self.template.encode_response(text, ended)
+        ids = self.template.encode_response(text, ended)
+        self._refuse_beyond(ids)
+        return ids
 
     def decode_response(self, ids: Sequence[int]) -> str:
         """Text of a generated answer: without special tokens, without its end and without white space around it."""
@@ -275,6 +340,7 @@ class VLProcessor:
             k: [v[b][mask[b]].tolist() for b in range(len(mask))] if k in self.per_token_keys else v
             for k, v in encoded.items()
         }
+        self._refuse_beyond(ids[mask].tolist())
         return [ids[b][mask[b]].tolist() for b in range(len(mask))], img_inputs
 
     def _expand(self, text: str, images: Sequence[ImageSource], pictures: list[Image.Image]) -> list[int]:

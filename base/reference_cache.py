@@ -3,9 +3,10 @@
     <folder>/<key>/about.json            what the key stands for
     <folder>/<key>/<random>.safetensors  row key -> (tokens,) float32, one file per rank and a few hundred rows
 
-The key covers what changes every number: weights, configuration, processor and chat template, length limits, precision, versions. A row's key
-covers its prompt, responses and the bytes of its images. A run that was killed continues where it stopped, a later run reads what it finds, and
-whatever changed since has another key and is computed anew. Who computes what: base/reference_pass.py.
+The key covers what changes every number: weights, configuration, processor and chat template, length limits, precision,
+versions. A row's key covers its rendered prompt, its responses and the bytes of its images. A run that was killed continues
+where it stopped, a later run reads what it finds, and whatever changed since has another key and is computed anew. Who
+computes what: base/reference_pass.py.
 """
 
 import hashlib
@@ -67,9 +68,14 @@ def processor_digest(processor: VLProcessor) -> str:
     return digest.hexdigest()
 
 
-def row_key(row: dict[str, Any], columns: Sequence[str]) -> str:
-    """SHA-256 of a row's prompt, responses and image bytes, and of the further `columns` that the reference is asked about."""
-    text = [row["prompt"], row["responses"], {name: row.get(name) for name in columns if name != "image_rejected"}]
+def row_key(row: dict[str, Any], columns: Sequence[str], processor: VLProcessor) -> str:
+    """SHA-256 of a row's prompt as the chat template prints it, with its date for example, of its responses and image bytes.
+
+    Args:
+        columns: further ones that the reference is asked about.
+    """
+    prompt = processor.render(row["prompt"], add_generation_prompt=True, images=len(row["images"]))
+    text = [prompt, row["responses"], {name: row.get(name) for name in columns if name != "image_rejected"}]
     digest = hashlib.sha256(json.dumps(text, sort_keys=True).encode())
     for image in [*row["images"], *([row["image_rejected"]] if "image_rejected" in columns else [])]:
         digest.update(_image_bytes(image))

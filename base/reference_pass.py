@@ -131,7 +131,9 @@ class ReferencePass:
         """`row_key` of every row; each rank reads the images of its share."""
         rank, world = self.args.process_index, self.args.world_size
         with ThreadPoolExecutor() as pool:
-            mine = pool.map(lambda i: row_key(dataset[i], self.columns), range(rank, len(dataset), world))
+            mine = pool.map(
+                lambda i: row_key(dataset[i], self.columns, self.collator.processor), range(rank, len(dataset), world)
+            )
             shares = gather_object([list(tqdm(mine, "Reading rows", len(dataset) // world, disable=self.quiet))])
         keys = [""] * len(dataset)
         for start, share in enumerate(shares):

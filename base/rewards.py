@@ -1,5 +1,6 @@
 """The terms of PPO's score: adapters on the policy's base, reward models with a base of their own, users' functions."""
 
+import datetime
 import functools
 import importlib.util
 import inspect
@@ -180,12 +181,19 @@ def load_reward_fn(spec: str) -> RewardFunction:
     return function
 
 
-def load_rewards(model: VLModelWithValueHead, base: str, freeze_vision_tower: bool, args: PPOConfig) -> list[Reward]:
+def load_rewards(
+    model: VLModelWithValueHead,
+    base: str,
+    freeze_vision_tower: bool,
+    args: PPOConfig,
+    date: datetime.date | None = None,
+) -> list[Reward]:
     """All rewards of the command line, and the value function that may start from the first of them.
 
     Args:
         model: the policy, which reward adapters and a value adapter are added to.
         base: the checkpoint under the policy's adapter.
+        date: for the chat templates of reward models that print it.
 
     Raises:
         InputError: a head is missing, an adapter was trained on another base, a function cannot be found.
@@ -213,7 +221,7 @@ def load_rewards(model: VLModelWithValueHead, base: str, freeze_vision_tower: bo
         family = core_mapper_for(path)
         dtype = torch.bfloat16 if args.bf16 else torch.float32
         reward_model = family.reward_model.from_pretrained(path, dtype=dtype)
-        add(ModelReward, Path(path).name, model=reward_model, processor=family.processor(path))
+        add(ModelReward, Path(path).name, model=reward_model, processor=family.processor(path, date=date))
     for spec in args.reward_fn:
         add(FunctionReward, spec.rpartition(":")[2], function=load_reward_fn(spec), timeout=args.reward_timeout)
     return rewards

@@ -103,8 +103,7 @@ class ProcessorCheck:
             if kind == "conversation":
                 processor.process_batch_conv([messages], [pictures])
             else:
-                text = processor.render(messages, add_generation_prompt=True, images=len(pictures))
-                processor.encode_prompts([text], [pictures])
+                processor.encode_conversations([messages], [pictures])
         except ValueError as error:  # InputErrors are ValueErrors
             return str(error).rstrip(".")
         return None

@@ -20,7 +20,7 @@ from typing import IO, Any
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from args import RUN_JSON, describe, write_run_json
+from args import NEW_ADAPTER, RUN_JSON, describe, write_run_json
 from base.heads import checkpoint_fingerprint
 from base.layout import base_model_path
 from base.resume import checkpoint_to_resume
@@ -190,13 +190,24 @@ def _run_of(folder: str | Path) -> dict[str, Any] | None:
     return None
 
 
+def _now(run: dict[str, Any], flags: tuple[Any, ...]) -> dict[str, Any]:
+    """The flags by group. Those of LoRA that were not given are filled in as loading will, which comes later."""
+    now = describe(*flags)
+    model = _model_of(flags).model_name_or_path
+    fresh = NEW_ADAPTER if base_model_path(model) == model else run["arguments"].get("LoraArguments", {})
+    lora = now.get("LoraArguments", {})
+    if lora.get("use_lora"):
+        now["LoraArguments"] = lora | {name: fresh.get(name) for name in NEW_ADAPTER if lora[name] is None}
+    return now
+
+
 def _why_another_run(run: dict[str, Any] | None, flags: tuple[Any, ...]) -> str | None:
     """What tells the run of these flags from the recorded one, in words; None if they are one run, or if nothing is known."""
     if run is None:
         return None
     if "arguments" not in run:
         return "nothing says which"
-    was, now = run["arguments"], describe(*flags)
+    was, now = run["arguments"], _now(run, flags)
     config, old_config = _config_name(now), _config_name(was)
     if config != old_config:
         return f"it trained with {_script(old_config)}, this is {_script(config)}"
@@ -242,7 +253,7 @@ def _say_changes(checkpoint: str, flags: tuple[Any, ...]) -> None:
 
 def _changes(run: dict[str, Any], flags: tuple[Any, ...]) -> dict[str, list[Any]]:
     """name -> [old, new] of the settings that differ and may change a number."""
-    was, now = run["arguments"], describe(*flags)
+    was, now = run["arguments"], _now(run, flags)
     args = next(p for p in flags if isinstance(p, TrainingArguments))
     found = {
         name: [was[group][name], value]

@@ -202,8 +202,7 @@ def _token_facts(rows: Dataset, kind: Kind, processor: VLProcessor, train_on: st
                 whole.append(len(encoded["input_ids"][0]))
                 answers.append(sum(label != IGNORE_INDEX for label in encoded["labels"][0]))
                 continue
-            text = processor.render(row["prompt"], add_generation_prompt=True, images=len(images))
-            prompts.append(len(processor.encode_prompts([text], [images])[0][0]))
+            prompts.append(len(processor.encode_conversations([row["prompt"]], [images])[0][0]))
             own = [len(processor.encode_response(response)) for response in row.get("responses") or []]
             answers += own
             whole.append(prompts[-1] + max(own, default=0))
@@ -386,8 +385,7 @@ def _prompt(row: Row, processor: VLProcessor | None) -> str:
     images: list = row["images"]  # type: ignore[assignment]
     if processor is None:
         return _plain(messages)
-    text = processor.render(messages, add_generation_prompt=True, images=len(images))
-    ids = processor.encode_prompts([text], [images])[0][0]
+    ids = processor.encode_conversations([messages], [images])[0][0]
     return f"<pre>{_tokens(processor, ids)}</pre><p class=count>{len(ids):,} tokens{_of_images(processor, ids)}</p>"
 
 

@@ -27,6 +27,13 @@ def add_model_flags(parser: Any, required: bool = True) -> None:
     parser.add_argument("--adapter", help="LoRA adapter folder on top of --model_name_or_path")
 
 
+def add_thinking_flag(parser: Any) -> None:
+    """--enable_thinking, as in the training scripts."""
+    add_switch(
+        parser, "--enable_thinking", help="let a model think before it answers, where its chat template has that switch"
+    )
+
+
 def add_data_flags(parser: Any, images: str = "where image names are looked up; default: beside --data_path") -> None:
     """--data_path and --image_root."""
     add_flag(parser, "--data_path", "--data", required=True, help="the benchmark's file, as published")

@@ -14,11 +14,13 @@
 import argparse
 import datetime
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -35,9 +37,9 @@ from base.processor import VLProcessor
 from base.shared_prefill import answers_of_one_prefill
 from common.errors import InputError
 from eval.benchmark_files import TASKS, Row, check_images, prompt, read_task
-from eval.flags import add_data_flags, add_model_flags, add_switch
+from eval.flags import add_data_flags, add_model_flags, add_switch, add_thinking_flag
 from eval.ledger import Ledger
-from eval.results import sha256, versions
+from eval.results import meta_path, sha256, versions
 from models import core_mapper_for
 
 Batch = list[Row]
@@ -120,9 +122,8 @@ class EncodedBatches(torch.utils.data.Dataset):
         """Token ids, image inputs of this row alone, and a digest of everything that its image features depend on."""
         processor, images = self.processor, row["images"]
         messages = [{"role": "user", "content": with_image_marks(row["prompt"], len(images))}]
-        text = processor.render(messages, add_generation_prompt=True, images=len(images))
         try:
-            (ids,), inputs = processor.encode_prompts([text], [images])
+            (ids,), inputs = processor.encode_conversations([messages], [images])
         except InputError as error:
             raise InputError(f"row '{row['id']}': {error}") from error
         # InstructBLIP's features depend on the question, too: what is equal in all inputs of the tower is shared, no more
@@ -148,10 +149,11 @@ def with_image_marks(text: str, images: int) -> str:
 class Answerer:
     """A model with its processor, ready to answer batches.
 
-    Args: `model` is a checkpoint or LoRA adapter folder; `adapter` a LoRA adapter folder on top of it.
+    Args: `model` is a checkpoint or LoRA adapter folder; `adapter` a LoRA adapter folder on top of it; `rendering` goes to the
+    processor.
     """
 
-    def __init__(self, model: str, adapter: str | None, device: torch.device, bf16: bool) -> None:
+    def __init__(self, model: str, adapter: str | None, device: torch.device, bf16: bool, **rendering: Any) -> None:
         dtype = torch.bfloat16 if bf16 else torch.float32
         self.model = load_model(model, dtype=dtype)
         if adapter:
@@ -162,7 +164,7 @@ class Answerer:
             self.model = load_adapter(self.model, adapter)
         self.model = self.model.to(device).eval()
         self.device, self.dtype = device, dtype
-        self.processor = processor_for(model, adapter)
+        self.processor = processor_for(model, adapter, **rendering)
         self.processor.infer()
         self.tower_runs = 0  # images that the vision tower has seen
         self._features: dict[str, dict] = {}
@@ -253,10 +255,14 @@ class Answerer:
         return self.model(**packed, completion_index=index, **kwargs)
 
 
-def processor_for(model: str, adapter: str | None = None) -> VLProcessor:
-    """The processor saved beside the adapter or the model, else that of the base under it."""
+def processor_for(model: str, adapter: str | None = None, **rendering: Any) -> VLProcessor:
+    """The processor saved beside the adapter or the model, else that of the base under it.
+
+    Args:
+        rendering: see VLProcessor.
+    """
     saved = adapter if adapter and processor_path(adapter) == adapter else model
-    return core_mapper_for(model).processor(saved)
+    return core_mapper_for(model).processor(saved, **rendering)
 
 
 def generation_settings(args: argparse.Namespace, answerer: Answerer) -> tuple[dict, dict]:
@@ -290,8 +296,18 @@ def checkpoint_step(*paths: str | None) -> int | None:
     return next((int(m[1]) for m in found if m), None)
 
 
-def describe(args: argparse.Namespace, recorded: dict) -> dict:
-    """answers.meta.json, which scorers copy into results.json."""
+def rendering_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What --enable_thinking says, and the day on which a run began that this one goes on with: some templates print it."""
+    described = meta_path(args.output)
+    began = None
+    if described.is_file() and not args.overwrite:
+        began = json.loads(described.read_text(encoding="utf-8"))["prompt"].get("date")
+    date = datetime.date.fromisoformat(began) if began else None
+    return {"enable_thinking": args.enable_thinking, "date": date}
+
+
+def describe(args: argparse.Namespace, recorded: dict, facts: dict | None = None) -> dict:
+    """answers.meta.json, which scorers copy into results.json. `facts` are those of the chat template."""
     base = base_model_path(args.model_name_or_path)
     return {
         "task": args.task,
@@ -302,7 +318,7 @@ def describe(args: argparse.Namespace, recorded: dict) -> dict:
         "checkpoint": base,
         "adapter": args.adapter or (args.model_name_or_path if base != args.model_name_or_path else None),
         "step": checkpoint_step(args.adapter, args.model_name_or_path),
-        "prompt": {"suffix": getattr(args, "suffix", None)},
+        "prompt": {"suffix": getattr(args, "suffix", None)} | (facts or {}),
         "generation": recorded,
         "batch_size": args.batch_size,
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
@@ -317,7 +333,8 @@ def answer_rows(args: argparse.Namespace, rows: list[Row], answerer: Answerer, r
     """Write an answer for every row that has none yet; return {"rows": on this rank, "images": tower runs}."""
     check_images(rows)
     settings, recorded = generation_settings(args, answerer)
-    ledger = Ledger(args.output, describe(args, recorded), [str(r["id"]) for r in rows], rank, args.overwrite)
+    described = describe(args, recorded, answerer.processor.template.facts)
+    ledger = Ledger(args.output, described, [str(r["id"]) for r in rows], rank, args.overwrite)
     barrier(world)
     done = ledger.open()
     barrier(world)
@@ -379,7 +396,8 @@ def choice_losses(args: argparse.Namespace, rows: list[Row], answerer: Answerer,
     answerer.processor.train()
     collator = VLDPODataCollatorWithPadding(answerer.processor)
     recorded = {"likelihood": True, "choice": "{text}", "dtype": str(answerer.dtype).removeprefix("torch.")}
-    ledger = Ledger(args.output, describe(args, recorded), [str(r["id"]) for r in rows], rank, args.overwrite)
+    described = describe(args, recorded, answerer.processor.template.facts)
+    ledger = Ledger(args.output, described, [str(r["id"]) for r in rows], rank, args.overwrite)
     barrier(world)
     done = ledger.open()
     barrier(world)
@@ -421,6 +439,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num_samples", type=int, default=1, help="answers per row, with --temperature; the column `answers` has all"
     )
+    add_thinking_flag(parser)
     add_switch(parser, "--bf16", help="weights and activations in bfloat16 (default float32)")
     parser.add_argument("--num_workers", type=int, default=2, help="processes that decode images and tokenise")
     add_switch(parser, "--overwrite", help="start again instead of going on")
@@ -440,7 +459,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--likelihood is a variant of --task seed only; leave it out")
     rows = read_task(args.task, args.data_path, args.image_root, args.limit)
     with ranks() as (rank, world, device):
-        answerer = Answerer(args.model_name_or_path, args.adapter, device, args.bf16)
+        answerer = Answerer(args.model_name_or_path, args.adapter, device, args.bf16, **rendering_of(args))
         write = choice_losses if args.likelihood else answer_rows
         facts = write(args, rows, answerer, rank, world)
         if rank == 0:

@@ -13,7 +13,7 @@ import sys
 
 from args import run
 from common.errors import InputError
-from eval.flags import add_model_flags, add_switch
+from eval.flags import add_model_flags, add_switch, add_thinking_flag
 
 NAME = "vl_rlhf"
 
@@ -36,13 +36,14 @@ def forwarded(argv: list[str] | None = None) -> list[str]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
     add_switch(parser, "--bf16", help="weights and activations in bfloat16 (default float32)")
+    add_thinking_flag(parser)
     parser.add_argument("--batch_size", type=int, default=8)
     args, rest = parser.parse_known_args(argv)
     for value in filter(None, (args.model_name_or_path, args.adapter)):
         if "," in value or "=" in value:
             raise InputError(f"lmms-eval cannot take a path with ',' or '=': rename {value}")
     model_args = f"pretrained={args.model_name_or_path}" + (f",adapter={args.adapter}" if args.adapter else "")
-    model_args += f",bf16={args.bf16}"
+    model_args += f",bf16={args.bf16},enable_thinking={args.enable_thinking}"
     return ["--model", NAME, "--model_args", model_args, "--batch_size", str(args.batch_size), *rest]
 
 

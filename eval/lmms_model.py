@@ -23,6 +23,7 @@ class LmmsModel(lmms):
         pretrained: str,
         adapter: str | None = None,
         bf16: bool = False,
+        enable_thinking: bool = False,
         batch_size: int | str = 8,
         device: str | None = None,
         **ignored: Any,
@@ -32,7 +33,8 @@ class LmmsModel(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
         self.batch_size = int(batch_size)
-        self.answerer = Answerer(pretrained, adapter, self.device, str(bf16) == "True")
+        thinking = str(enable_thinking) == "True"  # lmms-eval passes text
+        self.answerer = Answerer(pretrained, adapter, self.device, str(bf16) == "True", enable_thinking=thinking)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The answer to every request, in order, cut at the task's stop strings."""

@@ -26,7 +26,7 @@ from common.errors import InputError
 from eval import chair, choice, judged, mathvista, report, reward, reward_benchmarks, yesno
 from eval.benchmark_files import read_task
 from eval.files import read_text
-from eval.generate import Answerer, add_generation_arguments, answer_rows, barrier, ranks
+from eval.generate import Answerer, add_generation_arguments, answer_rows, barrier, ranks, rendering_of
 
 SCORERS = {
     "pope": [yesno.main],
@@ -124,7 +124,7 @@ def evaluate(
         )
         generation.output = str(folder / f"{task}.jsonl")
         if answerer is None:
-            answerer = Answerer(checkpoint, None, device, args.bf16)
+            answerer = Answerer(checkpoint, None, device, args.bf16, **rendering_of(generation))
         answer_rows(
             generation,
             read_task(task, generation.data_path, generation.image_root, generation.limit),

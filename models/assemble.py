@@ -2,19 +2,22 @@
 
 import contextlib
 import dataclasses
+import datetime
+import json
 import logging
 import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
+from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
-from args import NEW_ADAPTER, LoraArguments, ModelArguments, VLConfig
+from args import NEW_ADAPTER, RUN_JSON, LoraArguments, ModelArguments, VLConfig
 from base.adapters import Role
 from base.fast_lora import use_fast_lora
 from base.loading import base_model_path, load_adapter, load_model
@@ -39,6 +42,7 @@ class LoadPlan:
         fast_lora: whether LoRA layers compute as base/fast_lora.py; False without LoRA.
         bits: 4 or 8 for a quantised base.
         freeze_vision_tower: whether the vision encoder does not train.
+        enable_thinking, date: what chat templates are told; the date is the day on which the run began.
     """
 
     checkpoint: str
@@ -49,6 +53,8 @@ class LoadPlan:
     fast_lora: bool
     bits: int | None
     freeze_vision_tower: bool
+    enable_thinking: bool
+    date: str
 
     @classmethod
     def of(cls, model_args: ModelArguments, lora_args: LoraArguments, training_args: VLConfig) -> Self:
@@ -81,6 +87,8 @@ class LoadPlan:
             fast_lora=lora_args.fast_lora and (lora_args.use_lora or checkpoint != base),
             bits=model_args.bits if model_args.q_lora else None,
             freeze_vision_tower=model_args.freeze_vision_tower,
+            enable_thinking=model_args.enable_thinking,
+            date=_date_of(training_args),
         )
         if training_args.process_index == 0:
             print(f"Loading\n{plan}", flush=True)
@@ -90,6 +98,11 @@ class LoadPlan:
         fields = dataclasses.asdict(self)
         width = max(map(len, fields))
         return "\n".join(f"    {name:<{width}}  {value}" for name, value in fields.items())
+
+    @property
+    def rendering(self) -> dict[str, Any]:
+        """Arguments of the family's processor."""
+        return {"enable_thinking": self.enable_thinking, "date": datetime.date.fromisoformat(self.date)}
 
     @property
     def is_adapter(self) -> bool:
@@ -153,6 +166,18 @@ def load_reference(policy: torch.nn.Module, plan: LoadPlan, training_args: VLCon
         load_adapter(policy, plan.checkpoint, Role.REFERENCE.adapter)
         policy.set_adapter(Role.POLICY.adapter)
     return None
+
+
+def _date_of(training_args: VLConfig) -> str:
+    """Today, by the clock of the first process; of a run that goes on, the day on which it began."""
+    resumed = checkpoint_to_resume(training_args)
+    for folder in (Path(resumed), Path(resumed).parent) if resumed else ():
+        if (folder / RUN_JSON).is_file():
+            began = json.loads((folder / RUN_JSON).read_text()).get("plan", {}).get("date")
+            if began:
+                return str(began)
+    today: list[str] = broadcast_object_list([datetime.datetime.now().date().isoformat()])
+    return today[0]
 
 
 def _merged_base(adapter: str, training_args: VLConfig) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 import train_dpo
 import train_rm
@@ -166,3 +167,44 @@ def test_modules_that_do_not_exist_are_refused(llava: str):
         add_lora(load_model(llava), LoraArguments(use_lora=True, lora_target_modules=[r".*\.no_such_(proj)"]))
     model = add_lora(load_model(llava), LoraArguments(use_lora=True, modules_to_save=["lm_head"]))
     assert any("modules_to_save" in name and weight.requires_grad for name, weight in model.named_parameters())
+
+
+def with_token(llava: str, folder: Path, token: str, **settings: object) -> str:
+    """A copy of a checkpoint whose tokenizer has one token more than the model has embeddings."""
+    shutil.copytree(llava, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([token])
+    tokenizer.save_pretrained(folder)
+    for name in ("config.json", "tokenizer_config.json"):
+        content = json.loads((folder / name).read_text())
+        if name == "config.json":
+            content["text_config"]["vocab_size"] = tokenizer.convert_tokens_to_ids(
+                token
+            )  # the new token's is the first without
+        else:
+            content |= settings
+        (folder / name).write_text(json.dumps(content))
+    return str(folder)
+
+
+def test_tokens_beyond_the_embeddings_are_refused(llava: str, tmp_path: Path):
+    """At load if every row would hold one, else in the row that does: some published tokenizers have tokens that nobody uses."""
+    with pytest.raises(InputError, match=r"<extra> \(\d+\) is not among the \d+ embeddings.*resize_token_embeddings"):
+        path = with_token(llava, tmp_path / "pad", "<extra>", pad_token="<extra>")
+        core_mapper_for(path).processor(path)
+    path = with_token(llava, tmp_path / "unused", "<extra>")
+    processor = core_mapper_for(path).processor(path)
+    for text in ("An <extra> photo", "A photo"):
+        conversation = [{"role": "user", "content": "<image>\nHi"}, {"role": "assistant", "content": text}]
+        prompt = [{"role": "user", "content": text}]
+        calls = [
+            lambda: processor.encode_response(text),  # noqa: B023
+            lambda: processor.process_batch_conv([conversation], [[zoo.image()]]),  # noqa: B023
+            lambda: processor(convs=[prompt], images=[[]]),  # noqa: B023
+        ]
+        for call in calls:
+            if "<extra>" not in text:
+                call()
+                continue
+            with pytest.raises(InputError, match=r"<extra> \(\d+\) is beyond"):
+                call()

@@ -280,7 +280,7 @@ def test_conversations(it: SimpleNamespace):
             assert it.processor(convs=[turns[:-1]], images=images)["input_ids"].tolist() == [ids]
             it.processor.train()
         else:
-            text = it.processor.render(turns)
+            text = it.processor.render(turns) + "\n"  # behind the last end nothing is trained
             batch = it.processor(convs=[turns], images=images)
             assert batch["input_ids"].tolist() == [ids[:-1]] and batch["labels"].tolist() == [labels[:-1]]
             assert labels[-1] == -100

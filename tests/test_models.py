@@ -138,7 +138,7 @@ FAMILIES = {
         "chat_template.jinja of zai-org/GLM-4.1V-9B-Thinking",
     ),
     "qwen3_vl_moe": Family(QWEN, "chat_template.json of Qwen/Qwen3-VL-30B-A3B-Instruct"),
-    "qwen3_5": Family(QWEN + "<think>\n", "chat_template.jinja of Qwen/Qwen3.5-9B"),
+    "qwen3_5": Family(QWEN + "<think>\n\n</think>\n\n", "chat_template.jinja of Qwen/Qwen3.5-9B, thinking off"),
     "lfm2_vl": Family(
         "<|startoftext|>" + CHATML.format(image="<image>"), "chat_template.jinja of LiquidAI/LFM2-VL-1.6B"
     ),
@@ -390,6 +390,21 @@ class TestFamily:
         # the decoded answer is the text that was encoded
         decoded = it.processor.decode_response(it.processor.encode_response("A red square."))
         assert decoded.removeprefix(written_before(it)).strip() == "A red square."
+
+    def test_every_answer_follows_its_prompt(self, it: SimpleNamespace):
+        """A conversation up to its k-th answer is the prompt of that answer and the answer, for every k."""
+        talk = [*row(1)["prompt"], {"role": "assistant", "content": "A red square."}]
+        for question, answer in [("And this?", "two blue circles"), ("Why?", "I see them.")][: it.family.turns]:
+            talk += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        for k in range(2, 2 * it.family.turns + 1, 2):
+            whole = it.processor.process_batch_conv([talk[:k]], [[picture(0)]])
+            prompt, images = it.processor.encode_conversations([talk[: k - 1]], [[picture(0)]])
+            answer = it.processor.encode_response(talk[k - 1]["content"])
+            assert whole["input_ids"][0] == prompt[0] + answer
+            assert whole["labels"][0][len(prompt[0]) :] == answer
+            assert {*images} == {*whole["img_input_dict"]}
+            text = it.processor.render(talk[:k], images=1)
+            assert text.startswith(it.processor.render(talk[: k - 1], add_generation_prompt=True, images=1))
 
     # -- images --------------------------------------------------------------------------------------------------------
 

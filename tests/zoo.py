@@ -170,13 +170,20 @@ def llava() -> Parts:
 # mistralai/Pixtral-12B-2409, model card of mistral-community/pixtral-12b: "<s>[INST]Describe the
 # images.\n[IMG][IMG][/INST]": parts in their order, no spaces inside the tags, the answer follows the tag and ends in
 # </s>.
-PIXTRAL_TEMPLATE = (
+INST_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST]' }}{% endif %}"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
     "{% if part['type'] == 'image' %}{{ '[IMG]' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
     "{% if m['role'] == 'user' %}{{ '[/INST]' }}{% elif m['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
     "{% endfor %}"
 )
+# A system message opens the last user turn, if nothing follows that.
+PIXTRAL_TEMPLATE = INST_TEMPLATE.replace(
+    "{{ bos_token }}{% for m in messages %}",
+    "{{ bos_token }}{% set ns = namespace(system='') %}{% if messages[0]['role'] == 'system' %}"
+    "{% set ns.system = messages[0]['content'][0]['text'] + '\n\n' %}{% set messages = messages[1:] %}{% endif %}"
+    "{% for m in messages %}",
+).replace("{{ '[INST]' }}", "{{ '[INST]' + (ns.system if loop.last else '') }}")
 
 
 @family
@@ -585,7 +592,7 @@ def gemma3() -> Parts:
 
 # mistralai/Mistral-Small-3.1-24B-Instruct-2503, chat_template.json, without its default system message, which holds
 # the day's date: "<s>[INST]...[/INST]answer</s>", a system message between [SYSTEM_PROMPT] and [/SYSTEM_PROMPT].
-MISTRAL3_TEMPLATE = PIXTRAL_TEMPLATE.replace(
+MISTRAL3_TEMPLATE = INST_TEMPLATE.replace(
     "{% if m['role'] == 'user' %}{{ '[INST]' }}{% endif %}",
     "{% if m['role'] == 'system' %}{{ '[SYSTEM_PROMPT]' }}{% elif m['role'] == 'user' %}{{ '[INST]' }}{% endif %}",
 ).replace(
@@ -877,13 +884,21 @@ def qwen3_vl_moe() -> Parts:
     return tf.Qwen3VLMoeForConditionalGeneration(config), processor
 
 
-# Qwen/Qwen3.5-9B, chat_template.jinja: a generation prompt opens a thinking block; the last answer of a
-# conversation has one, empty where none is given, earlier answers have none.
-QWEN3_5_TEMPLATE = QWEN_TEMPLATE.replace(
-    "{{ '<|im_start|>' + m['role'] + '\n' }}",
-    "{{ '<|im_start|>' + m['role'] + '\n' }}"
-    "{% if loop.last and m['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
-).replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
+# Qwen/Qwen3.5-9B, chat_template.jinja: a generation prompt opens a thinking block, and closes it where thinking is
+# switched off; the last answer of a conversation has one, empty where none is given, earlier answers have none. Texts
+# are trimmed.
+QWEN3_5_TEMPLATE = (
+    QWEN_TEMPLATE.replace(
+        "{{ '<|im_start|>' + m['role'] + '\n' }}",
+        "{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if loop.last and m['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
+    )
+    .replace(
+        "{{ '<|im_start|>assistant\n' }}",
+        "{{ '<|im_start|>assistant\n<think>\n' }}{% if enable_thinking is false %}{{ '\n</think>\n\n' }}{% endif %}",
+    )
+    .replace("{{ part['text'] }}", "{{ part['text'] | trim }}")
+)
 
 
 @family
