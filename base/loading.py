@@ -16,7 +16,7 @@ from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file, is_flash_attn_2_available
 
-from base.layout import ADAPTER_CONFIG, base_model_path, damaged_file
+from base.layout import ADAPTER_CONFIG, base_model_path, check_weights, damaged_file
 from common.compat import keep_quantised_linears_trainable
 from common.errors import InputError
 from common.tensors import first_not_finite
@@ -92,6 +92,7 @@ def load_model(
     """
     path = base_model_path(model_name_or_path)
     model_class = core_mapper_for(model_name_or_path).model
+    check_weights(path)
     if use_flash_attention_2:
         kwargs["attn_implementation"] = _flash_attention(path)
     if bits is not None:
@@ -108,6 +109,11 @@ def load_model(
     wrong = {
         name: sorted(map(str, info.get(name) or ())) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
     }
+    if set(wrong["missing_keys"]) == _head_names(model) and not (wrong["unexpected_keys"] or wrong["mismatched_keys"]):
+        raise InputError(
+            f"{path} has no {', '.join(wrong['missing_keys'])}: it was saved without a head, as embedding models are, and cannot "
+            "write text. Give the checkpoint that it was made from."
+        )
     if any(wrong.values()):
         listed = "; ".join(
             f"{name.replace('_', ' ')} {', '.join(keys[:5])}" + ", ..." * (len(keys) > 5)
@@ -144,6 +150,12 @@ def check_finite(model: nn.Module, path: str) -> None:
             f"{bad} of {path} holds values that are not finite: the file is damaged, or its training diverged. Take another "
             "checkpoint, or load it in a wider type (--torch_dtype float32)."
         )
+
+
+def _head_names(model: nn.Module) -> set[str]:
+    head = model.get_output_embeddings()
+    inside = {id(p) for p in head.parameters()} if head is not None else set()
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in inside} or {""}
 
 
 def load_adapter(

@@ -1,0 +1,114 @@
+"""Checkpoints in older layouts work, and those that cannot be trained are refused in one sentence."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train_dpo
+from base.loading import load_model
+from common.errors import InputError
+from models import core_mapper_for
+from tests import zoo
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Callable[[str], Path]:
+    return lambda family: Path(shutil.copytree(zoo.checkpoint(family), tmp_path / family))
+
+
+def edit(file: Path, **changes: object) -> None:
+    """Set fields of a JSON file; None removes one."""
+    content = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+
+def prompt_ids(path: str) -> list[list[int]]:
+    processor = core_mapper_for(path).processor(path)
+    messages = [{"role": "user", "content": "<image>\nWhat is this?"}]
+    return processor.encode_conversations([messages] * 2, [[zoo.image(0)], [zoo.image(1, 20, 60)]])[0]
+
+
+@pytest.mark.parametrize(
+    "family, lacking",
+    [
+        ("llava", ["num_additional_image_tokens"]),  # 575 image tokens and not 576, until the model complains
+        ("llava", ["patch_size", "vision_feature_select_strategy", "num_additional_image_tokens"]),
+        ("llava_next", ["patch_size", "vision_feature_select_strategy", "num_additional_image_tokens"]),
+        ("vipllava", ["patch_size", "vision_feature_select_strategy", "num_additional_image_tokens"]),
+        ("instructblip", ["num_query_tokens"]),
+    ],
+)
+def test_fields_that_older_processors_lack_come_from_the_configuration(family: str, lacking: list[str], copy_of):
+    folder = copy_of(family)
+    edit(folder / "processor_config.json", **dict.fromkeys(lacking))
+    assert prompt_ids(str(folder)) == prompt_ids(zoo.checkpoint(family))
+
+
+def test_processor_files_of_2024(copy_of):
+    """No processor_config.json: image processor and template have files of their own."""
+    folder = copy_of("llava")
+    whole = json.loads((folder / "processor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(whole["image_processor"]))
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    (folder / "processor_config.json").unlink()
+    (folder / "chat_template.jinja").unlink()
+    assert prompt_ids(str(folder)) == prompt_ids(zoo.checkpoint("llava"))
+
+
+def test_one_of_several_templates_and_the_cached_reference(copy_of, command, tmp_path: Path):
+    folder = copy_of("llava")
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    named = [{"name": "default", "template": template}, {"name": "tool_use", "template": "{{ 'tools' }}"}]
+    edit(folder / "tokenizer_config.json", chat_template=named)
+    assert prompt_ids(str(folder)) == prompt_ids(zoo.checkpoint("llava"))
+    cache = f"--precompute_ref_log_probs True --ref_log_probs_dir {tmp_path / 'cache'} --max_steps 1"
+    train_dpo.main(command("dpo", f"--use_lora True {cache}", model=str(folder)))
+    edit(folder / "tokenizer_config.json", chat_template=named[1:])
+    with pytest.raises(InputError, match="chat templates named tool_use"):
+        core_mapper_for(str(folder)).processor(str(folder))
+
+
+QUANTISED = {
+    "awq": {"quantization_config": {"quant_method": "awq", "bits": 4}},
+    "gptq": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+    "fp8": {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+    "compressed-tensors": {"quantization_config": {"quant_method": "compressed-tensors"}},
+    "MLX": {"quantization": {"group_size": 64, "bits": 4}, "quantization_config": {"group_size": 64, "bits": 4}},
+}
+
+
+@pytest.mark.parametrize("method", QUANTISED)
+def test_quantised_checkpoints_are_refused_by_name(method: str, copy_of, command):
+    folder = copy_of("llava")
+    edit(folder / "config.json", **QUANTISED[method])
+    for flags in ("--use_lora True", "--use_lora True --q_lora True"):
+        with pytest.raises(InputError, match=f"quantised with {method}, which cannot be trained.*base model"):
+            train_dpo.main(command("dpo", flags, model=str(folder)))
+
+
+def test_pickled_weights_are_refused_with_the_conversion(copy_of):
+    folder = copy_of("llava")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"pytorch_model\.bin.*save_pretrained"):
+        load_model(str(folder))
+
+
+def test_a_checkpoint_without_a_head_is_an_embedding_model(copy_of):
+    folder = copy_of("qwen3_vl")
+    weights = load_file(folder / "model.safetensors")
+    assert weights.pop("lm_head.weight") is not None
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"has no lm_head\.weight.*embedding models.*made from"):
+        load_model(str(folder))
+    weights.pop(next(name for name in weights if "q_proj" in name))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="do not fit"):
+        load_model(str(folder))
