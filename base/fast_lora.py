@@ -26,7 +26,7 @@ class _LoraProduct(torch.autograd.Function):
         ctx.save_for_backward(x, low, weight, A, B)
         ctx.scaling = scaling
         # Not `view`: nobody could add in place to a view that was made in here.
-        return torch._unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
+        return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -18,6 +18,7 @@ OTHERS = (args.ModelArguments, args.DataArguments, args.LoraArguments)
 
 # transformers' flags that no test of this project gives a value: who reads them. Nothing of ours stands between.
 READ_BY = {
+    "the scripts, see test_evaluation_alone": "do_train do_eval",
     "Trainer's optimizer and schedule": """lr_scheduler_kwargs optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
         optim_target_modules""",
     "Trainer's loop": """num_train_epochs tf32 torch_compile torch_compile_backend torch_compile_mode use_liger_kernel

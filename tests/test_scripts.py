@@ -180,6 +180,7 @@ BAD_INPUT = {
     "weights for other losses": ("--loss_type sigmoid --loss_weights 1 2", r"loss_weights has 2 values for 1 losses"),
     "image sensitivity of nothing": ("--log_image_sensitivity True", r"add --eval_ratio or --eval_data_path"),
     "wandb names without wandb": ("--project_name p", r"add --report_to wandb"),
+    "a wandb group without wandb": ("--group_name g", r"add --report_to wandb"),
     "flash attention where there is none": (
         "--use_flash_attention_2 True --share_prefix False",
         r"FlashAttention-2 is not available",

@@ -215,12 +215,12 @@ def test_the_cached_reference_knows_the_date(dated: str, tmp_path: Path, command
     def rows() -> int:
         return sum(len(load_file(path)) for path in cache.rglob("*.safetensors"))
 
-    train_dpo.main(command("dpo", flags, model=dated))
+    train_dpo.main(command("dpo", flags, model=dated, out=tmp_path / "first"))
     computed = rows()
-    train_dpo.main(command("dpo", flags, model=dated))
+    train_dpo.main(command("dpo", flags, model=dated, out=tmp_path / "again"))
     assert rows() == computed > 0  # the same day: nothing is computed anew
     monkeypatch.setattr(Clock, "today_is", datetime.datetime(2026, 11, 2))
-    train_dpo.main(command("dpo", flags, model=dated))
+    train_dpo.main(command("dpo", flags, model=dated, out=tmp_path / "later"))
     assert rows() == 2 * computed
 
 
