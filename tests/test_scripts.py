@@ -166,6 +166,7 @@ def test_config_file_and_the_command_line_wins(command, tmp_path):
 
 
 BAD_INPUT = {
+    "noise of no step": ("--loss_type povid --diffusion_step 1000", r"--diffusion_step is a step from 0 to 999"),
     "columns that the collator reads": (
         "--remove_unused_columns True",
         r"--remove_unused_columns True would drop the images",
