@@ -7,11 +7,10 @@ A batch is a plain dict, so that a family's collator can replace a field:
     B rows of at most L tokens      R responses of at most T tokens      M pairs      N tokens that are scored
 """
 
+from io import BytesIO
 from typing import Any, TypedDict
 
 from torch import Tensor
-
-from base.images import ImageFile
 
 # Keyword arguments of the model: pixel_values and what else the family's processor returns
 ImageInputs = dict[str, Any]
@@ -20,7 +19,7 @@ ImageInputs = dict[str, Any]
 class ImageBatch(TypedDict, total=False):
     """The images of a batch."""
 
-    img_path: list[ImageFile]  # of all rows in order, as PIL.Image.open accepts them
+    img_path: list[str | BytesIO]  # of all rows in order, as PIL.Image.open takes them
     img_input_dict: ImageInputs  # the same, ready for the model; entries per token are (B, L, ...) as input_ids
     where: list[str]  # (B,), file and row number, for messages
 

@@ -10,19 +10,22 @@ A family overrides a collator only where its image inputs need more than its pro
             return padded_batch
 """
 
+import copy
+import functools
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from io import BytesIO
 from typing import Any
 
 import torch
 from datasets import Dataset
 
 from base import views
-from base.batch import DPOBatch, ImageFile, ImageInputs, PPOBatch, ResponseBatch, RMBatch, SFTBatch
+from base.batch import DPOBatch, ImageInputs, PPOBatch, ResponseBatch, RMBatch, SFTBatch
 from base.corruption import Corruption, diffuse
-from base.images import IMAGE_STATES, image_file, image_states
+from base.images import IMAGE_STATES, image_states, openable
 from base.packing import common_beginning, pack_rows, packed_length
-from base.processor import IGNORE_INDEX, VLProcessor
+from base.processor import IGNORE_INDEX, VLProcessor, answer_start
 from base.views import Pairs, Places, Row, View
 from common.errors import InputError
 from common.seeds import stable_seed
@@ -109,9 +112,9 @@ class VLDataCollator:
         return [str(row.get("where") or f"row {b} of a batch") for b, row in enumerate(features)]
 
     @staticmethod
-    def image_files(features: Sequence[Row]) -> list[ImageFile]:
-        """All images of the batch in order, as PIL.Image.open accepts them."""
-        return [image_file(image) for row in features for image in row["images"]]
+    def image_files(features: Sequence[Row]) -> list[str | BytesIO]:
+        """All images of the batch in order, as PIL.Image.open takes them."""
+        return [openable(image) for row in features for image in row["images"]]
 
 
 class VLSFTDataCollatorWithPadding(VLDataCollator):
@@ -132,18 +135,13 @@ class VLSFTDataCollatorWithPadding(VLDataCollator):
         return len(self._fit(ids[0], labels[0], LengthCounts(), "a row") or ids[0])
 
     def _encode(self, features: Sequence[Row]) -> tuple[list[list[int]], list[list[int]], ImageInputs]:
-        encoded = self.processor.process_batch_conv(
+        return self.processor.encode_talks(
             [r["messages"] for r in features], [r["images"] for r in features], self.train_on
         )
-        return encoded["input_ids"], encoded["labels"], encoded["img_input_dict"]
 
     def _fit(self, ids: list[int], labels: list[int], counts: LengthCounts, where: str) -> list[int] | None:
         """Tokens that stay of a conversation: only the last answer, if it is trained, can be shortened."""
-        start = next(
-            i
-            for i in range(len(labels) - 1, -1, -1)
-            if i == 0 or (labels[i - 1] == IGNORE_INDEX and labels[i] != IGNORE_INDEX)
-        )
+        start = answer_start(labels)
         kept = fit_row(start, [ids[start:]], self.limits, counts, where)
         return ids[:start] + kept[0] if kept is not None else None
 
@@ -176,6 +174,27 @@ class VLSFTDataCollatorWithPadding(VLDataCollator):
             "img_input_dict": processor.pad_img_inputs(img_inputs),
             "where": self.places(features),
         }
+
+
+def _noise_last(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Let the outermost `__call__` of a collator put the noise of `--corruption diffusion` on the pixels.
+
+    A subclass may have made them anew.
+    """
+
+    @functools.wraps(call)
+    def with_noise(self: "VLDPODataCollatorWithPadding", features: Sequence[Row]) -> Any:
+        self._depth += 1
+        try:
+            batch = call(self, features)
+        finally:
+            self._depth -= 1
+        if self._depth == 0 and self._to_diffuse is not None:
+            batch["img_input_dict"] = self._diffused(batch["img_input_dict"], features, *self._to_diffuse)
+            self._to_diffuse = None
+        return batch
+
+    return with_noise
 
 
 class VLDPODataCollatorWithPadding(VLDataCollator):
@@ -217,9 +236,22 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
         self.diffusion_step = diffusion_step
         self.seed = seed
         self.epoch = 0  # the trainer sets it, so that every epoch draws anew
+        # The policy's tokens will replace those of some responses, which therefore share nothing.
+        self._share_beginnings = "policy_negative" not in self.needs
 
+    # Of the batch in the making: `__call__`s that run inside each other; its rows, and those with noise
+    _depth = 0
+    _to_diffuse: tuple[Sequence[Row], View] | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__call__" in vars(cls):
+            cls.__call__ = _noise_last(cls.__call__)
+
+    @_noise_last
     def __call__(self, features: Sequence[Row]) -> DPOBatch:
         """Lay out rows and pairs, and what the losses need beyond them."""
+        self._to_diffuse = None
         self._check_columns(features)
         pairs = [
             [] if row.get("repeated") else ordered_pairs(row["ranks"], row.get("scores"), self.pairs, self.score_margin)
@@ -240,7 +272,7 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
             copies = range(places.end, places.end + len(corrupted))
             batch["corrupted_of"] = places.repeats(corrupted.repeated, copies)
             if self.corruption == "diffusion":
-                batch["img_input_dict"] = self._diffused(batch["img_input_dict"], features, rows, corrupted)
+                self._to_diffuse = rows, corrupted
         if image_rejected.rows:  # the last rows of the batch
             copies = range(places.num_responses - len(image_rejected), places.num_responses)
             batch["image_rejected_of"] = places.repeats(image_rejected.repeated, copies)
@@ -343,20 +375,20 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
         self, img_inputs: ImageInputs, features: Sequence[Row], rows: Sequence[Row], corrupted: View
     ) -> ImageInputs:
         """Noise on the pixels of the corrupted rows, which lie behind those of `rows`."""
-        if "pixel_values" not in img_inputs:
+        pixels = img_inputs.get("pixel_values")
+        if pixels is None:
             return img_inputs
-        pixels = img_inputs["pixel_values"]
         if self.share_prefix and "image_rejected" not in self.needs:  # both parts have the same number of equal images
             first, last = len(pixels) // 2, len(pixels)
         else:  # the parts differ in size: count theirs
-            first = len(self.encode_rows(rows)["img_input_dict"]["pixel_values"])
-            last = first + len(self.encode_rows(corrupted.rows)["img_input_dict"]["pixel_values"])
+            first = len(self.responses_only(rows)["img_input_dict"]["pixel_values"])
+            last = first + len(self.responses_only(corrupted.rows)["img_input_dict"]["pixel_values"])
         noisy = diffuse(pixels[first:last], self.diffusion_step, self._draw(*features))
         return img_inputs | {"pixel_values": torch.cat([pixels[:first], noisy, pixels[last:]])}
 
     def _probe(self, features: Sequence[Row], better: Sequence[Sequence[int]]) -> ResponseBatch:
         """The chosen responses on v', from which the policy's tokens are read."""
-        probe = self.encode_rows(self._corrupted(features, better).rows)
+        probe = self.responses_only(self._corrupted(features, better).rows)
         pixels = probe["img_input_dict"].get("pixel_values")
         if self.corruption == "diffusion" and pixels is not None:
             probe["img_input_dict"]["pixel_values"] = diffuse(pixels, self.diffusion_step, self._draw(*features))
@@ -384,8 +416,18 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
         return int((batch["segment_ids"] >= 0).sum())
 
     def _fit(self, prompt: list[int], row: Row, counts: LengthCounts, where: str) -> list[list[int]] | None:
-        responses = [self.processor.encode_response(r, e) for r, e in zip(row["responses"], _ended(row), strict=True)]
-        return fit_row(len(prompt), responses, self.limits, counts, row.get("where") or where)
+        return fit_row(len(prompt), self._responses(row), self.limits, counts, row.get("where") or where)
+
+    def _responses(self, row: Row) -> list[list[int]]:
+        return self.processor.encode_responses(row["prompt"], row["responses"], row["images"], _ended(row))
+
+    def responses_only(self, features: Sequence[Row]) -> ResponseBatch:
+        """Rows whose responses form no pairs, through `__call__`: with the image inputs that a subclass makes."""
+        plain = copy.copy(self)
+        plain.needs, plain.columns, plain._depth, plain._to_diffuse = frozenset(), frozenset(), 0, None
+        unpaired = dict.fromkeys([*NUMBER_COLUMNS, "reference_logps"]) | {"repeated": True}
+        batch = plain([row | unpaired | {"ranks": [0.0] * len(row["responses"])} for row in features])
+        return {key: value for key, value in batch.items() if key not in ("chosen", "rejected", "source", "counted")}
 
     def encode_rows(self, features: Sequence[Row]) -> ResponseBatch:
         """Tokenise and lay out prompts with their responses; the part of the batch that RM and PPO share."""
@@ -401,12 +443,11 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
         responses = []
         for prompt, row in zip(prompts, features, strict=True):
             # One by one: a view may hold equal responses of a row that has others.
-            fitted = [fit(len(prompt), [processor.encode_response(r)], self.limits) for r in row["responses"]]
+            fitted = [fit(len(prompt), [response], self.limits) for response in self._responses(row)]
             if reason := next((f.reason for f in fitted if f.responses is None), None):
                 raise InputError(f"{row.get('where') or 'A row'}: {reason}; or call drop_overlong on the data first.")
             responses.append([ids for f in fitted for ids in f.responses or ()])
-        # The policy's tokens will replace those of some responses, which therefore share nothing.
-        shared = [0 if "policy_negative" in self.needs else common_beginning(row) for row in responses]
+        shared = [common_beginning(row) if self._share_beginnings else 0 for row in responses]
         sources = [
             [*range(len(prompt)), *[-1] * (packed_length(prompt, row, n) - len(prompt))]
             for prompt, row, n in zip(prompts, responses, shared, strict=True)

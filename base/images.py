@@ -33,6 +33,17 @@ def image_states(row: Mapping[str, Any]) -> list[list[int]]:
     return [list((isinstance(file, str) and size_and_time(file)) or ()) for file in files]
 
 
+def openable(image: ImageSource) -> str | io.BytesIO:
+    """What `PIL.Image.open` takes for an image of a row; a PIL image becomes an uncompressed file in memory, as 8-bit RGB."""
+    file = image_file(image)
+    if not isinstance(file, Image.Image):
+        return file
+    memory = io.BytesIO()
+    load_image(file).save(memory, "PPM")
+    memory.seek(0)
+    return memory
+
+
 def load_image(image: ImageSource) -> Image.Image:
     """Decode one image to upright 8-bit RGB (data.images.to_rgb: transparency on white, deep greys scaled).
 

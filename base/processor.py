@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from PIL import Image
-from transformers import AutoProcessor, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoProcessor, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
 
 from base.image_tokens import ImageTokenCounter
 from base.images import ImageSource, load_image, refuse_images
@@ -23,6 +23,40 @@ from common.errors import InputError
 from data.rows import IMAGE_MARK
 
 IGNORE_INDEX = -100
+
+
+def count_images(images: ImageSource | Sequence[ImageSource] | int | None) -> int:
+    """How many images an argument of `format_multimodal_prompt` stands for: a number, a list, a single one or none."""
+    if images is None or isinstance(images, int):
+        return images or 0
+    return len(images) if isinstance(images, list | tuple) else 1
+
+
+def answer_start(labels: Sequence[int]) -> int:
+    """Where the last trained answer of a conversation begins.
+
+    Raises:
+        InputError: no token is trained.
+    """
+    end = next((i for i in reversed(range(len(labels))) if labels[i] != IGNORE_INDEX), None)
+    if end is None:
+        raise InputError("A conversation has no trained token: process_batch_conv must label answers and their ends.")
+    return next((i + 1 for i in reversed(range(end)) if labels[i] == IGNORE_INDEX), 0)
+
+
+class _ImageProcessor:
+    """An image processor of transformers that takes an empty list, too: a batch without images has no pixels."""
+
+    def __init__(self, native: Any) -> None:
+        self._native = native
+
+    def __call__(self, images: Any = None, **kwargs: Any) -> Any:
+        if isinstance(images, list | tuple) and not images:
+            return BatchFeature({"pixel_values": None})
+        return self._native(images=images, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_native"], name) if "_native" in vars(self) else object.__getattribute__(self, name)
 
 
 class VLProcessor:
@@ -75,6 +109,7 @@ class VLProcessor:
             complete_processor(self.processor, config)
         if getattr(self.processor, "chat_template", None) is None:
             self.processor.chat_template = self.tokenizer.chat_template or self.default_chat_template
+        self.processor.chat_template = self.chat_template  # a family's own template is rendered, and saved
         if not self.processor.chat_template:
             raise InputError(f"{model_name_or_path} has no chat template: add chat_template.jinja to it.")
         if isinstance(self.processor.chat_template, dict) and "default" not in self.processor.chat_template:
@@ -82,6 +117,7 @@ class VLProcessor:
             raise InputError(f"{model_name_or_path} has chat templates named {names}: call the one to use `default`.")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.unk_token or self.tokenizer.eos_token
+        self._native_image_processor = self.processor.image_processor
         self.template = ChatTemplate(self.processor, self.tokenizer, enable_thinking=enable_thinking, date=date)
         self.image_token, self.image_placeholder = self.template.image_token, self.template.image_placeholder
         self.answer_end = self.template.answer_end
@@ -119,6 +155,13 @@ class VLProcessor:
                 f"A text has tokens that the model does not know: {self._names(found)} beyond its embeddings."
             )
 
+    def __getattr__(self, name: str) -> Any:
+        # Called for what is not there only
+        reason = (
+            "" if "_image_tokens" in vars(self) else ": its __init__ must call super().__init__(model_name_or_path)"
+        )
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{reason}.")
+
     # -- the contract -------------------------------------------------------------------------------------------------
 
     @property
@@ -133,8 +176,8 @@ class VLProcessor:
 
     @property
     def image_processor(self) -> Any:
-        """The image processor: `image_processor(images=[...], return_tensors="pt")`."""
-        return self.processor.image_processor
+        """The image processor: `image_processor(images=[...], return_tensors="pt")`; without images it gives None as pixel_values."""
+        return _ImageProcessor(self._native_image_processor)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -153,19 +196,21 @@ class VLProcessor:
         """Inference mode: pad on the left, `__call__` on conversations ends in the generation prompt."""
         self.mode, self.tokenizer.padding_side = "infer", "left"
 
-    def format_multimodal_prompt(self, prompt: str, images: ImageSource | Sequence[ImageSource] | int = 1) -> str:
+    def format_multimodal_prompt(
+        self, prompt: str, images: ImageSource | Sequence[ImageSource] | int | None = 1
+    ) -> str:
         """Put one image placeholder per image (a list of images or their number) in front of a raw prompt."""
-        if not isinstance(images, int):
-            images = len(images) if isinstance(images, list | tuple) else 1
-        return self.image_placeholder * images + prompt
+        return self.image_placeholder * count_images(images) + prompt
 
     def remove_image_placeholder(self, prompt: str) -> str:
         """The prompt without image placeholders: the inverse of `format_multimodal_prompt`."""
-        return prompt.replace(self.image_placeholder, "").replace(IMAGE_MARK, "")
+        for mark in (self.image_placeholder, self.image_token, IMAGE_MARK):
+            prompt = prompt.replace(mark, "")
+        return prompt
 
-    def is_multimodal_prompt_valid(self, prompt: str) -> bool:
-        """Whether the prompt contains the image placeholder."""
-        return self.image_placeholder in prompt or IMAGE_MARK in prompt
+    def is_multimodal_prompt_valid(self, prompt: str | None) -> bool:
+        """Whether the prompt contains an image placeholder: the template's, the bare token in it, or `<image>`."""
+        return bool(prompt) and any(mark in prompt for mark in (self.image_placeholder, self.image_token, IMAGE_MARK))
 
     def process_batch_conv(
         self, convs: Sequence[Messages], images: Sequence[Sequence[ImageSource]] | None = None, train_on: str = "all"
@@ -182,18 +227,35 @@ class VLProcessor:
             end token; img_input_dict: the model's image inputs for the batch, per-token entries still as lists.
         """
         images = images if images is not None else [[] for _ in convs]
+        if not convs:
+            return {"input_ids": [], "labels": [], "img_input_dict": {}}
         input_ids, labels, img_inputs = self._encode_conversations(convs, images, train_on=train_on)
         return {"input_ids": input_ids, "labels": labels, "img_input_dict": img_inputs}
 
-    def encode_conversations(
+    def _encode_questions(
         self, convs: Sequence[Messages], images: Sequence[Sequence[ImageSource]]
     ) -> tuple[list[list[int]], dict[str, Any]]:
         """Token ids of prompts: conversations that end with a user turn, and the generation prompt behind them.
 
         Earlier answers are encoded as `process_batch_conv` encodes them. For the results see `encode_prompts`.
         """
-        input_ids, _, img_inputs = self._encode_conversations(convs, images, add_generation_prompt=True)
-        return input_ids, img_inputs
+        if not self._has_own("process_batch_conv"):
+            input_ids, _, img_inputs = self._encode_conversations(convs, images, add_generation_prompt=True)
+            return input_ids, img_inputs
+        # A family that tokenises conversations itself: a prompt is what stands before an empty answer.
+        open_ends = [conv[-1]["role"] != "assistant" for conv in convs]
+        empty = {"role": "assistant", "content": ""}
+        asked = [[*conv, empty] if end else conv for conv, end in zip(convs, open_ends, strict=True)]
+        encoded = self.process_batch_conv(asked, images, "last")
+        ids = [
+            ids[: answer_start(labels)] if end else ids
+            for ids, labels, end in zip(encoded["input_ids"], encoded["labels"], open_ends, strict=True)
+        ]
+        img_inputs = {
+            k: [row[: len(i)] for row, i in zip(v, ids, strict=True)] if k in self.per_token_keys else v
+            for k, v in encoded["img_input_dict"].items()
+        }
+        return ids, img_inputs
 
     def _encode_conversations(
         self,
@@ -203,7 +265,7 @@ class VLProcessor:
         train_on: str = "all",
     ) -> tuple[list[list[int]], list[list[int]], dict[str, Any]]:
         """Token ids, labels and image inputs of conversations."""
-        parts = [self.as_parts(conv, len(row)) for conv, row in zip(convs, images, strict=True)]
+        parts = [self._parts(conv, len(row)) for conv, row in zip(convs, images, strict=True)]
         skeletons, answers = zip(*(self.template.split(conv, add_generation_prompt) for conv in parts), strict=True)
         marker, marker_id = self.template.unused_token(skeletons)
         prompts, img_inputs = self.encode_prompts([marker.join(pieces) for pieces in skeletons], images)
@@ -259,20 +321,22 @@ class VLProcessor:
         Raises:
             InputError: image placeholders and images differ in number.
         """
-        if (texts is None) == (convs is None):
-            raise ValueError("Give either texts or convs.")
+        if (texts is None) == (convs is None) or isinstance(texts, str):
+            raise InputError("A processor takes a list: either of texts or of convs.")
         rows = [list(i) if isinstance(i, list | tuple) else [i] for i in images or [[]] * len(texts or convs or [])]
         labels = None
         if convs is not None and self.mode == "train":
             encoded = self.process_batch_conv(convs, rows, train_on)
             input_ids, labels, img_inputs = encoded["input_ids"], encoded["labels"], encoded["img_input_dict"]
         elif convs is not None:
-            input_ids, img_inputs = self.encode_conversations(convs, rows)
+            input_ids, img_inputs = self._encode_questions(convs, rows)
         elif texts is not None:
             prompts = [
                 text if not row or self.is_multimodal_prompt_valid(text) else self.format_multimodal_prompt(text, row)
                 for text, row in zip(texts, rows, strict=True)
             ]
+            if IMAGE_MARK not in self.image_placeholder:
+                prompts = [text.replace(IMAGE_MARK, self.image_placeholder) for text in prompts]
             input_ids, img_inputs = self.encode_prompts(prompts, rows)
         batch = {
             "input_ids": self.pad(input_ids, self.tokenizer.pad_token_id),
@@ -290,7 +354,25 @@ class VLProcessor:
         Raises:
             InputError: `images` is given and differs from the number of marks.
         """
-        return self.template.render(self.as_parts(messages, images), add_generation_prompt)
+        return self.template.render(self._parts(messages, images), add_generation_prompt)
+
+    def _parts(self, messages: Messages, images: int | None) -> Messages:
+        """`as_parts`, in which `format_multimodal_prompt` puts the placeholders where no turn has one."""
+        if not (self._has_own("format_multimodal_prompt") or self._has_own("is_multimodal_prompt_valid")):
+            return self.as_parts(messages, images)  # which does the same
+        asked = [m["content"] for m in messages if m["role"] != "assistant"]
+        plain = all(isinstance(text, str) for text in asked)
+        # A mark of the data counts, whatever a family's own check looks for
+        if images and plain and not any(IMAGE_MARK in text or self.is_multimodal_prompt_valid(text) for text in asked):
+            first = next(n for n, m in enumerate(messages) if m["role"] == "user")
+            text = self.format_multimodal_prompt(messages[first]["content"], images)
+            if not self.is_multimodal_prompt_valid(text):
+                raise InputError(
+                    f"format_multimodal_prompt of {type(self).__name__} puts nothing that its is_multimodal_prompt_valid "
+                    f"takes for an image: let it put {self.image_placeholder!r} or {IMAGE_MARK}."
+                )
+            messages = [*messages[:first], messages[first] | {"content": text}, *messages[first + 1 :]]
+        return self.as_parts(messages, images)
 
     def as_parts(self, messages: Messages, images: int | None) -> Messages:
         """Hook: messages with contents as parts, image marks as image parts. See `ChatTemplate.as_parts`."""
@@ -302,9 +384,59 @@ class VLProcessor:
         self._refuse_beyond(ids)
         return ids
 
+    def encode_responses(
+        self,
+        prompt: Messages,
+        responses: Sequence[str],
+        images: Sequence[ImageSource],
+        ended: Sequence[bool] | None = None,
+    ) -> list[list[int]]:
+        """Token ids of answers to a prompt: `encode_response`, or where a family has one its own `process_batch_conv`.
+
+        Args:
+            ended: whether each answer has its end token; all do by default.
+        """
+        ends = ended or [True] * len(responses)
+        if not self._has_own("process_batch_conv"):
+            return [self.encode_response(response, end) for response, end in zip(responses, ends, strict=True)]
+        convs = [[*prompt, {"role": "assistant", "content": response}] for response in responses]
+        with self.lengths_only():  # the images do not matter here
+            encoded = self.process_batch_conv(convs, [images] * len(convs), "last")
+        answers = [
+            ids[answer_start(labels) :] for ids, labels in zip(encoded["input_ids"], encoded["labels"], strict=True)
+        ]
+        end = len(self.encode_response("")) - len(self.encode_response("", False))
+        return [ids if end_stays else ids[:-end] for ids, end_stays in zip(answers, ends, strict=True)]
+
     def decode_response(self, ids: Sequence[int]) -> str:
         """Text of a generated answer: without special tokens, without its end and without white space around it."""
         return self.template.decode_response(ids)
+
+    def encode_conversations(
+        self, convs: Sequence[Messages], images: Sequence[Sequence[ImageSource]]
+    ) -> tuple[list[list[int]], dict[str, Any]]:
+        """Prompts of conversations as `encode_prompts` returns them. They pass through `__call__`, which a family may override."""
+        training = self.mode == "train"
+        self.infer()
+        try:
+            encoded = dict(self(convs=convs, images=[list(row) for row in images]))
+        finally:
+            if training:
+                self.train()
+        return self._unpadded(encoded)
+
+    def encode_talks(
+        self, convs: Sequence[Messages], images: Sequence[Sequence[ImageSource]], train_on: str = "all"
+    ) -> tuple[list[list[int]], list[list[int]], dict[str, Any]]:
+        """Whole conversations through `__call__` as well: token ids, labels, image inputs, all as `process_batch_conv` makes them."""
+        which = {} if train_on == "all" else {"train_on": train_on}
+        encoded = dict(self(convs=convs, images=[list(row) for row in images], **which))
+        labels, mask = encoded.pop("labels"), encoded["attention_mask"].bool()
+        ids, img_inputs = self._unpadded(encoded)
+        return ids, [row[real].tolist() for row, real in zip(labels, mask, strict=True)], img_inputs
+
+    def _has_own(self, method: str) -> bool:
+        return getattr(type(self), method) is not getattr(VLProcessor, method)
 
     def encode_prompts(
         self, texts: Sequence[str], images: Sequence[Sequence[ImageSource]]
@@ -328,14 +460,23 @@ class VLProcessor:
         self, texts: Sequence[str], images: Sequence[Sequence[ImageSource]], pictures: list[list[Image.Image]]
     ) -> tuple[list[list[int]], dict[str, Any]]:
         """`encode_prompts` with the images decoded; `images` name them in messages."""
+        own = self.image_processor
         try:
+            if self._has_own("image_processor"):
+                self.processor.image_processor = own
             encoded = self.call_native(list(texts), pictures)
         except ValueError:
-            refuse_images(self.image_processor, images, pictures)
+            refuse_images(own, images, pictures)
             raise
+        finally:
+            self.processor.image_processor = self._native_image_processor
+        encoded.pop("labels", None)  # PaliGemma's processor makes labels, too
+        return self._unpadded(encoded)
+
+    def _unpadded(self, encoded: dict[str, Any]) -> tuple[list[list[int]], dict[str, Any]]:
+        """Padded rows of tokens as lists, beside the image inputs, whose per-token entries become lists as well."""
         mask = encoded.pop("attention_mask").bool()
         ids = encoded.pop("input_ids")
-        encoded.pop("labels", None)  # PaliGemma's processor makes labels, too
         img_inputs = {
             k: [v[b][mask[b]].tolist() for b in range(len(mask))] if k in self.per_token_keys else v
             for k, v in encoded.items()
@@ -349,11 +490,11 @@ class VLProcessor:
     @contextmanager
     def lengths_only(self) -> Iterator[None]:
         """Within it, encoded prompts have the right number of tokens and no image inputs, and no image is decoded."""
-        self._lengths_only = True
+        before, self._lengths_only = self._lengths_only, True
         try:
             yield
         finally:
-            self._lengths_only = False
+            self._lengths_only = before
 
     def call_native(self, texts: list[str], images: list[list[Image.Image]]) -> dict[str, Any]:
         """Hook: call the family's transformers processor on a right-padded batch; images are nested per row."""
@@ -403,8 +544,8 @@ class VLProcessor:
 
         They run the vision tower all the same, because the other ranks wait for it.
         """
-        text = self.render([{"role": "user", "content": f"{IMAGE_MARK}\n."}], add_generation_prompt=True, images=1)
-        return self.pad_img_inputs(self.encode_prompts([text], [[Image.new("RGB", (64, 64), "grey")]])[1])
+        question = [{"role": "user", "content": f"{IMAGE_MARK}\n."}]
+        return self.pad_img_inputs(self.encode_conversations([question], [[Image.new("RGB", (64, 64), "grey")]])[1])
 
     def pad(self, rows: Sequence[Sequence[Any]], value: Any) -> torch.Tensor:
         """Pad B lists (of numbers, or of equal-shaped lists) to a (B, L, ...) tensor, on the side of the mode."""

@@ -68,7 +68,7 @@ def score_rows(
     scores: list[list[float]] = []
     for start in range(0, len(rows), batch_size):
         chunk = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-        batch = collator.encode_rows(chunk)
+        batch = collator.responses_only(chunk)
         image_inputs = model.core.encode_images(to_device(batch["img_input_dict"], model.device))
         if dummy_images is not None and batch["img_input_dict"].get("pixel_values") is None:
             model.core.encode_images(to_device(dummy_images, model.device))

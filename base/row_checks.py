@@ -101,7 +101,7 @@ class ProcessorCheck:
         processor = self.processor
         try:
             if kind == "conversation":
-                processor.process_batch_conv([messages], [pictures])
+                processor.encode_talks([messages], [pictures])
             else:
                 processor.encode_conversations([messages], [pictures])
         except ValueError as error:  # InputErrors are ValueErrors

@@ -222,7 +222,8 @@ class ChatTemplate:
         Raises:
             InputError: `images` is given and differs from the number of marks.
         """
-        marks = re.compile(rf"\n*(?:{re.escape(self.image_placeholder)}|{re.escape(IMAGE_MARK)})\n*")
+        spellings = "|".join(map(re.escape, (self.image_placeholder, self.image_token, IMAGE_MARK)))
+        marks = re.compile(rf"\n*(?:{spellings})\n*")
         converted = []
         for message in messages:
             content = message["content"]

@@ -198,12 +198,12 @@ def _token_facts(rows: Dataset, kind: Kind, processor: VLProcessor, train_on: st
         for row in _sample(rows):
             images = row["images"]
             if kind == "conversation":
-                encoded = processor.process_batch_conv([row["messages"]], [images], train_on)
-                whole.append(len(encoded["input_ids"][0]))
-                answers.append(sum(label != IGNORE_INDEX for label in encoded["labels"][0]))
+                ids, labels, _ = processor.encode_talks([row["messages"]], [images], train_on)
+                whole.append(len(ids[0]))
+                answers.append(sum(label != IGNORE_INDEX for label in labels[0]))
                 continue
             prompts.append(len(processor.encode_conversations([row["prompt"]], [images])[0][0]))
-            own = [len(processor.encode_response(response)) for response in row.get("responses") or []]
+            own = [*map(len, processor.encode_responses(row["prompt"], row.get("responses") or [], images))]
             answers += own
             whole.append(prompts[-1] + max(own, default=0))
     facts = [("  tokens of a prompt, images included", _spread(prompts))] if prompts else []
@@ -393,8 +393,7 @@ def _conversation(row: Row, processor: VLProcessor | None, train_on: str) -> str
     messages: list = row["messages"]  # type: ignore[assignment]
     if processor is None:
         return _plain(messages)
-    encoded = processor.process_batch_conv([messages], [row["images"]], train_on)  # type: ignore[list-item]
-    ids, labels = encoded["input_ids"][0], encoded["labels"][0]
+    (ids,), (labels,), _ = processor.encode_talks([messages], [row["images"]], train_on)  # type: ignore[list-item]
     trained = [label != IGNORE_INDEX for label in labels]
     return (
         f"<pre>{_tokens(processor, ids, trained)}</pre>"

@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from transformers import GenerationConfig
 from transformers.utils import ModelOutput
 
 from args import run
-from base.collator import VLDPODataCollatorWithPadding
+from base.collator import VLPPODataCollator
 from base.features import join_image_inputs, pooled_features
 from base.layout import processor_path
 from base.loading import base_model_path, load_adapter, load_model
@@ -109,8 +110,8 @@ def chunks(items: list, size: int) -> Iterator[list]:
 class EncodedBatches(torch.utils.data.Dataset):
     """Decoding, resizing and tokenising, one batch per item, in data-loader workers."""
 
-    def __init__(self, batches: list[Batch], processor: VLProcessor) -> None:
-        self.batches, self.processor = batches, processor
+    def __init__(self, batches: list[Batch], collator: VLPPODataCollator) -> None:
+        self.batches, self.collator = batches, collator
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -120,12 +121,13 @@ class EncodedBatches(torch.utils.data.Dataset):
 
     def encode(self, row: Row) -> dict:
         """Token ids, image inputs of this row alone, and a digest of everything that its image features depend on."""
-        processor, images = self.processor, row["images"]
+        processor, images = self.collator.processor, row["images"]
         messages = [{"role": "user", "content": with_image_marks(row["prompt"], len(images))}]
         try:
-            (ids,), inputs = processor.encode_conversations([messages], [images])
+            batch = self.collator([{"images": images, "prompt": messages}])
         except InputError as error:
             raise InputError(f"row '{row['id']}': {error}") from error
+        (ids,), inputs = batch["prompts"], batch["img_input_dict"]
         # InstructBLIP's features depend on the question, too: what is equal in all inputs of the tower is shared, no more
         digest = hashlib.sha1()
         for name, value in sorted(inputs.items()):
@@ -166,6 +168,10 @@ class Answerer:
         self.device, self.dtype = device, dtype
         self.processor = processor_for(model, adapter, **rendering)
         self.processor.infer()
+        self.checkpoint_settings = take_settings(self.core)
+        family = core_mapper_for(model)
+        self.prompt_collator = family.ppo_collator(self.processor)
+        self.response_collator = family.dpo_collator(self.processor)
         self.tower_runs = 0  # images that the vision tower has seen
         self._features: dict[str, dict] = {}
 
@@ -255,6 +261,18 @@ class Answerer:
         return self.model(**packed, completion_index=index, **kwargs)
 
 
+def take_settings(core: torch.nn.Module) -> dict:
+    """Leave a checkpoint's generation settings nothing but its special tokens; return the others (repetition_penalty, ...)."""
+    tokens = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    taken = core.generation_config.to_diff_dict()
+    for module in core.modules():
+        config = getattr(module, "generation_config", None)
+        if isinstance(config, GenerationConfig):
+            module.generation_config = GenerationConfig(**{name: getattr(config, name) for name in tokens})
+    about = (*tokens, "transformers_version", "_from_model_config")
+    return {name: value for name, value in taken.items() if name not in about and value is not None}
+
+
 def processor_for(model: str, adapter: str | None = None, **rendering: Any) -> VLProcessor:
     """The processor saved beside the adapter or the model, else that of the base under it.
 
@@ -266,22 +284,30 @@ def processor_for(model: str, adapter: str | None = None, **rendering: Any) -> V
 
 
 def generation_settings(args: argparse.Namespace, answerer: Answerer) -> tuple[dict, dict]:
-    """Keyword arguments of generate, and what is recorded: the same and whatever the checkpoint's own config adds."""
+    """Keyword arguments of generate, and what is recorded of them.
+
+    Flags come first, then the checkpoint's generation_config.json if --checkpoint_settings asks for it, then what the
+    family's `prepare_default_generation_kwargs` says, then greedy search.
+    """
     settings = answerer.core.prepare_default_generation_kwargs()
-    given = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams}
-    settings |= {k: v for k, v in given.items() if v is not None}
-    if args.temperature > 0:
-        settings |= {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
-    else:  # a checkpoint's sampling defaults have no part in greedy search
+    if args.checkpoint_settings:
+        settings |= answerer.checkpoint_settings
+    names = ("max_new_tokens", "num_beams", "temperature", "top_p")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if "temperature" in given:
+        given["do_sample"] = args.temperature > 0
+    settings |= given
+    samples = bool(settings.get("do_sample"))
+    if samples:
+        settings = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} | settings
+    elif "top_p" in given:
+        raise InputError("--top_p belongs to sampling: add --temperature, above 0.")
+    else:  # what belongs to sampling has no part in greedy search
         settings |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    configured = answerer.core.generation_config
     recorded = {k: v for k, v in settings.items() if v is not None}
-    for name in ("repetition_penalty", "no_repeat_ngram_size", "length_penalty"):
-        if getattr(configured, name, None) not in (None, 0, 1.0):
-            recorded[name] = getattr(configured, name)
-    if args.temperature > 0:
+    if samples:
         recorded["seed"] = args.seed
-    if args.num_samples < 1 or (args.num_samples > 1 and (args.temperature <= 0 or settings.get("num_beams", 1) > 1)):
+    if args.num_samples < 1 or (args.num_samples > 1 and (not samples or settings.get("num_beams", 1) > 1)):
         raise InputError(
             f"--num_samples {args.num_samples} needs --temperature above 0 and no beams: the answers would be equal."
         )
@@ -348,7 +374,7 @@ def answer_rows(args: argparse.Namespace, rows: list[Row], answerer: Answerer, r
             if run_number % world == rank and any(row["id"] not in done for row in batch):
                 todo.append((args.seed + number, batch, run_number))
     loader = DataLoader(
-        EncodedBatches([batch for _, batch, _ in todo], answerer.processor),
+        EncodedBatches([batch for _, batch, _ in todo], answerer.prompt_collator),
         batch_size=None,
         num_workers=args.num_workers,
         collate_fn=None,
@@ -394,7 +420,7 @@ def choice_losses(args: argparse.Namespace, rows: list[Row], answerer: Answerer,
     """Write {id, losses}: mean loss over each choice's tokens, end token included, all choices of a question in one row."""
     check_images(rows)
     answerer.processor.train()
-    collator = VLDPODataCollatorWithPadding(answerer.processor)
+    collator = answerer.response_collator
     recorded = {"likelihood": True, "choice": "{text}", "dtype": str(answerer.dtype).removeprefix("torch.")}
     described = describe(args, recorded, answerer.processor.template.facts)
     ledger = Ledger(args.output, described, [str(r["id"]) for r in rows], rank, args.overwrite)
@@ -406,7 +432,7 @@ def choice_losses(args: argparse.Namespace, rows: list[Row], answerer: Answerer,
     batches = [b for b in batches if any(r["id"] not in done for r in b)]
     with tqdm(total=sum(map(len, batches)), unit="row", desc=f"{args.task} likelihood", disable=rank != 0) as bar:
         for batch in batches:
-            packed = collator.encode_rows(
+            packed = collator.responses_only(
                 [
                     {"images": r["images"], "prompt": [{"role": "user", "content": r["bare_question"]}],
                      "responses": list(r["choices"].values())}
@@ -433,9 +459,14 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=8, help="rows per batch and rank")
     parser.add_argument("--max_new_tokens", type=int, help="default: the family's (1024)")
     parser.add_argument("--num_beams", type=int, help="default 1; RLAIF-V reports Object HalBench with 3")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top_p", type=float, default=1.0, help="with --temperature")
-    parser.add_argument("--seed", type=int, default=0, help="with --temperature")
+    parser.add_argument("--temperature", type=float, help="0 is greedy; default: as the family says, greedy")
+    parser.add_argument("--top_p", type=float, help="of sampling; default: as the family says, 1")
+    add_switch(
+        parser,
+        "--checkpoint_settings",
+        help="take over the checkpoint's generation_config.json (repetition_penalty, ...)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument(
         "--num_samples", type=int, default=1, help="answers per row, with --temperature; the column `answers` has all"
     )

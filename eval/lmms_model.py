@@ -8,7 +8,6 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
-from base.collator import VLDPODataCollatorWithPadding
 from common.errors import InputError
 from eval.generate import Answerer, EncodedBatches, chunks
 
@@ -80,7 +79,7 @@ class LmmsModel(lmms):
             chosen = [i for i, row in enumerate(rows) if bool(row["images"]) is wanted]
             if not chosen:
                 continue
-            encoded = EncodedBatches([[rows[i] for i in chosen]], self.answerer.processor)[0][1]
+            encoded = EncodedBatches([[rows[i] for i in chosen]], self.answerer.prompt_collator)[0][1]
             self.answerer.forget_images()
             for i, text in zip(chosen, self.answerer.answer(encoded, settings, seed=0), strict=True):
                 for stop in [until] if isinstance(until, str) else until:
@@ -91,7 +90,7 @@ class LmmsModel(lmms):
     @torch.inference_mode()
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """(mean token loss, whether greedy search would say the same): what lmms-eval's own wrappers return."""
-        collator = VLDPODataCollatorWithPadding(self.answerer.processor)
+        collator = self.answerer.response_collator
         out = []
         for context, target, doc_to_visual, doc_id, task, split in tqdm(
             [r.args for r in requests], disable=self._rank != 0
@@ -101,7 +100,7 @@ class LmmsModel(lmms):
             prompt = [{"role": "user", "content": context.replace("<image>", "")}]
             response = target if isinstance(target, str) else target(doc)
             self.answerer.processor.train()
-            batch = collator.encode_rows([{"images": row["images"], "prompt": prompt, "responses": [response]}])
+            batch = collator.responses_only([{"images": row["images"], "prompt": prompt, "responses": [response]}])
             self.answerer.processor.infer()
             logps, mask = self.answerer.response_logps(batch)
             greedy = self.answerer.greedy_tokens(batch)

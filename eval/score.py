@@ -99,11 +99,11 @@ def implicit_reward(args: argparse.Namespace, device: torch.device) -> tuple[Sco
             "--implicit needs --ref, the checkpoint that training started from (without an adapter to switch off)"
         )
     reference = Answerer(args.ref, None, device, args.bf16) if args.ref else policy
-    collator = core_mapper_for(args.model_name_or_path).dpo_collator(policy.processor)
+    collator = policy.response_collator
     policy.processor.train()
 
     def score(rows: list[Row]) -> list[list[float]]:
-        batch = collator.encode_rows(rows)
+        batch = collator.responses_only(rows)
         logps = policy.response_logps(batch)[0].sum(1)  # (R,)
         if args.ref:
             ref_logps = reference.response_logps(batch)[0].sum(1)

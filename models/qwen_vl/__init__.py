@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextTo
 
 from base.images import ImageSource
 from base.model import VLModelMixin
-from base.processor import Messages, VLProcessor
+from base.processor import Messages, VLProcessor, count_images
 from data.rows import IMAGE_MARK
 from models.core_mapper import ModelCoreMapper
 from models.qwen_vl.configuration import QwenConfig, QwenVLConfig
@@ -51,19 +51,19 @@ class QwenVLProcessor(VLProcessor):
 
     _picture = re.compile(r"Picture \d+: <img><imgpad></img>\n")
 
-    def format_multimodal_prompt(self, prompt: str, images: ImageSource | Sequence[ImageSource] | int = 1) -> str:
+    def format_multimodal_prompt(
+        self, prompt: str, images: ImageSource | Sequence[ImageSource] | int | None = 1
+    ) -> str:
         """Put one numbered picture per image in front of a raw prompt."""
-        if not isinstance(images, int):
-            images = len(images) if isinstance(images, list | tuple) else 1
-        return "".join(f"Picture {n}: <img><imgpad></img>\n" for n in range(1, images + 1)) + prompt
+        return "".join(f"Picture {n + 1}: <img><imgpad></img>\n" for n in range(count_images(images))) + prompt
 
     def remove_image_placeholder(self, prompt: str) -> str:
         """The prompt without pictures, whatever their numbers."""
         return self._picture.sub("", prompt).replace(IMAGE_MARK, "")
 
-    def is_multimodal_prompt_valid(self, prompt: str) -> bool:
+    def is_multimodal_prompt_valid(self, prompt: str | None) -> bool:
         """Whether the prompt contains a picture."""
-        return bool(self._picture.search(prompt)) or IMAGE_MARK in prompt
+        return bool(prompt) and (bool(self._picture.search(prompt)) or IMAGE_MARK in prompt)
 
     def as_parts(self, messages: Messages, images: int | None) -> Messages:
         """As in the base class, with a mark in place of every numbered picture."""
