@@ -27,6 +27,9 @@ class ModelPass:
     hidden: Tensor | None = None  # (N, D)
     head: nn.Module | None = None
     text_only: Tensor | None = None  # (R, T) the policy's log-probs without the image, without gradient
+    entropy: Tensor | None = (
+        None  # (R, T) of the policy's next-token distributions in nats, if the trainer's with_entropy asks for it
+    )
 
 
 def preference_batch(

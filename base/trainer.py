@@ -106,6 +106,9 @@ class VLDPOTrainer(VLTrainer):
 
     args: DPOConfig
 
+    # Whether `policy.entropy` is there, for the `log_metrics` of a subclass
+    with_entropy = False
+
     def __init__(
         self, model: nn.Module, args: DPOConfig, *rest: Any, ref_model: nn.Module | None = None, **kwargs: Any
     ) -> None:
@@ -164,7 +167,7 @@ class VLDPOTrainer(VLTrainer):
             with torch.no_grad():
                 alone = batch["text_only"]
                 text_only = self.completion_logps(model, alone, alone["img_input_dict"])
-        return dataclasses.replace(self._pass(model, batch), text_only=text_only)
+        return dataclasses.replace(self._pass(model, batch, self.with_entropy), text_only=text_only)
 
     def reference_logps(self, batch: Batch) -> ModelPass:
         """What the reference says of every response, without gradient."""
@@ -228,12 +231,15 @@ class VLDPOTrainer(VLTrainer):
         with use_adapter(policy, REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None):
             yield self.model_wrapped
 
-    def _pass(self, model: nn.Module, batch: Batch) -> ModelPass:
-        outputs = self.completion_outputs(model, batch, batch["image_inputs"])
-        logps = scatter_to_responses(outputs.logps, batch["completion_mask"])
-        if not self.needs & {"token_kl", "logit_shift"}:
-            return ModelPass(logps)
-        return ModelPass(logps, outputs.hidden, self.base_model(model))
+    def _pass(self, model: nn.Module, batch: Batch, with_entropy: bool = False) -> ModelPass:
+        outputs = self.completion_outputs(model, batch, batch["image_inputs"], with_entropy)
+        mask = batch["completion_mask"]
+        said = ModelPass(scatter_to_responses(outputs.logps, mask))
+        if with_entropy:
+            said = dataclasses.replace(said, entropy=scatter_to_responses(outputs.entropy, mask).detach())
+        if self.needs & {"token_kl", "logit_shift"}:
+            said = dataclasses.replace(said, hidden=outputs.hidden, head=self.base_model(model))
+        return said
 
     def _with_policy_negatives(self, model: nn.Module, batch: Batch) -> Batch:
         """The batch with the policy's own tokens in the responses that stand ready for them."""

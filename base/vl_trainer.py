@@ -20,6 +20,7 @@ from base.features import pooled_features
 from base.model import CompletionOutput, VLModelMixin
 from base.packing import scatter_to_responses
 from base.processor import VLProcessor
+from base.self_check import SelfCheck
 from common.errors import InputError
 from common.tensors import to_device
 
@@ -109,6 +110,7 @@ class VLTrainer(SafeCheckpoints):
             eval_dataset=eval_dataset,
             **kwargs,
         )
+        self.add_callback(SelfCheck(self))
         # Sums and counts, (2,), or (2, 2) for the sum of two means
         self._metrics: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
 
@@ -160,7 +162,9 @@ class VLTrainer(SafeCheckpoints):
         """Image inputs of one grey picture, for rows without images."""
         return self.processing_class.dummy_images()
 
-    def completion_outputs(self, model: nn.Module, batch: Batch, image_inputs: dict[str, Any]) -> CompletionOutput:
+    def completion_outputs(
+        self, model: nn.Module, batch: Batch, image_inputs: dict[str, Any], with_entropy: bool = False
+    ) -> CompletionOutput:
         """Log-probs (N,) and hidden states (N, D) of the N response tokens of a packed batch, response after response."""
         mask = batch["completion_mask"]
         core = self.base_model(model)
@@ -171,9 +175,11 @@ class VLTrainer(SafeCheckpoints):
             **core.packed_inputs(batch["input_ids"], batch["segment_ids"], image_inputs, batch["packed"]),
             completion_index=index,
             completion_ids=ids,
+            **({"with_entropy": True} if with_entropy else {}),
         )
         if "scored" in batch:
-            outputs.logps, outputs.hidden = outputs.logps[batch["scored_as"]], outputs.hidden[batch["scored_as"]]
+            for name, values in dict(outputs).items():
+                setattr(outputs, name, values[batch["scored_as"]])
         return outputs
 
     def completion_logps(self, model: nn.Module, batch: Batch, image_inputs: dict[str, Any]) -> Tensor:

@@ -70,6 +70,7 @@ BASE = [
         "rollout",
         "samples",
         "sampling",
+        "self_check",
         "shared_prefill",
         "trainer",
         "update_loop",
