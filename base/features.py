@@ -34,6 +34,8 @@ def join_image_inputs(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _joined(name: str, values: list[Any]) -> Any:
     first = values[0]
+    if first is None:  # no images
+        return None
     if isinstance(first, Tensor):
         wide = [max(v.shape[d] for v in values) for d in range(1, first.ndim)]
         # Tokens of InstructBLIP's Q-Former: padded to the longest, as its processor does
@@ -44,7 +46,14 @@ def _joined(name: str, values: list[Any]) -> Any:
     if isinstance(first, dict):
         return {k: _joined(k, [v[k] for v in values]) for k in first}
     if name == "deepstack_features":  # one entry per layer: all images in one tensor, or one tensor per image
-        return [_joined("", list(layer)) for layer in zip(*values, strict=True)]
+        return [_joined_layer(list(layer)) for layer in zip(*values, strict=True)]
     if isinstance(first, list | tuple):  # one tensor per image
         return [tensor for v in values for tensor in v]
     raise TypeError(f"{name} of type {type(first).__name__} cannot be joined.")
+
+
+def _joined_layer(values: list[Any]) -> Any:
+    """Features for one decoder layer; some classes give them as (number of the layer, features)."""
+    if isinstance(values[0], tuple) and isinstance(values[0][0], int):
+        return values[0][0], _joined("", [features for _, features in values])
+    return _joined("", values)

@@ -33,8 +33,10 @@ from base.model import VLModelMixin
 from base.packing import last_token_positions
 from base.processor import IGNORE_INDEX
 from base.rollout_cache import rollout_cache
+from base.self_check import check_log_probs
 from base.trainer import disable_dropout
 from common.errors import InputError
+from common.tensors import to_device
 from models import FLASH_ATTN_MODELS, MODEL_NICKNAME_MAP, core_mapper_for
 from models.assemble import LoadPlan, add_lora, load_policy
 from models.internlm_xcomposer2.processing import SYSTEM
@@ -149,6 +151,33 @@ FAMILIES = {
     "gemma4": Family(
         "<bos><|turn>user\n<|image|>What is this?<turn|>\n<|turn>model\n<|channel>thought\n<channel|>",
         "chat_template.jinja of google/gemma-4-31B-it, thinking off",
+    ),
+    "blip_2": Family(
+        "<image>Question: What is this? Answer:",
+        "arXiv:2301.12597 and transformers' documentation of BLIP-2; <image> is our mark",
+        images=(1,),
+        native_text=lambda text: text.replace("<image>", ""),
+    ),
+    "llava_next_video": Family(
+        "USER: <image>\nWhat is this? ASSISTANT:", "model card of llava-hf/LLaVA-NeXT-Video-7B-hf, for images"
+    ),
+    "molmo2": Family(
+        "<|image|><|im_start|>user\nWhat is this?<|im_end|>\n<|im_start|>assistant\n",
+        "chat_template.jinja of allenai/Molmo2-4B",
+    ),
+    "cohere2_vision": Family(
+        "<BOS_TOKEN><|START_OF_TURN_TOKEN|><|USER_TOKEN|><|IMG_PATCH|>What is this?<|END_OF_TURN_TOKEN|>"
+        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>",
+        "Aya Vision's, not checked against CohereLabs/command-a-vision-07-2025",
+    ),
+    "glm46v": Family(
+        "[gMASK]<sop><|user|>\n<|begin_of_image|><|image|><|end_of_image|>What is this?<|assistant|>\n",
+        "GLM-4.1V's, not checked against a checkpoint of GLM-4.6V",
+    ),
+    "granite4_vision": Family(
+        "<|start_of_role|>user<|end_of_role|><image>What is this?<|end_of_text|>\n"
+        "<|start_of_role|>assistant<|end_of_role|>",
+        "prompt engineering guide of Granite 4.0, not checked against a vision checkpoint",
     ),
 }
 # One checkpoint per registered family, and further ones that a family supports.
@@ -326,7 +355,7 @@ class TestFamily:
     def test_processor_methods(self, it: SimpleNamespace):
         processor = it.processor
         assert processor.tokenizer is processor.processor.tokenizer
-        assert processor.image_processor is processor.processor.image_processor
+        assert processor.image_processor.to_dict() == processor.processor.image_processor.to_dict()
         assert isinstance(processor.chat_template, str)
         prompt = processor.format_multimodal_prompt("What is this?", [picture(0)] * max(it.family.images))
         assert processor.is_multimodal_prompt_valid(prompt)
@@ -552,6 +581,20 @@ class TestFamily:
         loss = trainer.compute_loss(model, collator(rows(it)))
         loss.backward()
         assert calls.count == 1 and loss.isfinite()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_passes_the_check_before_the_first_step(self, it: SimpleNamespace, dtype: torch.dtype):
+        model = load_model(it.path, dtype=dtype)
+        images = []
+        model.register_forward_pre_hook(lambda _, args, kwargs: images.append({*kwargs}), with_kwargs=True)
+
+        def prepare(batch: dict) -> dict:
+            return batch | {"img_input_dict": to_device(batch["img_input_dict"], torch.device("cpu"), dtype)}
+
+        with torch.no_grad():
+            check_log_probs(model, it.processor, model.packs, prepare)
+        assert model.training == load_model(it.path).training
+        assert len(images) == 2 and "completion_index" in images[1] - images[0]
 
     # -- generation ----------------------------------------------------------------------------------------------------
 
@@ -803,6 +846,7 @@ def test_script_trains_two_steps(script: str, mode: str, name: str, files: Path,
         command += ["--use_lora", "True", "--lora_r", "4"]
     if script == "train_ppo":
         command += ["--reward_fn", f"{files}/reward.py:letters", "--response_length", "6"]
+        command += ["--rollouts_per_prompt", "2", "--per_device_train_batch_size", "4"]  # two prompts with two answers
     importlib.import_module(script).main(command)
 
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]

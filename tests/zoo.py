@@ -1125,6 +1125,213 @@ def internlm_xcomposer2() -> Parts:
     return _stops_at(model, tokenizer, TURN_END), processor
 
 
+@family
+def llava_next_video() -> Parts:
+    """LLaVA-NeXT-Video: LLaVA-NeXT with a Vicuna decoder and a video processor, which images do not need."""
+    tokenizer = sentencepiece_tokenizer(["<image>", "<video>"], {"image_token": "<image>", "video_token": "<video>"})
+    grids = [[28, 56], [56, 28], [56, 56]]
+    processor = tf.LlavaNextVideoProcessor(
+        tf.LlavaNextVideoVideoProcessor(),
+        tf.LlavaNextImageProcessor(size={"shortest_edge": 28}, crop_size=SQUARE, image_grid_pinpoints=grids),
+        tokenizer,
+        patch_size=7,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=LLAVA_TEMPLATE,
+    )
+    config = tf.LlavaNextVideoConfig(
+        vision_config=tf.CLIPVisionConfig(**VISION, projection_dim=WIDTH),
+        text_config=tf.LlamaConfig(**TEXT, **token_ids(tokenizer)),
+        image_token_index=tokenizer.image_token_id,
+        video_token_index=tokenizer.video_token_id,
+        image_grid_pinpoints=grids,
+    )
+    return tf.LlavaNextVideoForConditionalGeneration(config), processor
+
+
+@family
+def blip_2() -> Parts:
+    """BLIP-2 with an OPT decoder: four query tokens per image stand before BOS (32 in the released models), whose BOS is
+    the EOS token. The checkpoints have no chat template."""
+    tokenizer = byte_tokenizer(["<image>"], bos="</s>")
+    processor = tf.Blip2Processor(tf.BlipImageProcessor(size=SQUARE), tokenizer, num_query_tokens=4)
+    layers = dict(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4)
+    config = tf.Blip2Config(
+        vision_config=dict(**VISION, initializer_range=0.02),
+        qformer_config=dict(**layers, intermediate_size=64, encoder_hidden_size=WIDTH),
+        text_config=tf.OPTConfig(
+            **layers, **token_ids(tokenizer), ffn_dim=64, word_embed_proj_dim=WIDTH, max_position_embeddings=512
+        ).to_dict(),
+        num_query_tokens=4,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    return tf.Blip2ForConditionalGeneration(config), processor
+
+
+# allenai/Molmo2-4B, chat_template.jinja: images in front of the conversation, numbered if there are several; an answer's
+# end token is written with the next question.
+MOLMO2_TEMPLATE = (
+    "{% set images = namespace(n=0) %}{% for m in messages %}{% if m['content'] is not string %}"
+    "{% for part in m['content'] if part['type'] == 'image' %}{% set images.n = images.n + 1 %}{% endfor %}"
+    "{% endif %}{% endfor %}"
+    "{% for i in range(images.n) %}{{ ('Image ' ~ (i + 1) if images.n > 1 else '') ~ '<|image|>' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{% if loop.index0 % 2 != (m['role'] == 'assistant') | int %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ '<|im_end|>\n' if m['role'] == 'user' and not loop.first }}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% for part in m['content'] if part['type'] == 'text' %}{{ ('' if loop.first else ' ') + part['text'] }}{% endfor %}"
+    "{{ '<|im_end|>\n' if m['role'] == 'user' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@family
+def molmo2() -> Parts:
+    """Molmo2: up to two crops and a small view of each image; the vocabulary's second part has embeddings, but no logits."""
+    names = ["im_start", "im_end", "im_patch", "im_col", "low_res_im_start", "im_low", "frame_start", "frame_end"]
+    second = ["<|image|>", "<|video|>", *(f"<{name}>" for name in names)]
+    tokenizer = byte_tokenizer(["<|im_start|>"], **CHATML, plain=second)
+    processor = tf.Molmo2Processor(
+        tf.Molmo2ImageProcessor(size=SQUARE, patch_size=7, max_crops=2, overlap_margins=[1, 1]),
+        tf.Molmo2VideoProcessor(size=SQUARE, patch_size=7),
+        tokenizer,
+        chat_template=MOLMO2_TEMPLATE,
+    )
+    ids = dict(zip(names, tokenizer.convert_tokens_to_ids(second[2:]), strict=True))
+    heads = dict(num_attention_heads=4, head_dim=8)
+    text = TEXT | token_ids(tokenizer) | {"vocab_size": len(tokenizer) - len(second)}
+    config = tf.Molmo2Config(
+        vision_config=dict(
+            hidden_size=WIDTH,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            **heads,
+            num_key_value_heads=4,
+            image_size=[28, 28],
+            patch_size=7,
+        ),
+        adapter_config=dict(
+            vision_feature_layer=[1, 0],
+            hidden_size=WIDTH,
+            **heads,
+            num_key_value_heads=4,
+            intermediate_size=64,
+            text_hidden_size=WIDTH,
+        ),
+        text_config=dict(**text, head_dim=8, additional_vocab_size=len(second)),
+        image_start_token_id=ids["im_start"],
+        low_res_image_start_token_id=ids["low_res_im_start"],
+        image_end_token_id=ids["im_end"],
+        image_patch_id=ids["im_patch"],
+        frame_start_token_id=ids["frame_start"],
+        frame_end_token_id=ids["frame_end"],
+    )
+    return tf.Molmo2ForConditionalGeneration(config), processor
+
+
+@family
+def cohere2_vision() -> Parts:
+    """Command A Vision: SigLIP tiles, a Cohere 2 decoder with a sliding-window layer (24 positions here)."""
+    turns = ["START_OF_TURN_TOKEN", "END_OF_TURN_TOKEN", "USER_TOKEN", "CHATBOT_TOKEN", "SYSTEM_TOKEN"]
+    image = ["START_OF_IMG", "END_OF_IMG", "IMG_PATCH", "IMG_LINE_BREAK"]
+    tokenizer = byte_tokenizer(
+        [f"<|{name}|>" for name in turns + image],
+        {
+            "boi_token": "<|START_OF_IMG|>",
+            "eoi_token": "<|END_OF_IMG|>",
+            "image_token": "<|IMG_PATCH|>",
+            "img_line_break_token": "<|IMG_LINE_BREAK|>",
+        },
+        plain=["<|START_RESPONSE|>", "<|END_RESPONSE|>"],
+        bos="<BOS_TOKEN>",
+        eos="<|END_OF_TURN_TOKEN|>",
+        pad="<PAD>",
+    )
+    # patch_size counts the tokens of a tile's side
+    processor = tf.Cohere2VisionProcessor(
+        tf.Cohere2VisionImageProcessor(size=SQUARE, patch_size=2, min_patches=1, max_patches=2),
+        tokenizer,
+        chat_template=COHERE_TEMPLATE.replace("'<image>'", "'<|IMG_PATCH|>'"),
+    )
+    window = dict(sliding_window=24, layer_types=["sliding_attention", "full_attention"])
+    config = tf.Cohere2VisionConfig(
+        vision_config=tf.SiglipVisionConfig(**VISION, vision_use_head=False),
+        text_config=tf.Cohere2Config(**TEXT, **token_ids(tokenizer), **window),
+        image_token_id=tokenizer.image_token_id,
+        alignment_intermediate_size=64,
+    )
+    return tf.Cohere2VisionForConditionalGeneration(config), processor
+
+
+@family
+def glm46v() -> Parts:
+    """GLM-4.6V: GLM-4.1V under another name."""
+    model, processor = glm4v()
+    names = ("text_config", "vision_config")
+    config = tf.Glm46VConfig(
+        **{name: getattr(model.config, name).to_dict() for name in names},
+        **{k: v for k, v in model.config.to_dict().items() if k.endswith("_token_id") and k not in names},
+    )
+    own = tf.Glm46VForConditionalGeneration(config)
+    own.generation_config.eos_token_id = model.generation_config.eos_token_id
+    pixels = processor.image_processor
+    image_processor = tf.Glm46VImageProcessor(size=dict(pixels.size), patch_size=7, merge_size=2)
+    return own, tf.Glm46VProcessor(
+        image_processor, processor.tokenizer, tf.Glm46VVideoProcessor(patch_size=7), chat_template=GLM_TEMPLATE
+    )
+
+
+# Granite 4.0's prompt guide: roles between tags, <|end_of_text|> behind every message.
+GRANITE_TEMPLATE = (
+    "{% for m in messages %}{{ '<|start_of_role|>' + m['role'] + '<|end_of_role|>' }}"
+    "{% for part in m['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    "{{ '<|end_of_text|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"
+)
+
+
+@family
+def granite4_vision() -> Parts:
+    """Granite 4 Vision: a window Q-Former makes 4 tokens of a tile here, whose features enter both layers; logits are
+    divided by 8."""
+    tokenizer = byte_tokenizer(
+        ["<|start_of_role|>", "<|end_of_role|>", "<image>"],
+        {"image_token": "<image>"},
+        bos=None,
+        eos="<|end_of_text|>",
+        add_bos=False,
+    )
+    grids = [[28, 56], [56, 28], [56, 56]]
+    processor = tf.Granite4VisionProcessor(
+        tf.LlavaNextImageProcessor(
+            size={"shortest_edge": 28}, crop_size=SQUARE, image_grid_pinpoints=grids, do_center_crop=True
+        ),
+        tokenizer,
+        patch_size=7,
+        vision_feature_select_strategy="full",
+        downsample_rate="1/2",
+        chat_template=GRANITE_TEMPLATE,
+    )
+    config = tf.Granite4VisionConfig(
+        vision_config=tf.SiglipVisionConfig(**VISION | {"hidden_size": 64}, vision_use_head=False).to_dict(),
+        text_config=dict(**TEXT, **token_ids(tokenizer), logits_scaling=8.0),
+        qformer_config=dict(
+            model_type="blip_2_qformer",
+            num_hidden_layers=1,
+            intermediate_size=64,
+            cross_attention_frequency=1,
+            max_position_embeddings=64,
+            use_qformer_text_input=False,
+        ),
+        image_token_index=tokenizer.image_token_id,
+        image_grid_pinpoints=grids,
+        vision_feature_select_strategy="full",
+        downsample_rate="1/2",
+        deepstack_layer_map=[[-1, 0]],
+        spatial_target_layers=[1],
+    )
+    return tf.Granite4VisionForConditionalGeneration(config), processor
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,22 @@
+"""GLM-4.6V with a dense decoder: GLM-4.1V's parts. https://arxiv.org/abs/2507.01006"""
+
+from transformers import Glm46VForConditionalGeneration
+
+from base.model import VLModelMixin
+from base.processor import VLProcessor
+from models.core_mapper import ModelCoreMapper
+from models.qwen2_vl import MRopeMixin
+
+
+class Glm46VForRL(MRopeMixin, VLModelMixin, Glm46VForConditionalGeneration):
+    """GLM-4.6V with the project's model methods."""
+
+    # gate and up projection are one layer
+    default_lora_target = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
+
+
+class Glm46VProcessor(VLProcessor):
+    """`[gMASK]<sop><|user|>\\n...<|assistant|>\\n`; an answer ends in `<|endoftext|>`."""
+
+
+core_mapper = ModelCoreMapper(model=Glm46VForRL, processor=Glm46VProcessor)

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Supervised fine-tuning of BLIP-2 2.7B (OPT), 8 GPUs of 80 GB.
+# Written by `make scripts` from models.tsv and templates/sft.sh: change those. One set of settings for every family.
+# The model: https://arxiv.org/abs/2301.12597
+# One 24 GB GPU instead, in 4 bits:
+#   LAUNCH=python bash scripts/sft_blip_2.sh --deepspeed "" --use_lora True --q_lora True \
+#       --per_device_train_batch_size 1 --gradient_accumulation_steps 128 --learning_rate 2e-4
+set -euo pipefail
+
+${LAUNCH:-deepspeed} train_sft.py --deepspeed ds_configs/zero2.json \
+    --model_name_or_path Salesforce/blip2-opt-2.7b \
+    --dataset_name llava_instruct --data_path data/llava_instruct_150k.json --image_root data/coco/train2017 \
+    --max_length 1024 \
+    --per_device_train_batch_size 8 --gradient_accumulation_steps 2 \
+    --learning_rate 2e-5 --lr_scheduler_type cosine --warmup_steps 0.03 --weight_decay 0 \
+    --num_train_epochs 1 \
+    --bf16 True --gradient_checkpointing True --logging_steps 10 \
+    --save_steps 500 --save_total_limit 2 \
+    --output_dir runs/sft_blip_2 \
+    "$@"

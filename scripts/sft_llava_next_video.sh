@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Supervised fine-tuning of LLaVA-NeXT-Video 7B, 8 GPUs of 80 GB.
+# Written by `make scripts` from models.tsv and templates/sft.sh: change those. One set of settings for every family.
+# The model: https://llava-vl.github.io/blog/2024-04-30-llava-next-video/
+# One 24 GB GPU instead, in 4 bits:
+#   LAUNCH=python bash scripts/sft_llava_next_video.sh --deepspeed "" --use_lora True --q_lora True \
+#       --per_device_train_batch_size 1 --gradient_accumulation_steps 128 --learning_rate 2e-4
+set -euo pipefail
+
+${LAUNCH:-deepspeed} train_sft.py --deepspeed ds_configs/zero2.json \
+    --model_name_or_path llava-hf/LLaVA-NeXT-Video-7B-hf \
+    --dataset_name llava_instruct --data_path data/llava_v1_5_mix665k.json --image_root data \
+    --max_length 4096 \
+    --per_device_train_batch_size 8 --gradient_accumulation_steps 2 \
+    --learning_rate 2e-5 --lr_scheduler_type cosine --warmup_steps 0.03 --weight_decay 0 \
+    --num_train_epochs 1 \
+    --bf16 True --gradient_checkpointing True --logging_steps 10 \
+    --save_steps 500 --save_total_limit 2 \
+    --output_dir runs/sft_llava_next_video \
+    "$@"
