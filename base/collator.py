@@ -498,6 +498,7 @@ class VLPPODataCollator(VLDataCollator):
         prompts, img_inputs = self.encode_prompts(features)
         return {
             "rows": list(features),
+            "where": self.places(features),
             "prompts": prompts,
             "img_input_dict": img_inputs,
             "img_path": self.image_files(features),
