@@ -246,7 +246,7 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "__call__" in vars(cls):
-            cls.__call__ = _noise_last(cls.__call__)
+            cls.__call__ = _noise_last(cls.__call__)  # type: ignore[method-assign]
 
     @_noise_last
     def __call__(self, features: Sequence[Row]) -> DPOBatch:
@@ -427,7 +427,8 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
         plain.needs, plain.columns, plain._depth, plain._to_diffuse = frozenset(), frozenset(), 0, None
         unpaired = dict.fromkeys([*NUMBER_COLUMNS, "reference_logps"]) | {"repeated": True}
         batch = plain([row | unpaired | {"ranks": [0.0] * len(row["responses"])} for row in features])
-        return {key: value for key, value in batch.items() if key not in ("chosen", "rejected", "source", "counted")}
+        kept = {key: value for key, value in batch.items() if key not in ("chosen", "rejected", "source", "counted")}
+        return ResponseBatch(**kept)  # type: ignore[typeddict-item]
 
     def encode_rows(self, features: Sequence[Row]) -> ResponseBatch:
         """Tokenise and lay out prompts with their responses; the part of the batch that RM and PPO share."""

@@ -210,7 +210,8 @@ class VLProcessor:
 
     def is_multimodal_prompt_valid(self, prompt: str | None) -> bool:
         """Whether the prompt contains an image placeholder: the template's, the bare token in it, or `<image>`."""
-        return bool(prompt) and any(mark in prompt for mark in (self.image_placeholder, self.image_token, IMAGE_MARK))
+        text = prompt or ""
+        return any(mark in text for mark in (self.image_placeholder, self.image_token, IMAGE_MARK))
 
     def process_batch_conv(
         self, convs: Sequence[Messages], images: Sequence[Sequence[ImageSource]] | None = None, train_on: str = "all"
