@@ -295,10 +295,10 @@ class VLConfig(TrainingArguments):
         known = {f.name: f for f in dataclasses.fields(self)}
         for name, why in self.refused.items():
             default = known[name].default
+            # The parser turns the default "no" of a flag that takes text or a switch into False
+            unset = ("no", False) if default == "no" else (None if default is dataclasses.MISSING else default,)
             value = getattr(self, name)
-            if value is False and default == "no":  # the parser reads `str | bool` as a bool or as a text
-                continue
-            if value != (None if default is dataclasses.MISSING else default) and value != []:
+            if value not in unset and value != []:
                 raise InputError(f"--{name} {why}.")
         if self.do_eval and self.do_train and str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
             raise InputError(

@@ -24,15 +24,6 @@ def image_file(image: ImageSource) -> ImageFile:
     return image if isinstance(image, Image.Image) else os.fspath(image)
 
 
-IMAGE_STATES = "image_states"  # column of a data set with cached reference log-probs: what `image_states` said when they were computed
-
-
-def image_states(row: Mapping[str, Any]) -> list[list[int]]:
-    """Size and time of change of each image file of a row, by which a replaced one is known; [] for bytes and missing files."""
-    files = [image_file(image) for image in (*row["images"], row.get("image_rejected")) if image is not None]
-    return [list((isinstance(file, str) and size_and_time(file)) or ()) for file in files]
-
-
 def openable(image: ImageSource) -> str | io.BytesIO:
     """What `PIL.Image.open` takes for an image of a row; a PIL image becomes an uncompressed file in memory, as 8-bit RGB."""
     file = image_file(image)
@@ -42,6 +33,15 @@ def openable(image: ImageSource) -> str | io.BytesIO:
     load_image(file).save(memory, "PPM")
     memory.seek(0)
     return memory
+
+
+IMAGE_STATES = "image_states"  # column of a data set with cached reference log-probs: what `image_states` said when they were computed
+
+
+def image_states(row: Mapping[str, Any]) -> list[list[int]]:
+    """Size and time of change of each image file of a row, by which a replaced one is known; [] for bytes and missing files."""
+    files = [image_file(image) for image in (*row["images"], row.get("image_rejected")) if image is not None]
+    return [list((isinstance(file, str) and size_and_time(file)) or ()) for file in files]
 
 
 def load_image(image: ImageSource) -> Image.Image:

@@ -109,7 +109,8 @@ class VLProcessor:
             complete_processor(self.processor, config)
         if getattr(self.processor, "chat_template", None) is None:
             self.processor.chat_template = self.tokenizer.chat_template or self.default_chat_template
-        self.processor.chat_template = self.chat_template  # a family's own template is rendered, and saved
+        if self._has_own("chat_template"):  # it is rendered, and saved
+            self.processor.chat_template = self.chat_template
         if not self.processor.chat_template:
             raise InputError(f"{model_name_or_path} has no chat template: add chat_template.jinja to it.")
         if isinstance(self.processor.chat_template, dict) and "default" not in self.processor.chat_template:
@@ -132,7 +133,8 @@ class VLProcessor:
         Raises:
             InputError: every prompt would hold one.
         """
-        rows = config.get_text_config().vocab_size
+        text = config.get_text_config()
+        rows = text.vocab_size + getattr(text, "additional_vocab_size", 0)  # Molmo2's second part
         images = {getattr(config, name, None) for name in ("image_token_id", "image_token_index")}
         beyond = frozenset(id for id in self.tokenizer.added_tokens_decoder if id >= rows and id not in images)
         prompt = self.template.render(
@@ -172,7 +174,8 @@ class VLProcessor:
     @property
     def chat_template(self) -> str:
         """The Jinja chat template that prompts are rendered with."""
-        return self.template.source
+        native = self.processor.chat_template
+        return native["default"] if isinstance(native, dict) else native
 
     @property
     def image_processor(self) -> Any:
@@ -232,31 +235,6 @@ class VLProcessor:
             return {"input_ids": [], "labels": [], "img_input_dict": {}}
         input_ids, labels, img_inputs = self._encode_conversations(convs, images, train_on=train_on)
         return {"input_ids": input_ids, "labels": labels, "img_input_dict": img_inputs}
-
-    def _encode_questions(
-        self, convs: Sequence[Messages], images: Sequence[Sequence[ImageSource]]
-    ) -> tuple[list[list[int]], dict[str, Any]]:
-        """Token ids of prompts: conversations that end with a user turn, and the generation prompt behind them.
-
-        Earlier answers are encoded as `process_batch_conv` encodes them. For the results see `encode_prompts`.
-        """
-        if not self._has_own("process_batch_conv"):
-            input_ids, _, img_inputs = self._encode_conversations(convs, images, add_generation_prompt=True)
-            return input_ids, img_inputs
-        # A family that tokenises conversations itself: a prompt is what stands before an empty answer.
-        open_ends = [conv[-1]["role"] != "assistant" for conv in convs]
-        empty = {"role": "assistant", "content": ""}
-        asked = [[*conv, empty] if end else conv for conv, end in zip(convs, open_ends, strict=True)]
-        encoded = self.process_batch_conv(asked, images, "last")
-        ids = [
-            ids[: answer_start(labels)] if end else ids
-            for ids, labels, end in zip(encoded["input_ids"], encoded["labels"], open_ends, strict=True)
-        ]
-        img_inputs = {
-            k: [row[: len(i)] for row, i in zip(v, ids, strict=True)] if k in self.per_token_keys else v
-            for k, v in encoded["img_input_dict"].items()
-        }
-        return ids, img_inputs
 
     def _encode_conversations(
         self,
@@ -435,6 +413,27 @@ class VLProcessor:
         labels, mask = encoded.pop("labels"), encoded["attention_mask"].bool()
         ids, img_inputs = self._unpadded(encoded)
         return ids, [row[real].tolist() for row, real in zip(labels, mask, strict=True)], img_inputs
+
+    def _encode_questions(
+        self, convs: Sequence[Messages], images: Sequence[Sequence[ImageSource]]
+    ) -> tuple[list[list[int]], dict[str, Any]]:
+        """As `encode_prompts`; where the family tokenises conversations itself, a prompt is what stands before an empty answer."""
+        if not self._has_own("process_batch_conv"):
+            ids, _, img_inputs = self._encode_conversations(convs, images, add_generation_prompt=True)
+            return ids, img_inputs
+        open_ends = [conv[-1]["role"] != "assistant" for conv in convs]
+        empty = {"role": "assistant", "content": ""}
+        asked = [[*conv, empty] if end else conv for conv, end in zip(convs, open_ends, strict=True)]
+        encoded = self.process_batch_conv(asked, images, "last")
+        ids = [
+            ids[: answer_start(labels)] if end else ids
+            for ids, labels, end in zip(encoded["input_ids"], encoded["labels"], open_ends, strict=True)
+        ]
+        img_inputs = {
+            k: [row[: len(i)] for row, i in zip(v, ids, strict=True)] if k in self.per_token_keys else v
+            for k, v in encoded["img_input_dict"].items()
+        }
+        return ids, img_inputs
 
     def _has_own(self, method: str) -> bool:
         return getattr(type(self), method) is not getattr(VLProcessor, method)
