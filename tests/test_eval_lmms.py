@@ -49,7 +49,7 @@ def test_flags_go_to_the_model_and_the_rest_to_lmms_eval() -> None:
     argv = lmms.forwarded(
         ["--model_name_or_path", "m", "--adapter", "a", "--bf16", "True", "--tasks", "mmstar,ai2d", "--limit", "4"]
     )
-    assert argv[:4] == ["--model", "vl_rlhf", "--model_args", "pretrained=m,adapter=a,bf16=True"]
+    assert argv[:4] == ["--model", "vl_rlhf", "--model_args", "pretrained=m,adapter=a,bf16=True,enable_thinking=False"]
     assert argv[4:] == ["--batch_size", "8", "--tasks", "mmstar,ai2d", "--limit", "4"]
     with pytest.raises(InputError, match="cannot take a path with ',' or '='"):
         lmms.forwarded(["--model_name_or_path", "runs/lr=1e-6"])

@@ -12,6 +12,7 @@ import data
 from args import DataArguments
 from base.images import load_image
 from base.row_checks import ProcessorCheck
+from base.template import ChatTemplate
 from common.errors import InputError
 from data import check as data_check
 from data.rows import IMAGE_TOKENS
@@ -90,6 +91,7 @@ def test_turns_that_a_template_refuses_are_found(tmp_path: Path, processor_of) -
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
         + processor.processor.chat_template
     )
+    processor.template = ChatTemplate(processor.processor, processor.tokenizer)
     talk = [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}]
     rows = [{"messages": talk}, {"messages": [{"role": "system", "content": "S"}, *talk]}]
     (tmp_path / "d.json").write_text(json.dumps(rows))
