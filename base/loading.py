@@ -124,6 +124,7 @@ def load_model(
             f"The weights of {path} do not fit {model_class.__name__}: {listed}. Save the checkpoint anew."
         )
     check_finite(model, path)
+    model.freeze_unused()
     if is_deepspeed_zero3_enabled():
         # transformers keeps all renamings of a class here, not only those that this checkpoint needed, and would save wrong names with them.
         model._weight_conversions = [c for c in getattr(model, "_weight_conversions", None) or [] if c.was_used()]

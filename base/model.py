@@ -124,6 +124,12 @@ class VLModelMixin:
         text = {id(p) for m in (self.get_decoder(), self.get_output_embeddings()) for p in m.parameters()}
         return {name: p for name, p in self.named_parameters() if id(p) not in text}
 
+    def freeze_unused(self) -> None:
+        """Stop gradients into audio towers, which neither text nor images reach: they would take optimizer states."""
+        for name, parameter in self.vision_parameters().items():
+            if any("audio" in part for part in name.split(".")):
+                parameter.requires_grad_(False)
+
     def vision_trains(self) -> bool:
         """Whether any of `vision_parameters` receives gradients."""
         return any(p.requires_grad for p in self.vision_parameters().values())
@@ -145,9 +151,9 @@ class VLModelMixin:
 
     @property
     def image_placeholder_ids(self) -> list[int]:
-        """Token ids that stand for image or video features and must never be generated."""
-        names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "boi_token_index")
-        ids = {getattr(self.config, name, None) for name in names}
+        """Token ids that stand for features of images, videos or sound and must never be generated."""
+        names = [f"{kind}_token_{what}" for kind in ("image", "video", "audio") for what in ("id", "index")]
+        ids = {getattr(self.config, name, None) for name in [*names, "boi_token_index"]}
         return sorted(i for i in ids if isinstance(i, int) and 0 <= i < self.config.get_text_config().vocab_size)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

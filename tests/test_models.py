@@ -333,12 +333,14 @@ class TestFamily:
         model = load_model(it.path)
         tower = {id(p) for p in model.get_vision_tower().parameters()}
         assert tower and not tower & {id(p) for p in model.get_decoder().parameters()}
+        unused = {id(p) for name, p in model.named_parameters() if "audio" in name}
+        assert bool(unused) == (it.name == "gemma4") and not tower & unused
         model.freeze_vision_tower()
         if it.family.trains_on:
             part = {id(p) for p in model.get_vision_tower().get_submodule(it.family.trains_on).parameters()}
             assert part and part < tower
             tower -= part
-        assert all(p.requires_grad != (id(p) in tower) for p in model.parameters())
+        assert all(p.requires_grad != (id(p) in tower | unused) for p in model.parameters())
 
     def test_lora_targets_are_in_the_language_model_only(self, it: SimpleNamespace):
         model = add_lora(load_model(it.path), LORA)
@@ -637,6 +639,8 @@ class TestFamily:
         """Even if the model gives nothing else any probability."""
         model = load_model(it.path).eval()
         head = model.get_output_embeddings()
+        if it.name == "gemma4":
+            assert model.config.audio_token_id in model.image_placeholder_ids
         if not model.image_placeholder_ids:  # InternLM-XComposer2's has no logit
             assert model.config.image_token_id >= head.out_features
             return

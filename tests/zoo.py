@@ -1052,7 +1052,13 @@ def gemma4() -> Parts:
             pooling_kernel_size=2,
             **heads,
         ),
-        audio_config=None,
+        audio_config=dict(  # of the smaller models; nothing here reads it
+            hidden_size=WIDTH,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            output_proj_dims=WIDTH,
+            subsampling_conv_channels=[4, 4],
+        ),
         text_config=dict(
             **TEXT | heads,
             **token_ids(tokenizer),
