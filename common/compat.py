@@ -71,6 +71,17 @@ def _works_in(folder: Path) -> bool:
 FileBaton.wait = wait_for_compilation
 
 
+def write_hub_names(model: torch.nn.Module) -> None:
+    """Let `save_pretrained` of a model that was never loaded use the names of the hub.
+
+    transformers 5 dropped the level `vision_model` of CLIP's and SigLIP's towers. It writes it for models that were loaded
+    with it; without it inference servers do not find the tower's weights.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping  # this module comes before transformers
+
+    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+
+
 def join_processes_on_cpu(with_deepspeed: bool, timeout: float) -> None:
     """Start the process group of a run on the CPU, before transformers does.
 

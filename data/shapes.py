@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from common.compat import write_hub_names
 from data.scenes import CAPTION_PROMPT, CELL, NUM_SCENES, SIZE, caption, questions, scenes, write
 
 # The format of llava-hf/llava-1.5-7b-hf: images first, a space after every text, no end token.
@@ -97,6 +98,7 @@ def save_initial_model(directory: Path, seed: int) -> None:
     model = LlavaForConditionalGeneration(config)
     # Places as loud as pixels: half as many steps until the model looks where it should.
     torch.nn.init.normal_(model.get_encoder(modality="image").embeddings.position_embedding.weight)
+    write_hub_names(model)
     model.save_pretrained(directory)
 
 

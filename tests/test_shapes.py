@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 from args import DataArguments
 from common.errors import InputError
@@ -214,6 +215,9 @@ def test_initial_model_is_a_plain_checkpoint(tmp_path: Path) -> None:
     shapes.save_initial_model(tmp_path, seed=0)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert model.config.architectures == ["LlavaForConditionalGeneration"] and 0.8e6 < model.num_parameters() < 2.5e6
+    hub = ("vision_tower.vision_model.", "multi_modal_projector.", "language_model.model.", "language_model.lm_head.")
+    names = load_file(tmp_path / "model.safetensors")  # as in llava-hf/llava-1.5-7b-hf, which inference servers expect
+    assert all(name.startswith(hub) for name in names) and all(any(n.startswith(part) for n in names) for part in hub)
     processor = core_mapper_for(str(tmp_path)).processor(str(tmp_path))
     image = scenes.picture(SCENE, random.Random(0))
     messages = [

@@ -20,6 +20,8 @@ import transformers as tf
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from common.compat import write_hub_names
+
 SENTENCES = [
     "USER: What is in this image? ASSISTANT: A red square and a blue circle on the table.",
     "user assistant system User Assistant model describe the photo in one sentence, yes or no",
@@ -1353,6 +1355,8 @@ def build(family: str, directory: str | Path, seed: int = 0) -> Path:
         torch.manual_seed(seed)
         model, processor = BUILDERS[family]()
         _make_images_matter(model)
+    if type(model).__module__.startswith("transformers."):
+        write_hub_names(model)
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
     return Path(directory)
