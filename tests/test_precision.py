@@ -162,10 +162,11 @@ def test_dropout_of_a_tower_that_trains_is_off(llava, image_dir, tmp_path):
 def zero_jobs(command, stage: int, start: Path, tmp_path: Path) -> list[dict]:
     """DPO whose first steps are known, RM and SFT, all in bf16 under DeepSpeed."""
     common = (
-        f"--deepspeed ds_configs/zero{stage}.json {BF16} --per_device_train_batch_size 2 --max_steps 2 "
+        f"--deepspeed ds_configs/zero{stage}.json {BF16} --per_device_train_batch_size 1 --max_steps 2 "
         "--learning_rate 1e-12 --ddp_timeout 300"
     )
-    cache = f"--precompute_ref_log_probs True --precompute_ref_batch_size 2 --ref_log_probs_dir {tmp_path / 'cache'}"
+    # One row at a time in both passes: padding to other neighbours moves a row within the noise of bf16.
+    cache = f"--precompute_ref_log_probs True --precompute_ref_batch_size 1 --ref_log_probs_dir {tmp_path / 'cache'}"
     cells = {
         "dpo-full-cached": ("dpo", cache, None),
         "dpo-lora-cached": ("dpo", f"{LORA} {cache}", None),
@@ -204,8 +205,11 @@ def test_deepspeed_in_bf16(command, tmp_path: Path, stage: int):
         assert len(steps) == 2 and all(math.isfinite(s["loss"]) and s["grad_norm"] > 0 for s in steps), job["name"]
         if job["script"] == "dpo":
             for step in steps:
-                assert step["loss"] == pytest.approx(math.log(2), abs=1e-5), job["name"]
-                assert step["rewards/margins"] == 0, job["name"]
+                # Cached, policy and reference differ by the noise of bf16: a loss 2.4e-4 above ln 2 was seen. A reference
+                # on the grid of bf16, which this is about, gives .63 to .71 and margins of .1.
+                noise = 1e-3 if "cached" in job["name"] else 0
+                assert step["loss"] == pytest.approx(math.log(2), abs=1e-5 + noise), job["name"]
+                assert abs(step["rewards/margins"]) <= 10 * noise, job["name"]
         else:
             assert not on_bf16_grid(torch.tensor([step["loss"] for step in steps])), job["name"]
 
