@@ -1,0 +1,301 @@
+"""PPO's whole path from rows to numbers, against values worked out by hand: signs, flags, seeds, roles."""
+
+import math
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+import args
+import train_ppo
+from base.adapters import Role, adapter_active
+from base.ppo_batches import BatchSizes, mini_batches
+from base.ppo_metrics import rollout_metrics
+from base.reward import VLRewardModel
+from base.rollout import Advantages, Sampled
+from base.sampling import end_token_ids
+from data import DataSplits
+from models import core_mapper_for
+from models.assemble import LoadPlan, load_policy
+from tests import zoo
+from tests.test_ppo import LORA, ppo_trainer, prompt_rows, reward_file, rolled_out, to_alone  # noqa: F401  (a fixture)
+
+MASK = torch.tensor([[True, True, True], [True, True, False]])
+LOGPS = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.5, 0.0]])
+REF_LOGPS = torch.tensor([[-1.5, -2.0, -2.0], [-3.0, -1.0, 0.0]])
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, image_dir, reward_file):  # noqa: F811
+    """built(flags) -> trainer on four prompts, with a reward of the answers' length unless the flags name another."""
+
+    def build(flags: str = "", checkpoint: str | None = None, rows: list[dict] | None = None, reward: str = "length"):
+        reward = f"--reward_fn {reward_file}:{reward}" if reward else ""
+        return ppo_trainer(
+            checkpoint or zoo.checkpoint("llava"),
+            rows or prompt_rows(image_dir, 4),
+            tmp_path_factory.mktemp("run"),
+            f"{reward} {flags}" if "--use_lora" in flags else f"{LORA} {reward} {flags}",
+        )
+
+    return build
+
+
+def move_adapters(model: torch.nn.Module, std: float = 0.1) -> None:
+    """Give every adapter an effect: B is zero at first."""
+    torch.manual_seed(3)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=std)
+
+
+def whitened(values: list[float]) -> list[float]:
+    mean = sum(values) / len(values)
+    variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
+    return [(v - mean) / math.sqrt(variance) for v in values]
+
+
+# -- 4. token rewards, 5. advantages
+
+
+def test_the_penalty_grows_where_the_policy_leaves_the_reference(built):
+    """-0.1 * (log policy - log reference) at every token, the score at the last one."""
+    trainer = built("--kl_coef 0.1")
+    rewards = trainer.token_rewards(torch.tensor([1.0, -2.0]), LOGPS, REF_LOGPS, MASK)
+    expected = [[-0.1 * 0.5, 0.0, 0.1 * 1.0 + 1.0], [-0.1 * 2.0, 0.1 * 0.5 - 2.0, 0.0]]
+    assert rewards.tolist() == [pytest.approx(row) for row in expected]
+
+
+def test_whitened_rewards_have_unit_variance_and_keep_their_mean(built):
+    trainer = built("--kl_coef 0.1 --whiten_rewards True")
+    rewards = trainer.token_rewards(torch.tensor([1.0, -2.0]), LOGPS, REF_LOGPS, MASK)
+    plain = [-0.05, 0.0, 1.1, -0.2, -1.95]
+    mean = sum(plain) / 5
+    assert rewards[MASK].tolist() == pytest.approx([v + mean for v in whitened(plain)], abs=1e-5)
+    assert rewards[1, 2] == 0
+
+
+def test_advantages_are_gae_by_hand_and_whitened(built):
+    trainer = built("--gamma 0.9 --lam 0.8")
+    rewards = torch.tensor([[0.0, 0.5, 1.0], [0.2, -1.0, 9.0]])
+    values = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 9.0]])
+    advantages, returns = trainer.advantages(rewards, values, MASK)
+    third = 1.0 - 0.3
+    second = 0.5 + 0.9 * 0.3 - 0.2 + 0.72 * third
+    first = 0.0 + 0.9 * 0.2 - 0.1 + 0.72 * second
+    last = -1.0 - 0.5
+    start = 0.2 + 0.9 * 0.5 - 0.4 + 0.72 * last
+    plain = [first, second, third, start, last]
+    assert returns[MASK].tolist() == pytest.approx([a + v for a, v in zip(plain, values[MASK].tolist(), strict=True)])
+    assert advantages[MASK].tolist() == pytest.approx(whitened(plain), abs=1e-5)
+
+
+# -- 6. optimise
+
+
+def test_both_clips_are_those_of_the_flags(built):
+    trainer = built("--cliprange 0.1 --cliprange_value 0.3")
+    r = rolled_out(trainer, trainer.train_dataset.to_list())[0]
+    shape = r.mask.shape
+    old = {"logps": torch.zeros(shape), "values": torch.zeros(shape)}
+    given = {f.name: getattr(r, f.name) for f in fields(Advantages)} | old
+    rollouts = Advantages(**given | {"advantages": torch.ones(shape), "returns": torch.full(shape, 2.0)})
+    logps, values = torch.full(shape, math.log(1.5)), torch.full(shape, 1.0)
+    policy, value, _ = trainer.policy_and_value_loss(logps, values, rollouts)
+    assert policy.flatten().tolist() == pytest.approx([-1.1] * policy.numel())  # the ratio 1.5 counts as 1.1
+    assert value.flatten().tolist() == pytest.approx([0.5 * (0.3 - 2) ** 2] * value.numel())  # the value 1 as 0.3
+    _, value, _ = trainer.policy_and_value_loss(logps, torch.full(shape, 0.2), rollouts)
+    assert value.flatten().tolist() == pytest.approx([0.5 * (0.2 - 2) ** 2] * value.numel())  # near the old one
+
+
+def test_the_value_loss_is_weighted_by_vf_coef(built):
+    """With plain SGD the head's step is proportional to the weight, and the logged loss is policy + weight * value."""
+    steps = {}
+    for weight in (0.1, 0.7):
+        flags = f"--vf_coef {weight} --optim sgd --max_grad_norm 0 --num_ppo_epochs 1 --num_mini_batches 1"
+        trainer = built(f"{flags} --gradient_accumulation_steps 2")
+        before = trainer.model.head.weight.detach().clone()
+        trainer.train()
+        steps[weight] = trainer.model.head.weight.detach() - before
+        entry = next(e for e in trainer.state.log_history if "loss" in e)
+        assert entry["loss"] == pytest.approx(entry["loss/policy_avg"] + weight * entry["loss/value_avg"], abs=1e-5)
+        assert entry["loss/value_avg"] > 1e-4
+    assert steps[0.1].abs().max() > 1e-6
+    torch.testing.assert_close(steps[0.7], 7 * steps[0.1], rtol=1e-3, atol=1e-7)
+
+
+def test_mini_batches_are_drawn_anew_in_every_update_and_epoch():
+    sizes = BatchSizes(1, 8, 2, 8, 8)
+    assert len({tuple(mini_batches(sizes, 0, 5, update, 0)[0]) for update in range(20)}) > 1
+    assert len({tuple(mini_batches(sizes, 0, seed, 0, 0)[0]) for seed in range(20)}) > 1
+
+
+# -- seeds
+
+
+def test_every_update_samples_with_random_numbers_of_its_own(built, image_dir):
+    """Equal prompts, a policy that stands still: were the random numbers those of the first update, so were the answers."""
+    rows = prompt_rows(image_dir, 1) * 4
+    trainer = built("--max_steps 3 --learning_rate 0 --gradient_accumulation_steps 2 --num_mini_batches 1", rows=rows)
+    answers, score = [], trainer.score
+    trainer.score = lambda sampled: answers.append(sorted(t for r in sampled for t in r.texts)) or score(sampled)
+    trainer.train()
+    assert len(answers) == 3 and len({tuple(a) for a in answers}) == 3
+
+
+def test_evaluation_repeats_itself_and_reports_means(built, tmp_path, image_dir, reward_file):  # noqa: F811
+    rows = prompt_rows(image_dir, 5)
+    argv = (
+        f"--model_name_or_path {zoo.checkpoint('llava')} --dataset_name x --output_dir {tmp_path} {LORA} --max_steps 1 "
+        f"--per_device_train_batch_size 4 --rollouts_per_prompt 2 --response_length 6 --reward_fn {reward_file}:place "
+        "--disable_tqdm True --save_strategy no"
+    )
+    parsed = args.parse(args.ModelArguments, args.DataArguments, args.LoraArguments, args.PPOConfig, argv=argv.split())
+    data = Dataset.from_list(rows)
+    trainer = train_ppo.build(*parsed, data=DataSplits(data, data, {}))[0]
+    seen, score = [], trainer.score
+    trainer.score = lambda sampled: seen.extend(sampled) or score(sampled)
+    first, second = trainer.evaluate(), trainer.evaluate()
+    texts = [text for r in seen for text in r.texts]
+    assert first == second and texts[:10] == texts[10:] and len(set(texts)) > 5
+    lengths = [int(n) for r in seen[: len(seen) // 2] for n in r.mask.sum(1)]
+    assert len(lengths) == 10  # two answers to each of five prompts
+    assert first["eval_val/response_length"] == pytest.approx(sum(lengths) / 10)
+    assert first["eval_objective/scores"] == pytest.approx(2.0)  # the mean of 0, 1, 2, 3, 4
+    assert first["eval_objective/kl"] == pytest.approx(0, abs=1e-5)
+
+
+# -- 2. score
+
+
+@pytest.mark.parametrize("weight, expected", [(-1.0, [0.0, -1.0, -1.5, -1.5]), (1.0, [0.0, 1.0, 1.5, 1.5])])
+def test_scores_are_clipped_on_both_sides(built, weight: float, expected: list[float]):
+    trainer = built(f"--reward_weights {weight} --reward_clip 1.5", reward="place")
+    rollouts = rolled_out(trainer, trainer.train_dataset.to_list())
+    scores = {r.rows[p]["where"]: s for r in rollouts for p, s in zip(r.prompt_of, r.scores.tolist(), strict=True)}
+    assert [scores[f"row {i}"] for i in range(4)] == pytest.approx(expected)
+
+
+def test_an_answer_ends_with_the_templates_token_and_with_the_checkpoints(llava):
+    processor = core_mapper_for(llava).processor(llava)
+    core = core_mapper_for(llava).model.from_pretrained(llava)
+    end = processor.tokenizer.eos_token_id
+    assert processor.encode_response("yes")[-1] == end
+    for of_checkpoint, expected in (
+        (end + 5, {end, end + 5}),
+        ([end + 5, end + 6], {end, end + 5, end + 6}),
+        (None, {end}),
+    ):
+        core.generation_config.eos_token_id = of_checkpoint
+        assert set(end_token_ids(processor, core)) == expected
+
+
+# -- 7. metrics
+
+
+def test_the_controller_reads_the_kl_of_whole_answers(built):
+    trainer = built("--kl_coef 0.2 --target_kl 1 --kl_horizon 100")
+    rollouts = rolled_out(trainer, trainer.train_dataset.to_list())
+    rollouts = [Advantages(**vars(r) | {"ref_logps": r.logps - 0.3}) for r in rollouts]
+    lengths = [int(n) for r in rollouts for n in r.mask.sum(1)]
+    assert len(lengths) == 8
+    mean = 0.3 * sum(lengths) / 8
+    trainer.args.target_kl = mean / 1.1  # a tenth too high: within the 20 % that count
+    trainer.add_loss = lambda loss: None  # training has not started
+    zero = torch.tensor([0.0, 1.0])
+    trainer.log_metrics(rollouts, {"loss/policy_avg": zero, "loss/value_avg": zero})
+    assert trainer.ppo_state.kl_coef == pytest.approx(0.2 * (1 + 0.1 * 8 / 100), rel=1e-5)
+
+
+def test_rlhf_reward_is_the_score_minus_the_penalty(built):
+    trainer = built("")
+    move_adapters(trainer.model)
+    rollouts = rolled_out(trainer, trainer.train_dataset.to_list())
+    metrics = rollout_metrics(rollouts, 0.3, "k1")
+    kl = torch.cat([((r.logps - r.ref_logps) * r.mask).sum(1) for r in rollouts])
+    scores = torch.cat([r.scores for r in rollouts])
+    assert kl.abs().max() > 1e-2
+    torch.testing.assert_close(metrics["objective/kl"], kl)
+    torch.testing.assert_close(metrics["objective/non_score_reward"], -0.3 * kl)
+    torch.testing.assert_close(metrics["objective/rlhf_reward"], scores - 0.3 * kl)
+    assert metrics["val/response_length"].tolist() == [int(n) for r in rollouts for n in r.mask.sum(1)]
+
+
+# -- roles
+
+
+def adapter_folder(kind: type | None, targets: str, folder: Path, base: str) -> str:
+    """A LoRA adapter with random weights on a checkpoint: of a policy, or of a reward model."""
+    model_args, _, lora_args, training_args = args.parse(
+        args.ModelArguments, args.DataArguments, args.LoraArguments, args.RMConfig,
+        argv=[*f"--model_name_or_path {base} --dataset_name x --output_dir {folder} {LORA}".split(), *targets.split()],
+    )  # fmt: skip
+    model = load_policy(LoadPlan.of(model_args, lora_args, training_args), lora_args, training_args)
+    model = kind(model) if kind else model
+    move_adapters(model)
+    model.save_pretrained(folder)
+    core_mapper_for(base).processor(base).save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_reference_of_a_continued_adapter_is_that_adapter(built, llava, tmp_path):
+    folder = adapter_folder(None, "", tmp_path / "sft", llava)
+    trainer = built("--num_ppo_epochs 1", checkpoint=folder)
+    rollouts = rolled_out(trainer, trainer.train_dataset.to_list())
+    for r in rollouts:
+        assert (r.logps - r.ref_logps).abs().max() < 1e-5
+        with torch.no_grad(), adapter_active(trainer.model.backbone, None):
+            base = trainer.model.backbone(**trainer._inputs(r, Role.POLICY), **trainer._tokens(r)).logps
+        assert (base - r.ref_logps[r.mask]).abs().max() > 1e-2  # the bare base is another model
+    trainer.train()
+    entry = next(e for e in trainer.state.log_history if "objective/kl" in e)
+    assert entry["objective/kl"] == pytest.approx(0, abs=1e-5)
+
+
+def alone(trainer, r: Sampled, i: int) -> tuple[dict, int, list[int]]:
+    """The plain inputs of answer i with pixels, where it starts, and its tokens."""
+    answer = r.batch["completion_ids"][i, : int(r.mask[i].sum())].tolist()
+    batch, start = to_alone(trainer, r)(i, answer)
+    return batch, start, answer
+
+
+def test_a_reward_adapter_in_the_tower_sees_images_with_its_weights(built, llava, tmp_path):
+    targets = r"--lora_target_modules .*(vision_tower|language_model).*(q_proj|v_proj)"
+    folder = adapter_folder(VLRewardModel, targets, tmp_path / "rm", llava)
+    trainer = built(f"--reward_adapter {folder}", reward="")
+    backbone = trainer.model.backbone
+    head: Tensor = trainer.model.reward_heads["reward_0"].weight
+    for r in rolled_out(trainer, trainer.train_dataset.to_list()):
+        for i, score in enumerate(r.scores.tolist()):
+            batch, start, answer = alone(trainer, r, i)
+            last = torch.tensor([start + len(answer) - 1])
+            with torch.no_grad(), adapter_active(backbone, "reward_0"):
+                assert score == pytest.approx(
+                    (backbone(**batch, completion_index=last).hidden @ head.T).item(), abs=2e-4
+                )
+                # ... and with the images as the policy sees them the score would be another one
+                with adapter_active(backbone, None):
+                    features = trainer.base_model(trainer.model).encode_images(batch)
+                blind = backbone(**features, completion_index=last).hidden @ head.T
+                assert abs(score - blind.item()) > 1e-3
+
+
+def test_a_value_model_with_another_tower_sees_images_with_it(built, llava, tmp_path):
+    other = zoo.checkpoint("llava", seed=1)
+    torch.manual_seed(0)
+    reward_model = VLRewardModel(core_mapper_for(other).model.from_pretrained(other, dtype=torch.float32))
+    reward_model.save_pretrained(tmp_path / "rm")
+    core_mapper_for(other).processor(other).save_pretrained(tmp_path / "rm")
+    flags = f"--use_lora False --reward_model_name_or_path {tmp_path}/rm --init_value_from_reward True"
+    trainer = built(flags, reward="", checkpoint=llava)
+    model = trainer.model
+    for r in rolled_out(trainer, trainer.train_dataset.to_list()):
+        for i in range(len(r.texts)):
+            batch, start, answer = alone(trainer, r, i)
+            index = torch.arange(start - 1, start + len(answer) - 1)
+            with torch.no_grad():
+                value = model.value_backbone(**batch, completion_index=index).hidden @ model.head.weight.T
+            assert r.values[i, : len(answer)].tolist() == pytest.approx(value[:, 0].tolist(), abs=2e-4)
