@@ -1,5 +1,6 @@
 # make demo   sets up and runs SFT -> RM -> DPO -> PPO -> GRPO -> evaluation on the embedded data
 # make test   sets up and runs the tests
+# make mutants   puts single faults into the code and says whether the tests see them (an hour; CHANGED=main: changed files)
 # make scripts   writes the launch scripts anew from scripts/models.tsv and scripts/templates/
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,7 +8,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-all lint bench scripts clean
+.PHONY: setup demo test test-all mutants lint bench scripts clean
 
 setup: .venv/done
 
@@ -26,6 +27,9 @@ test: lint
 
 test-all: lint
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+
+mutants: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants $(if $(CHANGED),--changed $(CHANGED))
 
 lint: setup
 	$(BIN)/ruff check .
