@@ -15,6 +15,16 @@ VOCAB_CHUNK = 8192
 TOKEN_CHUNK = 512  # tokens at a time where all their logits are needed
 
 
+def softcap(model: nn.Module) -> float | None:
+    """The bound of a model's logits (Gemma 2 and later), which transformers' own forward applies behind lm_head."""
+    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+
+def capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """Logits of any shape, squeezed into (-cap, cap) if there is a cap."""
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
 def token_logps(
     model: nn.Module,
     hidden: torch.Tensor,
@@ -31,29 +41,26 @@ def token_logps(
     Returns:
         logps (N,) and, if asked for, the entropy of each next-token distribution (N,), in nats.
     """
-    lm_head = model.get_output_embeddings()
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    lm_head, cap = model.get_output_embeddings(), softcap(model)
     if type(lm_head) is not nn.Linear or token_ids.numel() * lm_head.out_features <= MAX_LOGITS:
-        logits = lm_head(hidden).float()  # (N, V)
-        if softcap:
-            logits = softcap * torch.tanh(logits / softcap)
-        logits = logits / temperature
+        logits = capped(lm_head(hidden).float(), cap) / temperature  # (N, V)
         logps = -nn.functional.cross_entropy(logits, token_ids, reduction="none")
         return logps, torch.distributions.Categorical(logits=logits).entropy() if with_entropy else None
     outputs = ("entropy",) if with_entropy else ()
     with maybe_gather_lm_head_ctx(lm_head.weight, lm_head.bias):
         logps, entropy, *_ = ChunkedLogProbFunction.apply(
-            hidden, lm_head.weight, lm_head.bias, token_ids, temperature, VOCAB_CHUNK, softcap, 1.0, outputs
+            hidden, lm_head.weight, lm_head.bias, token_ids, temperature, VOCAB_CHUNK, cap, 1.0, outputs
         )
     return logps, entropy
 
 
 def token_logits(model: nn.Module, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """Raw logit of each token, (N, D), (N,) -> (N,) float32, from the head's rows of those tokens alone."""
+    """Logit of each token at temperature 1, (N, D), (N,) -> (N,) float32, from the head's rows of those tokens alone."""
     lm_head = model.get_output_embeddings()
     with maybe_gather_lm_head_ctx(lm_head.weight, lm_head.bias):
         logits = (hidden.float() * lm_head.weight[token_ids].float()).sum(-1)
-        return (logits if lm_head.bias is None else logits + lm_head.bias[token_ids]).float()
+        logits = (logits if lm_head.bias is None else logits + lm_head.bias[token_ids]).float()
+    return capped(logits, softcap(model))
 
 
 def all_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
@@ -62,7 +69,7 @@ def all_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     accelerate makes float32 of what a forward returns, and this runs outside of autocast: lm_head may be of another type.
     """
     lm_head = model.get_output_embeddings()
-    return lm_head(hidden.to(lm_head.weight.dtype)).float()
+    return capped(lm_head(hidden.to(lm_head.weight.dtype)).float(), softcap(model))
 
 
 def vocabulary_kl(
