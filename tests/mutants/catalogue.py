@@ -41,14 +41,26 @@ faults(
             "self._whiten(rewards, mask, shift_mean=False)",
             "self._whiten(rewards, mask)",
         ),
-        "advantages not whitened": ("VLPPOTrainer.advantages", "self._whiten(advantages, mask)", "advantages"),
+        "advantages not whitened": (
+            "VLPPOTrainer.advantages",
+            "(self._whiten(advantages, mask), returns)",
+            "(advantages, returns)",
+        ),
         "advantages not centred": (
             "VLPPOTrainer.advantages",
-            "self._whiten(advantages, mask)",
-            "self._whiten(advantages, mask, shift_mean=False)",
+            "(self._whiten(advantages, mask), returns)",
+            "(self._whiten(advantages, mask, shift_mean=False), returns)",
         ),
-        "gamma ignored": ("VLPPOTrainer.advantages", "self.args.gamma", "1.0"),
-        "lam ignored": ("VLPPOTrainer.advantages", "self.args.lam", "0.95"),
+        "gamma ignored": (
+            "VLPPOTrainer.advantages",
+            "losses.gae(rewards, values, mask, args.gamma, args.lam)",
+            "losses.gae(rewards, values, mask, 1.0, args.lam)",
+        ),
+        "lam ignored": (
+            "VLPPOTrainer.advantages",
+            "losses.gae(rewards, values, mask, args.gamma, args.lam)",
+            "losses.gae(rewards, values, mask, args.gamma, 0.95)",
+        ),
         "returns whitened": (
             "VLPPOTrainer.advantages",
             "(self._whiten(advantages, mask), returns)",
@@ -65,7 +77,7 @@ faults(
         ),
     },
     vf_coef={
-        "vf_coef ignored in the gradient": ("VLPPOTrainer._micro_step", "self.args.vf_coef", "0.1"),
+        "vf_coef ignored in the gradient": ("VLPPOTrainer._micro_step", "args.vf_coef", "0.1"),
         "vf_coef ignored in the logged loss": ("VLPPOTrainer.log_metrics", "args.vf_coef", "0.1"),
     },
     controller={
@@ -84,8 +96,8 @@ faults(
         "reward clip without an upper bound": ("VLPPOTrainer._total", "total.clamp(-clip, clip)", "total.clamp(-clip)"),
         "weights of rewards ignored": (
             "VLPPOTrainer._total",
-            "reward.weight * parts[reward.name]",
-            "parts[reward.name]",
+            "reward.weight * parts[reward.name].nan_to_num(nan=0.0)",
+            "parts[reward.name].nan_to_num(nan=0.0)",
         ),
     },
     tower={
@@ -189,4 +201,525 @@ faults(
     "models/assemble.py",
     "tests/test_paths_ppo.py",
     continued={"the reference of a continued adapter is the bare base": ("load_reference", "plan.is_adapter", "False")},
+)
+
+# ---------------------------------------------------------------------------------------------------------------- DPO
+
+faults(
+    "base/trainer.py",
+    "tests/test_paths_dpo.py",
+    metrics_by_hand__or__equal_rewards={
+        "rewards/rejected without beta": (
+            "VLDPOTrainer.log_metrics",
+            '{"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/accuracies": chosen > rejected, '
+            '"rewards/margins": chosen - rejected}',
+            '{"rewards/chosen": chosen, "rewards/rejected": rejected / self.beta, "rewards/accuracies": chosen > rejected, '
+            '"rewards/margins": chosen - rejected}',
+        ),
+        "accuracies reversed": ("VLDPOTrainer.log_metrics", "chosen > rejected", "chosen < rejected"),
+        "ties count as right in DPO": ("VLDPOTrainer.log_metrics", "chosen > rejected", "chosen >= rejected"),
+        "margins negated": ("VLDPOTrainer.log_metrics", "chosen - rejected", "rejected - chosen"),
+        "logps of the two sides swapped": (
+            "VLDPOTrainer.log_metrics",
+            '{"logps/chosen": pairs.policy.chosen, "logps/rejected": pairs.policy.rejected}',
+            '{"logps/chosen": pairs.policy.rejected, "logps/rejected": pairs.policy.chosen}',
+        ),
+        "implicit rewards with beta 0.1 whatever the flag": (
+            "VLDPOTrainer.log_metrics",
+            "implicit_rewards(pairs, self.beta)",
+            "implicit_rewards(pairs, 0.1)",
+        ),
+    },
+    mixture={
+        "parts of a mixture all log the first loss": (
+            "VLDPOTrainer.log_metrics",
+            '{f"loss/{name}": part for name, part in parts.items()}',
+            '{f"loss/{name}": next(iter(parts.values())) for name in parts}',
+        ),
+    },
+    epoch_corrupts={
+        "the trainer never says the epoch": (
+            "VLDPOTrainer.__init__",
+            "self.add_callback(SetEpoch(self.data_collator))",
+            "None",
+        ),
+    },
+)
+faults(
+    "base/callbacks.py",
+    "tests/test_paths_dpo.py",
+    epoch_corrupts={"the epoch is always the first": ("SetEpoch.on_epoch_begin", "int(state.epoch or 0)", "0")},
+)
+faults(
+    "base/trainer.py",
+    "tests/test_preference_losses.py",
+    running_delta_is={
+        "MPO's delta moves in evaluation": ("VLDPOTrainer.preference_loss", "self.model.training", "True"),
+        "MPO's delta is of plain log-ratios": (
+            "VLDPOTrainer.preference_loss",
+            "implicit_rewards(pairs, self.beta)",
+            "implicit_rewards(pairs, 1.0)",
+        ),
+    },
+)
+faults(
+    "base/vl_trainer.py",
+    "tests/test_paths_dpo.py",
+    whatever_dropout={
+        "dropout of attention left on": ("disable_dropout", '"drop" in name', "False"),
+        "dropout of a CLIP tower's attention left on": (
+            "disable_dropout",
+            '"drop" in name',
+            'name == "attention_dropout"',
+        ),
+    },
+)
+faults(
+    "base/collator.py",
+    "tests/test_paths_dpo.py",
+    share_nothing={
+        "the policy's negatives share a beginning": (
+            "VLDPODataCollatorWithPadding.encode_rows",
+            '0 if "policy_negative" in self.needs else common_beginning(row)',
+            "common_beginning(row)",
+        ),
+    },
+    numbers_of_responses={
+        "numbers of responses misplaced behind copies": (
+            "VLDPODataCollatorWithPadding._add_columns.of_responses",
+            "values[places.of([range(len(row[column])) for row in features])] = torch.tensor(given)",
+            "values[: len(given)] = torch.tensor(given)",
+        ),
+    },
+    counted_anew={
+        "lengths cached though an image changed": (
+            "VLDataCollator.with_lengths",
+            "dataset.map(count, num_proc=num_proc, remove_columns=dataset.column_names, load_from_cache_file=False, "
+            'desc="Counting tokens")',
+            "dataset.map(count, num_proc=num_proc, remove_columns=dataset.column_names, "
+            'new_fingerprint="the-same", desc="Counting tokens")',
+        ),
+    },
+    lengths_are_limited={
+        "length limits ignored by the collator": (
+            "VLDPODataCollatorWithPadding._fit",
+            "fit_row(len(prompt), responses, self.limits, counts, row.get('where') or where)",
+            "responses",
+        ),
+    },
+)
+faults(
+    "base/views.py",
+    "tests/test_paths_dpo.py",
+    first_of_several={
+        "image_rejected replaces all images": (
+            "image_rejected_view",
+            '[row["image_rejected"], *row["images"][1:]]',
+            '[row["image_rejected"]] * len(row["images"])',
+        ),
+        "image_rejected replaces the last image": (
+            "image_rejected_view",
+            '[row["image_rejected"], *row["images"][1:]]',
+            '[*row["images"][:-1], row["image_rejected"]]',
+        ),
+    },
+    no_marks={
+        "marks of images left in text-only rows": (
+            "without_images",
+            'remove_image_placeholder(content).strip("\\n")',
+            'content.strip("\\n")',
+        ),
+    },
+)
+faults(
+    "base/reference_cache.py",
+    "tests/test_paths_dpo.py",
+    two_adapters={
+        "the cache's key lacks the reference adapter": (
+            "weights_digest",
+            'is_policy and isinstance(model, PeftModel) and ".default." in f"{name}."',
+            '".lora_" in name',
+        ),
+        "the cache's key lacks the weights' values": (
+            "weights_digest",
+            "digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())",
+            "None",
+        ),
+    },
+    processors_files={
+        "the cache's key lacks the contents of the processor's files": (
+            "processor_digest",
+            "path.name.encode() + path.read_bytes()",
+            "path.name.encode()",
+        ),
+    },
+    ranks={
+        "a row's key lacks the further columns": (
+            "row_key",
+            '{name: row.get(name) for name in columns if name != "image_rejected"}',
+            "{}",
+        ),
+        "a row's key lacks the second image": (
+            "row_key",
+            '[row["image_rejected"]] if "image_rejected" in columns else []',
+            "[]",
+        ),
+    },
+    whole_or_not_there={
+        "the cache's files are written in place": (
+            "ReferenceCache.flush",
+            "with replacing(path) as beside:\n    save_file(self._held, beside)",
+            "save_file(self._held, path)",
+        ),
+    },
+)
+faults(
+    "base/reference_pass.py",
+    "tests/test_paths_dpo.py",
+    precision__or__layout={
+        "the cache's key lacks the autocast": ("about_reference", "precision", '""'),
+        "the cache's key lacks the layout": ("about_reference", "collator.share_prefix", "True"),
+    },
+    ranks={
+        "the reference is keyed without the ranks": (
+            "ReferencePass.__init__",
+            '["image_rejected", "ranks", "scores"]',
+            '["image_rejected"]',
+        ),
+    },
+)
+
+# -------------------------------------------------------------------------------------------------------------- model
+
+faults(
+    "base/logps.py",
+    "tests/test_paths_model.py",
+    native_logits={
+        "no temperature in the chunked path": (
+            "token_logps",
+            "ChunkedLogProbFunction.apply(hidden, lm_head.weight, lm_head.bias, token_ids, temperature, VOCAB_CHUNK, cap, 1.0, "
+            "outputs)",
+            "ChunkedLogProbFunction.apply(hidden, lm_head.weight, lm_head.bias, token_ids, 1.0, VOCAB_CHUNK, cap, 1.0, outputs)",
+        ),
+        "no soft cap in the chunked path": (
+            "token_logps",
+            "ChunkedLogProbFunction.apply(hidden, lm_head.weight, lm_head.bias, token_ids, temperature, VOCAB_CHUNK, cap, 1.0, "
+            "outputs)",
+            "ChunkedLogProbFunction.apply(hidden, lm_head.weight, lm_head.bias, token_ids, temperature, VOCAB_CHUNK, None, 1.0, "
+            "outputs)",
+        ),
+        "no temperature in the plain path": (
+            "token_logps",
+            "capped(lm_head(hidden).float(), cap) / temperature",
+            "capped(lm_head(hidden).float(), cap)",
+        ),
+        "no soft cap in the plain path": (
+            "token_logps",
+            "capped(lm_head(hidden).float(), cap) / temperature",
+            "lm_head(hidden).float() / temperature",
+        ),
+        "the soft cap behind the temperature": (
+            "token_logps",
+            "capped(lm_head(hidden).float(), cap) / temperature",
+            "capped(lm_head(hidden).float() / temperature, cap)",
+        ),
+    },
+    divergences={
+        "no soft cap in the KL over the vocabulary": (
+            "all_logits",
+            "capped(lm_head(hidden.to(lm_head.weight.dtype)).float(), softcap(model))",
+            "lm_head(hidden.to(lm_head.weight.dtype)).float()",
+        ),
+        "KL of the wrong direction": (
+            "vocabulary_kl.chunk",
+            "token_kl(all_logits(reference, ref).detach(), all_logits(policy, own))",
+            "token_kl(all_logits(policy, own), all_logits(reference, ref).detach())",
+        ),
+        "no soft cap in the logits of tokens": ("token_logits", "capped(logits, softcap(model))", "logits"),
+    },
+)
+faults(
+    "base/model.py",
+    "tests/test_paths_model.py",
+    placeholder={
+        "placeholders of videos may be generated": (
+            "VLModelMixin.image_placeholder_ids",
+            '("image_token_id", "image_token_index", "video_token_id", "video_token_index", "boi_token_index")',
+            '("image_token_id", "image_token_index", "boi_token_index")',
+        ),
+        "placeholders of images may be generated": (
+            "VLModelMixin.image_placeholder_ids",
+            '("image_token_id", "image_token_index", "video_token_id", "video_token_index", "boi_token_index")',
+            '("video_token_id", "video_token_index", "boi_token_index")',
+        ),
+    },
+)
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+for _name in ("rlhfv", "rlaifv", "mmrlhf"):
+    faults(
+        f"data/{_name}.py",
+        "tests/test_paths_data.py",
+        chosen_answer={f"chosen and rejected swapped in {_name}": ("convert", "[0, 1]", "[1, 0]")},
+    )
+faults(
+    "data/conversational.py",
+    "tests/test_paths_data.py",
+    ranks_beside={
+        "the column rankings ignored": ("ranked", 'record.get("rankings")', 'record.get("")'),
+        "the lowest score is the best": (
+            "dense_ranks",
+            "sorted(set(scores), reverse=True)",
+            "sorted(set(scores))",
+        ),
+    },
+)
+faults(
+    "data/verify.py",
+    "tests/test_paths_data.py",
+    another_image={
+        "rows with the same question are one group": ("_keys", 'b"".join(signatures[:shown])', 'b""'),
+    },
+)
+faults(
+    "data/__init__.py",
+    "tests/test_paths_data.py",
+    conversation={
+        "a system message alone is the prompt": ("_last_answer_off", "messages[:-1]", "messages[:1]"),
+        "a conversation's last answer is part of the prompt": ("_last_answer_off", "messages[:-1]", "messages"),
+        "earlier turns are no part of the prompt": ("_last_answer_off", "messages[:-1]", "messages[-2:-1]"),
+    },
+)
+faults(
+    "data/source.py",
+    "tests/test_paths_data.py",
+    read_anew={"rows are kept whatever the loaders' code": ("to_rows", "code_state()", '""')},
+)
+faults(
+    "data/files.py",
+    "tests/test_paths_data.py",
+    state_covers={
+        "the state of the code leaves out the formats": (
+            "code_state",
+            'path.name not in ("check.py", "scenes.py", "shapes.py")',
+            'path.name == "rows.py"',
+        )
+    },
+)
+
+# ------------------------------------------------------------------------------------------------------------ scripts
+
+for _name in ("rm", "dpo"):
+    faults(
+        f"train_{_name}.py",
+        "tests/test_paths_scripts.py",
+        pairs_are={
+            f"train_{_name} ignores --pairs": ("build", "data_args.pairs", '"all"'),
+            f"train_{_name} ignores --score_margin": ("build", "data_args.score_margin", "None"),
+        },
+        share_prefix={f"train_{_name} ignores --share_prefix": ("build", "plan.share_prefix", "True")},
+    )
+for _name in ("sft", "rm", "dpo", "ppo"):
+    faults(
+        f"train_{_name}.py",
+        "tests/test_paths_scripts.py",
+        length_limits={
+            f"train_{_name} ignores the length limits": (
+                "build",
+                "LengthLimits.from_args(data_args)",
+                "LengthLimits()",
+            ),
+        },
+    )
+faults(
+    "train_ppo.py",
+    "tests/test_paths_scripts.py",
+    share_prefix={"train_ppo ignores --share_prefix": ("build", "plan.share_prefix", "True")},
+)
+faults(
+    "train_sft.py",
+    "tests/test_paths_scripts.py",
+    train_on={"train_sft ignores --train_on": ("build", "data_args.train_on", '"all"')},
+)
+faults(
+    "train_dpo.py",
+    "tests/test_paths_scripts.py",
+    losses_need={
+        "train_dpo ignores --diffusion_step": ("build", "training_args.diffusion_step", "500"),
+        "train_dpo ignores --corruption": ("build", "training_args.corruption", '"crop"'),
+    },
+)
+faults(
+    "models/assemble.py",
+    "tests/test_paths_scripts.py",
+    goes_on_training={
+        "a loaded adapter is frozen": (
+            "_load",
+            "load_model(plan.checkpoint, dtype=getattr(torch, plan.dtype), "
+            'use_flash_attention_2=plan.attention == "flash_attention_2", bits=plan.bits, is_trainable=True)',
+            "load_model(plan.checkpoint, dtype=getattr(torch, plan.dtype), "
+            'use_flash_attention_2=plan.attention == "flash_attention_2", bits=plan.bits)',
+        ),
+    },
+)
+faults(
+    "base/trainer.py",
+    "tests/test_paths_scripts.py",
+    sfts_loss={
+        "SFT ignores the number of tokens of the global batch": (
+            "VLSFTTrainer.compute_loss",
+            "num_items_in_batch is None",
+            "True",
+        ),
+        "SFT's loss is a sum": (
+            "VLSFTTrainer.compute_loss",
+            "-outputs.logps.sum() / num_items_in_batch[0]",
+            "-outputs.logps.sum()",
+        ),
+    },
+)
+faults(
+    "base/rm_trainer.py",
+    "tests/test_paths_scripts.py",
+    equal_rewards={
+        "ties count as right in reward models": ("VLRMTrainer.log_metrics", "chosen > rejected", "chosen >= rejected"),
+        "the margin of the wrong sign": (
+            "VLRMTrainer.log_metrics",
+            '{"accuracy": right, "margin": chosen - rejected, "mean_reward": rewards[batch["counted"]], "rewards/chosen": chosen, '
+            '"rewards/rejected": rejected}',
+            '{"accuracy": right, "margin": rejected - chosen, "mean_reward": rewards[batch["counted"]], "rewards/chosen": chosen, '
+            '"rewards/rejected": rejected}',
+        ),
+    },
+)
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+faults(
+    "base/resume.py",
+    "tests/test_paths_checkpoints.py",
+    largest_number={
+        "checkpoint-9 is newer than checkpoint-10": (
+            "newest_whole_checkpoint",
+            "reversed(sort_checkpoints(output_dir))",
+            "reversed(sorted(sort_checkpoints(output_dir)))",
+        ),
+        "the oldest checkpoint is resumed": (
+            "newest_whole_checkpoint",
+            "reversed(sort_checkpoints(output_dir))",
+            "sort_checkpoints(output_dir)",
+        ),
+    },
+)
+faults(
+    "base/checkpoints.py",
+    "tests/test_paths_checkpoints.py",
+    best_checkpoint={
+        "--save_total_limit deletes the best": (
+            "SafeCheckpoints._move_old_checkpoints",
+            "{checkpoints[-1], *([str(Path(best))] if best else [])}",
+            "{checkpoints[-1]}",
+        ),
+        "--save_total_limit ignored": (
+            "SafeCheckpoints._move_old_checkpoints",
+            "self.args.save_total_limit or len(checkpoints)",
+            "len(checkpoints)",
+        ),
+    },
+    on_disk={
+        "the final model is copied into place": (
+            "SafeCheckpoints.save_model",
+            "os.replace(file, place)",
+            "shutil.copy(file, place)",
+        ),
+        "the final model is not synchronised": ("SafeCheckpoints.save_model", "flush(folder)", "None"),
+        "checkpoints are not synchronised": ("SafeCheckpoints._save_checkpoint", "flush(folder / name)", "None"),
+    },
+)
+faults(
+    "models/merging.py",
+    "tests/test_paths_checkpoints.py",
+    bits_of_a_run={
+        "run.json above a checkpoint is not seen": (
+            "bits_of",
+            "(Path(adapter), Path(adapter).parent)",
+            "(Path(adapter),)",
+        ),
+        "bits without --q_lora count": ("bits_of", 'flags["bits"] if flags.get("q_lora") else None', 'flags["bits"]'),
+    },
+)
+
+# --------------------------------------------------------------------------------------------------------- evaluation
+
+faults(
+    "eval/ledger.py",
+    "tests/test_paths_eval.py",
+    another_adapter={
+        f"another {key} goes on in the same file": (
+            "",
+            '("task", "data_sha256", "image_dir", "limit", "checkpoint", "adapter", "prompt", "generation")',
+            repr(
+                tuple(
+                    k
+                    for k in "task data_sha256 image_dir limit checkpoint adapter prompt generation".split()
+                    if k != key
+                )
+            ),
+        )
+        for key in ("adapter", "limit", "prompt")
+    },
+)
+faults(
+    "eval/generate.py",
+    "tests/test_paths_eval.py",
+    nucleus={
+        "--top_p ignored": ("generation_settings", "args.top_p", "1.0"),
+        "--seed of sampled answers ignored": ("answer_rows", "args.seed + number", "number"),
+    },
+    random_state={
+        "answers come from the process's random state": ("Answerer.answer", "torch.manual_seed(seed)", "None")
+    },
+    without_an_image={
+        "rows without images join those with": (
+            "plan",
+            'last is not None and last[0]["images"] and len(last) + len(members) <= batch_size',
+            "last is not None and len(last) + len(members) <= batch_size",
+        ),
+        "rows without images are grouped as one image": (
+            "plan",
+            "key and len(members) <= batch_size",
+            "len(members) <= batch_size",
+        ),
+    },
+    max_new_tokens={"--max_new_tokens ignored": ("generation_settings", "args.max_new_tokens", "8")},
+    marks_stand={
+        "marks in another order than the images": (
+            "with_image_marks",
+            "sorted(named) == [str(i + 1) for i in range(images)] == named",
+            "sorted(named) == [str(i + 1) for i in range(images)]",
+        ),
+    },
+)
+faults(
+    "eval/choice.py",
+    "tests/test_paths_eval.py",
+    last_mention={
+        "MMMU's first mention wins": (
+            "mmmu_letter",
+            "max(position, key=position.__getitem__)",
+            "min(position, key=position.__getitem__)",
+        ),
+        "MMMU's bracketed letter by its first mention": ("mmmu_letter", 'text.rfind(f"({c})")', 'text.find(f"({c})")'),
+        "MMMU's option text by its first mention": (
+            "mmmu_letter",
+            "lower.rfind(option.lower())",
+            "-lower.rfind(option.lower())",
+        ),
+    },
+)
+faults(
+    "eval/mathvista.py",
+    "tests/test_paths_eval.py",
+    first_bracketed={"MathVista's last letter wins": ("normalise", "bracketed[0]", "bracketed[-1]")},
 )

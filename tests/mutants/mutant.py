@@ -51,6 +51,8 @@ class Mutant:
             )
         if isinstance(old, ast.expr) and not isinstance(new, ast.expr):
             raise DoesNotApply(f"`{self.new}` is not an expression ({self.fault})")
+        if isinstance(old, list) and isinstance(new, ast.expr):
+            new = [ast.Expr(new)]
         place, name, index = found[0]
         value = getattr(place, name)
         if isinstance(old, ast.expr):
