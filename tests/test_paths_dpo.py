@@ -297,8 +297,8 @@ def test_a_file_of_the_cache_is_whole_or_not_there(tmp_path, monkeypatch):
     cache = ReferenceCache(tmp_path, {"of": "a test"})
     cache.add("row", torch.tensor([-1.0, -2.0]))
 
-    def killed(tensors, path) -> None:
-        save_file(tensors, path)
+    def killed(tensors, path, metadata=None) -> None:
+        save_file(tensors, path, metadata)
         Path(path).write_bytes(Path(path).read_bytes()[:20])
         raise KeyboardInterrupt
 

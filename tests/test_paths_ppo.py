@@ -82,7 +82,7 @@ def test_advantages_are_gae_by_hand_and_whitened(built):
     trainer = built("--gamma 0.9 --lam 0.8")
     rewards = torch.tensor([[0.0, 0.5, 1.0], [0.2, -1.0, 9.0]])
     values = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 9.0]])
-    advantages, returns = trainer.advantages(rewards, values, MASK)
+    advantages, returns = trainer.advantages(rewards, values, MASK, torch.tensor([0, 1]))
     third = 1.0 - 0.3
     second = 0.5 + 0.9 * 0.3 - 0.2 + 0.72 * third
     first = 0.0 + 0.9 * 0.2 - 0.1 + 0.72 * second

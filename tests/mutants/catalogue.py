@@ -280,7 +280,7 @@ faults(
     share_nothing={
         "the policy's negatives share a beginning": (
             "VLDPODataCollatorWithPadding.encode_rows",
-            '0 if "policy_negative" in self.needs else common_beginning(row)',
+            "common_beginning(row) if self._share_beginnings else 0",
             "common_beginning(row)",
         ),
     },
@@ -303,8 +303,8 @@ faults(
     lengths_are_limited={
         "length limits ignored by the collator": (
             "VLDPODataCollatorWithPadding._fit",
-            "fit_row(len(prompt), responses, self.limits, counts, row.get('where') or where)",
-            "responses",
+            "fit_row(len(prompt), self._responses(row), self.limits, counts, row.get('where') or where)",
+            "self._responses(row)",
         ),
     },
 )
@@ -368,8 +368,8 @@ faults(
     whole_or_not_there={
         "the cache's files are written in place": (
             "ReferenceCache.flush",
-            "with replacing(path) as beside:\n    save_file(self._held, beside)",
-            "save_file(self._held, path)",
+            "with replacing(path) as beside:\n    save_file(self._held, beside, {'blake2b': _digest(self._held)})",
+            "save_file(self._held, path, {'blake2b': _digest(self._held)})",
         ),
     },
 )
@@ -444,13 +444,13 @@ faults(
     placeholder={
         "placeholders of videos may be generated": (
             "VLModelMixin.image_placeholder_ids",
-            '("image_token_id", "image_token_index", "video_token_id", "video_token_index", "boi_token_index")',
-            '("image_token_id", "image_token_index", "boi_token_index")',
+            '("image", "video", "audio")',
+            '("image", "audio")',
         ),
         "placeholders of images may be generated": (
             "VLModelMixin.image_placeholder_ids",
-            '("image_token_id", "image_token_index", "video_token_id", "video_token_index", "boi_token_index")',
-            '("video_token_id", "video_token_index", "boi_token_index")',
+            '("image", "video", "audio")',
+            '("video", "audio")',
         ),
     },
 )
@@ -674,7 +674,11 @@ faults(
     "eval/generate.py",
     "tests/test_paths_eval.py",
     nucleus={
-        "--top_p ignored": ("generation_settings", "args.top_p", "1.0"),
+        "--top_p ignored": (
+            "generation_settings",
+            '("max_new_tokens", "num_beams", "temperature", "top_p")',
+            '("max_new_tokens", "num_beams", "temperature")',
+        ),
         "--seed of sampled answers ignored": ("answer_rows", "args.seed + number", "number"),
     },
     random_state={
@@ -692,7 +696,13 @@ faults(
             "len(members) <= batch_size",
         ),
     },
-    max_new_tokens={"--max_new_tokens ignored": ("generation_settings", "args.max_new_tokens", "8")},
+    max_new_tokens={
+        "--max_new_tokens ignored": (
+            "generation_settings",
+            '("max_new_tokens", "num_beams", "temperature", "top_p")',
+            '("num_beams", "temperature", "top_p")',
+        )
+    },
     marks_stand={
         "marks in another order than the images": (
             "with_image_marks",
