@@ -43,7 +43,7 @@ def test_page_and_table_as_a_user_gets_them(tmp_path: Path, pairs_json: Path, im
         env=os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,
     )
     assert done.returncode == 1, done.stderr[-2000:]
     assert "Checking images: 100%" in done.stderr  # the progress bar

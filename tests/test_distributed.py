@@ -336,12 +336,17 @@ def test_two_nodes_on_loopback(command, tmp_path: Path):
 
 @pytest.mark.parametrize("flags", ["", pytest.param("--deepspeed ds_configs/zero2.json", marks=pytest.mark.slow)])
 def test_unreachable_rank_is_one_sentence(command, flags: str):
-    lonely = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29699"}
-    environment = os.environ | lonely | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    argv = [sys.executable, "train_sft.py", *command("sft", f"{flags} --ddp_timeout 3")]
-    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    with (
+        socket.socket() as held
+    ):  # a port where nobody listens, and where nobody else can for as long as this test runs
+        held.bind(("127.0.0.1", 0))
+        port = str(held.getsockname()[1])
+        lonely = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = os.environ | lonely | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        argv = [sys.executable, "train_sft.py", *command("sft", f"{flags} --ddp_timeout 3")]
+        done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 2, done.stderr[-3000:]
-    assert "train_sft.py: Process 1 of 2 cannot reach the others at 127.0.0.1:29699" in done.stderr
+    assert f"train_sft.py: Process 1 of 2 cannot reach the others at 127.0.0.1:{port}" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -26,6 +26,7 @@ class FakeJudge:
         self.script: list[object] = []
         self.reply: Callable[[str], str] = lambda prompt: f"reply to {prompt}"
         self.requests: list[dict] = []
+        self.closed = False
         self.headers: list[dict] = []
         fake = self
 
@@ -35,8 +36,10 @@ class FakeJudge:
                 fake.requests.append(body)
                 fake.headers.append(dict(self.headers))
                 step = fake.script.pop(0) if fake.script else 200
-                if step == "slow":
-                    time.sleep(0.6)
+                if step == "slow":  # no reply until the client has given up and asked again
+                    asked = len(fake.requests)
+                    while len(fake.requests) == asked and not fake.closed:
+                        time.sleep(0.01)
                 if step == "broken":
                     return self.send(200, b'{"choices": [{"message": {"con')
                 if step == "empty":
@@ -72,6 +75,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeJudge]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     fake = FakeJudge()
     yield fake
+    fake.closed = True
     fake.server.shutdown()
     fake.server.server_close()
 
@@ -98,7 +102,7 @@ def test_every_reply_is_asked_once_and_cached_by_content(server: FakeJudge, tmp_
 )
 def test_trouble_is_tried_again(server: FakeJudge, tmp_path: Path, trouble: list) -> None:
     server.script = list(trouble)
-    assert client(server, tmp_path, timeout=0.3).ask("a") == "reply to a"
+    assert client(server, tmp_path, timeout=3).ask("a") == "reply to a"
     assert len(server.requests) == len(trouble) + 1
 
 

@@ -645,14 +645,16 @@ class TestFamily:
             assert model.config.image_token_id >= head.out_features
             return
         bias = torch.zeros(head.out_features)
-        bias[model.image_placeholder_ids] = 1e4
+        names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+        placeholders = {getattr(model.config, name, None) for name in names} - {None}
+        bias[[i for i in placeholders if 0 <= i < head.out_features]] = 1e4
         head.register_forward_hook(lambda *call: call[2] + bias)
         it.processor.infer()
         inputs = it.processor(convs=[row(1)["prompt"]], images=[[picture(0)]])
         it.processor.train()
         output = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
         new = output[0, inputs["input_ids"].shape[1] :].tolist()
-        assert not {*new} & {*model.image_placeholder_ids}
+        assert not {*new} & placeholders
 
     # -- lengths -----------------------------------------------------------------------------------------------------------
 
