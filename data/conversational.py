@@ -180,7 +180,7 @@ def asked(record: dict) -> list[Message]:
     messages = question(value, name)
     history = record.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise BadRow("has a `history` that is no list of pairs of a question and an answer")
+        raise BadRow("has a `history` that is not a list of pairs of a question and an answer")
     earlier = [
         {"role": role, "content": text_of(text, f"history[{i}]")}
         for i, pair in enumerate(history)
@@ -207,7 +207,7 @@ def ranked(record: dict, name: str, prompt: list[Message]) -> Row:
         columns = responses.items()
         responses = [{key: v[i] if i < len(v) else None for key, v in columns} for i in range(size)]
     if not isinstance(responses, list):
-        raise BadRow(f"has `{name}` that are no list")
+        raise BadRow(f"has `{name}` that are not a list")
     if responses and all(isinstance(r, Mapping) for r in responses):
         if any(r.get("annotations") is not None for r in responses):
             raise BadRow(f"has `{name}` with annotations: choose --dataset_name vlfeedback_paired")
@@ -251,7 +251,7 @@ def _split_off_prompt(
 ) -> tuple[list[Message], list[Message], list[Message]]:
     if not isinstance(chosen, list) or not isinstance(rejected, list):
         raise BadRow(
-            f"has no `prompt`, and its `{better_name}` and `{worse_name}` are no messages from which to read it: add `prompt`"
+            f"has no `prompt`, and its `{better_name}` and `{worse_name}` are not messages from which to read it: add `prompt`"
         )
     better, worse = messages_of(chosen, better_name), messages_of(rejected, worse_name)
     if better[:-1] != worse[:-1] or not better[:-1]:

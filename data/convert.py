@@ -106,7 +106,7 @@ def _parse(record: Mapping[str, object]) -> dict:
 
 
 def _cells(record: Record) -> dict[str, object]:
-    """The cells of a table that are no texts: JSON lists and objects in columns that hold such, and numbers."""
+    """The cells of a table that are not texts: JSON lists and objects in columns that hold such, and numbers."""
     found: dict[str, object] = {}
     for name, cell in record.present().items():
         if isinstance(cell, str) and (name in _NUMBERS or (name in _STRUCTURED and cell.lstrip()[:1] in ("[", "{"))):

@@ -299,7 +299,7 @@ def kind_of_file(path: str) -> str:  # noqa: C901  one rule after the other
     if _separator(first.decode("utf-8", "replace")) and len(lines) > 1:
         return "table"
     if first[:1] in b'"-0123456789' or first in (b"null", b"true", b"false"):
-        raise InputError(f"{path} holds one JSON value that is no row ({first[:40].decode('utf-8', 'replace')}).")
+        raise InputError(f"{path} holds one JSON value that is not a row ({first[:40].decode('utf-8', 'replace')}).")
     raise InputError(
         f"{path} is neither JSON (a list, lines or an object), nor CSV or TSV with a line of column names, nor parquet: "
         "convert it to one of them."
@@ -373,7 +373,7 @@ def parts_of_meta(path: str) -> list[tuple[str, str]]:
         root = _beside(path, str(entry.get("root") or "."), os.path.isdir)
         if root is None:
             raise InputError(
-                f"{path} is a meta file whose set {name} has its images in {entry['root']}, which is no folder here or above "
+                f"{path} is a meta file whose set {name} has its images in {entry['root']}, which is not a folder here or above "
                 f"it: pass its annotation file as --data_path and the folder as --image_root."
             )
         for annotation in files:
@@ -509,7 +509,7 @@ def _are_messages(rows: list[dict]) -> bool:
 
 
 def json_lines(path: str) -> Iterator[dict[str, object]]:
-    """Records of a JSON lines file: {"text", "line" (from 1), "unreadable"}. Blank lines are no rows."""
+    """Records of a JSON lines file: {"text", "line" (from 1), "unreadable"}. Blank lines are not rows."""
     with open(path, "rb") as file:
         number = 0
         while line := file.readline(MAX_RECORD_BYTES):
@@ -518,7 +518,7 @@ def json_lines(path: str) -> Iterator[dict[str, object]]:
             if len(line) == MAX_RECORD_BYTES and not line.endswith(b"\n"):
                 while line and not line.endswith(b"\n"):
                     line = file.readline(MAX_RECORD_BYTES)
-                unreadable = f"is longer than {MAX_RECORD_BYTES >> 20} MiB: this is no line of data"
+                unreadable = f"is longer than {MAX_RECORD_BYTES >> 20} MiB: this is not a line of data"
             else:
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()

@@ -20,7 +20,7 @@ from PIL import ExifTags, Image, ImageOps
 from data.rows import BadRow, is_inside, shorten
 
 # Formats that hold pictures (JPEG covers MPO, its kin with several). Pillow knows more, some of which start other
-# programs (EPS) or are no pictures.
+# programs (EPS) or are not pictures.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 _ENDS = 4096  # bytes read at each end of a file
 
@@ -99,14 +99,14 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     where values are negative or larger their own range is stretched.
 
     Raises:
-        ValueError: values that are no numbers.
+        ValueError: values that are nott numbers.
     """
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
         grey = np.asarray(picture, dtype=np.float64)
         low, high = grey.min(), grey.max()
         if not np.isfinite([low, high]).all():
-            raise ValueError("it holds values that are no numbers")
+            raise ValueError("it holds values that are nott numbers")
         white = next((top for top in (1, 255, 65535) if low >= 0 and high <= top), None)
         black, white = (0, white) if white else (low, max(high, low + 1e-12))
         picture = Image.fromarray(((grey - black) / (white - black) * 255).astype(np.uint8))
@@ -139,7 +139,9 @@ def _check_open_image(file: BinaryIO, size: int, name: str, decode: bool) -> Che
     except BadRow:
         raise
     except Image.UnidentifiedImageError:
-        raise BadRow(f"has {name}, which is no {', '.join(FORMATS[:4])} or other known picture: convert it") from None
+        raise BadRow(
+            f"has {name}, which is not {', '.join(FORMATS[:4])} or another known kind of picture: convert it"
+        ) from None
     except Image.DecompressionBombError:
         raise BadRow(
             f"has {name}, which is larger than {Image.MAX_IMAGE_PIXELS:,} pixels (Pillow's limit against decompression "

@@ -15,7 +15,7 @@ def ordered_pairs(
     mode: PairMode = "all",
     score_margin: float | None = None,
 ) -> list[tuple[int, int]]:
-    """Pairs (better, worse) of response indices, best first. Equal ranks are no pair.
+    """Pairs (better, worse) of response indices, best first. Equal ranks make no pair.
 
     Modes: `all` every pair of different rank; `best_worst` the first of the best against the first of the worst;
     `adjacent` every response against those of the next lower rank; `score_margin` all pairs whose scores differ by at

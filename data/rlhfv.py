@@ -25,7 +25,7 @@ def convert(record: dict, kind: Kind) -> Row:
         except (ValueError, RecursionError):
             raise BadRow("has a `text` that does not parse as JSON") from None
     if not isinstance(text, dict):
-        raise BadRow("has a `text` that is no object with question, chosen and rejected")
+        raise BadRow("has a `text` that is not an object with question, chosen and rejected")
     require({f"text.{key}": v for key, v in text.items()}, "text.question", "text.chosen", "text.rejected")
     row = preference(record, text["question"], [text["chosen"], text["rejected"]], ranks=[0, 1])
     return row | {"images": image_column(record)}

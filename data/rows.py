@@ -30,7 +30,7 @@ IMAGE_MARK = "<image>"
 # Longer than any context: a text like this is a broken file, and tokenising it would take minutes.
 MAX_TEXT_CHARS = 1_000_000
 
-# Tokens that stand for pictures in one family or another: in a text they are no words.
+# Tokens that stand for pictures in one family or another: in a text they are not words.
 IMAGE_TOKENS = re.compile(
     r"<\|?/?(?:image|img|video|vision|media)_?(?:pad|start|end|placeholder|context|soft_token|patch)\|?>"
     r"|<\|(?:begin|end|start)_of_(?:image|img|video)\|>|<(?:start|end)_of_image>|<\|(?:image|img|video|audio)(?:_\d+)?\|>"
@@ -81,7 +81,7 @@ OPTIONAL = (*NUMBER_COLUMNS, "image_rejected", "reference")
 
 
 class BadRow(Exception):
-    """This row cannot be used; the message says why and what would mend it, without naming the row."""
+    """This row cannot be used; the message says why and what would fix it, without naming the row."""
 
 
 class SkippedRow(BadRow):

@@ -147,7 +147,7 @@ def caption(things: Sequence[Thing]) -> str:
 
 
 def read_caption(text: str) -> list[Thing] | None:
-    """The inverse of `caption`; None if the text is no caption of this form."""
+    """The inverse of `caption`; None if the text is not a caption of this form."""
     things = []
     for part in text.strip().removesuffix(".").lower().split(", "):
         match = re.fullmatch(rf"({'|'.join(PLACES)}) a ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", part)

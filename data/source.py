@@ -87,7 +87,7 @@ def image_root_of(data_args: DataArguments) -> str:
     """`--image_root`; without it the folder of the data file."""
     if data_args.image_root:
         if not os.path.isdir(data_args.image_root):
-            raise InputError(f"--image_root {data_args.image_root} is no folder: give the folder of the images.")
+            raise InputError(f"--image_root {data_args.image_root} is not a folder: give the folder of the images.")
         return os.path.abspath(data_args.image_root)
     path = data_args.data_path or data_args.dataset_name
     if os.path.isfile(path):

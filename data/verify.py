@@ -31,7 +31,7 @@ _VERDICT = Features(
 class Verdicts(NamedTuple):
     """One entry per row.
 
-    problem: why the row cannot be used, or None. skipped: it holds no preference, which is no mistake.
+    problem: why the row cannot be used, or None. skipped: it holds no preference, which is not a mistake.
     group: int64 key of the images and the first user's text. content: int64 key of the whole row.
     sizes: lists of int32: width and height of each image, one after the other, in pixels; null where no file was looked at.
     """

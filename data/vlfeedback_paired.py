@@ -1,7 +1,7 @@
 """`vlfeedback_paired`: VLFeedback (MMInstruction/VLFeedback, arXiv 2312.10665), four rated responses a row.
 
-A response's score is the mean of its aspects' ratings. A response with a rating that is no number ("N/A") is left out;
-responses with equal scores are no pair. Which pairs are used: `--pairs` and `--score_margin` (data/pairs.py).
+A response's score is the mean of its aspects' ratings. A response with a rating that is not a number ("N/A") is left out;
+responses with equal scores make no pair. Which pairs are used: `--pairs` and `--score_margin` (data/pairs.py).
 """
 
 import math
@@ -60,12 +60,12 @@ def _completions(value: object) -> list[tuple[object, object]]:
     require({f"completions.{key}": v for key, v in value.items()}, "completions.response", "completions.annotations")
     responses, annotations = value["response"], value["annotations"]
     if not isinstance(responses, list) or not isinstance(annotations, list) or len(responses) != len(annotations):
-        raise BadRow("has `completions` whose `response` and `annotations` are no lists of one length")
+        raise BadRow("has `completions` whose `response` and `annotations` are not lists of one length")
     return list(zip(responses, annotations, strict=True))
 
 
 def _score(annotations: object) -> float | None:
-    """Mean rating over the aspects; None if there is none, or if one is no number."""
+    """Mean rating over the aspects; None if there is none, or if one is not a number."""
     if annotations is not None and not isinstance(annotations, Mapping):
         raise BadRow(f"has annotations {shorten(repr(annotations))}: they must be an object of aspects")
     ratings = []

@@ -33,7 +33,7 @@ def fill(template: str, **fields: object) -> str:
 
 MMHAL_PROMPT = """You rate how informative a model's answer about an image is and whether it hallucinates. You do not see the image;
 its contents and a good answer are given. A hallucination is a claim that conflicts with them, or that they do not support although
-the question is about it. Omissions and general knowledge that does not concern this image are no hallucinations.
+the question is about it. Omissions and general knowledge that does not concern this image are not hallucinations.
 
 Image contents: {image_content}
 Question: {question}

@@ -256,4 +256,6 @@ def _check_modules_to_save(wanted: list[str] | None, model: torch.nn.Module) -> 
     for module in wanted or ():
         if not any(name == module or name.endswith("." + module) for name in names):
             known = sorted({name.rpartition(".")[2] for name in names if not re.search(r"\d", name)})
-            raise InputError(f"--modules_to_save {module} is no module of the model: choose from {', '.join(known)}.")
+            raise InputError(
+                f"--modules_to_save {module} is not a module of the model: choose from {', '.join(known)}."
+            )

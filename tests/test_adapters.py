@@ -161,7 +161,9 @@ def test_the_run_records_what_the_adapter_has(llava: str, tmp_path: Path, comman
 
 
 def test_modules_that_do_not_exist_are_refused(llava: str):
-    with pytest.raises(InputError, match=r"--modules_to_save lm_haed is no module.*choose from .*lm_head.*projector"):
+    with pytest.raises(
+        InputError, match=r"--modules_to_save lm_haed is not a module.*choose from .*lm_head.*projector"
+    ):
         add_lora(load_model(llava), LoraArguments(use_lora=True, modules_to_save=["lm_haed"]))
     with pytest.raises(InputError, match=r"--lora_target_modules: .*no_such"):
         add_lora(load_model(llava), LoraArguments(use_lora=True, lora_target_modules=[r".*\.no_such_(proj)"]))

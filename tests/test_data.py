@@ -195,7 +195,7 @@ def test_rlhfv_reads_json_in_a_column(folder: Path) -> None:
     datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()).to_parquet(
         hub / "data" / "train-00000-of-00001.parquet"
     )
-    with pytest.raises(InputError, match=r"row 1: has a `text` that is no object"):
+    with pytest.raises(InputError, match=r"row 1: has a `text` that is not an object"):
         load(arguments(folder, "rlhfv", "RLHF-V-Dataset", image_root=None))
     found = load(arguments(folder, "rlhfv", "RLHF-V-Dataset", image_root=None, on_bad_row="drop"))
     assert len(found.train) == 2
@@ -462,7 +462,7 @@ def test_unknown_name_without_network_is_one_sentence(folder: Path) -> None:
 
 def test_image_root_must_be_a_folder(folder: Path) -> None:
     file = write(folder / "d.json", [pair(0)])
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         load(arguments(folder, "plain_dpo", file, image_root=str(folder / "gone")))
     write(folder / "images" / "beside.json", [pair(0)])  # without the flag: the folder of the file
     assert len(load(arguments(folder, "plain_dpo", "images/beside.json", image_root=None)).train) == 1

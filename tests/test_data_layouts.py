@@ -227,8 +227,8 @@ def test_content_decides_not_the_name(tmp_path: Path, content: str, name: str) -
         (b"\x1f\x8b\x08rest", r"compressed \(gzip\)"),
         (b"PK\x03\x04rest", "zip archive or an Excel file"),
         ("[{}]".encode("utf-16"), "UTF-16 text"),
-        (b"3", "one JSON value that is no row"),
-        (b"null\n", "one JSON value that is no row"),
+        (b"3", "one JSON value that is not a row"),
+        (b"null\n", "one JSON value that is not a row"),
         (b"just a sentence\nand another", "is neither JSON"),
         (
             json.dumps({"prompt": ["a", "b"], "chosen": ["c", "d"], "rejected": ["e", "f"]}).encode(),
