@@ -20,6 +20,7 @@ from datasets import Dataset
 
 import args as flags
 import train_ppo
+from base.self_check import SelfCheck
 from benchmarks.models import SIZES, build, rows
 from benchmarks.steps import LoadWatch, machine, markdown, write
 from data import DataSplits
@@ -66,6 +67,7 @@ def updates_of(
 
     for phase in PHASES:
         setattr(trainer, phase, clocked(phase))
+    trainer.remove_callback(SelfCheck)  # which runs the tower before the first step
     images: list[int] = []
     trainer.base_model(trainer.model).get_vision_tower().register_forward_hook(
         lambda _, inputs, kwargs, output: images.append(len(inputs[0] if inputs else kwargs["pixel_values"])),

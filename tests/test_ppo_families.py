@@ -79,7 +79,7 @@ def test_prompts_read_their_own_images(family: str, share_prefix: bool, rows: li
 def test_generate_answers_a_batch_as_each_row_alone(family: str, rows: list[dict]):
     answerer = Answerer(zoo.checkpoint(family), None, torch.device("cpu"), bf16=False)
     batch = [{"id": row["where"], "images": row["images"], "prompt": row["prompt"][0]["content"]} for row in rows]
-    encoded = EncodedBatches([batch], answerer.processor)[0][1]
+    encoded = EncodedBatches([batch], answerer.prompt_collator)[0][1]
     settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     together = answerer.answer(encoded, settings, seed=0)
     assert together == [answerer.answer([item], settings, seed=0)[0] for item in encoded]
