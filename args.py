@@ -785,7 +785,10 @@ def _settle_lora(model_args: ModelArguments, lora_args: LoraArguments) -> None:
             if getattr(lora_args, name) is None:
                 setattr(lora_args, name, value)
         return
-    config = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is damaged ({error}): copy or download the file again.") from error
     targets, saved = config.get("target_modules"), config.get("modules_to_save")
     has = {
         "lora_r": config.get("r"),

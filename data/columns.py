@@ -73,7 +73,7 @@ class Record(dict):
         return super().items()
 
     def present(self) -> dict[str, object]:
-        """Names and values that are nott null, without counting as read."""
+        """Names and values that are not null, without counting as read."""
         return {name: value for name, value in dict.items(self) if value is not None}
 
     def unread(self) -> dict[str, object]:

@@ -99,14 +99,14 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     where values are negative or larger their own range is stretched.
 
     Raises:
-        ValueError: values that are nott numbers.
+        ValueError: values that are not numbers.
     """
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
         grey = np.asarray(picture, dtype=np.float64)
         low, high = grey.min(), grey.max()
         if not np.isfinite([low, high]).all():
-            raise ValueError("it holds values that are nott numbers")
+            raise ValueError("it holds values that are not numbers")
         white = next((top for top in (1, 255, 65535) if low >= 0 and high <= top), None)
         black, white = (0, white) if white else (low, max(high, low + 1e-12))
         picture = Image.fromarray(((grey - black) / (white - black) * 255).astype(np.uint8))

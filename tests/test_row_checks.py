@@ -134,7 +134,7 @@ def test_deep_greys_are_scaled(tmp_path: Path) -> None:
         grey = np.asarray(load_image(path))[..., 0].reshape(-1).astype(int)
         assert grey[0] <= 1 and grey[-1] >= 254 and np.abs(grey - np.arange(256)).max() <= 1, name
     Image.fromarray(np.full((4, 4), np.nan, "float32")).save(tmp_path / "nan.tif")
-    with pytest.raises(InputError, match=r"nan\.tif as an image \(it holds values that are nott numbers"):
+    with pytest.raises(InputError, match=r"nan\.tif as an image \(it holds values that are not numbers"):
         load_image(str(tmp_path / "nan.tif"))
 
 

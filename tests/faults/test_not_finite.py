@@ -97,7 +97,7 @@ def test_nan_weight_is_refused_when_loaded(command, llava, tmp_path, rewards, sc
     weights[name].view(-1)[7] = float("nan")
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     extra = f"--reward_fn {rewards}" if script == "ppo" else ""
-    with pytest.raises(InputError, match=r"down_proj.* holds values that are nott finite"):
+    with pytest.raises(InputError, match=r"down_proj.* holds values that are not finite"):
         importlib.import_module(f"train_{script}").main(command(script, f"{LORA} {extra}", model=model))
 
 
