@@ -3,72 +3,21 @@
 1. PyPI's torchvision wheel is linked against CUDA. With a CPU-only torch its C library does not load, the operator
    `torchvision::nms` is never defined, `import torchvision` fails, and with it every processor of transformers.
    Declaring the two operators is enough: nothing here calls them.
-2. torch compiles extensions (DeepSpeed's) under a lock file that a killed process leaves behind, and then waits for it
-   for ever, without a word: `wait_for_compilation` names the file, and ends where nobody compiles.
+2. A killed process leaves the lock of DeepSpeed's compilation behind: common/compile_lock.py.
 """
 
 import os
-import sys
-import time
 from datetime import timedelta
-from pathlib import Path
 
 import torch
-from torch.utils.file_baton import FileBaton
 
-from common.errors import InputError
+import common.compile_lock  # noqa: F401
 
 if torch.version.cuda is None and torch.version.hip is None:
     # The library object must stay alive for as long as the declarations do.
     _TORCHVISION_OPS = torch.library.Library("torchvision", "DEF")
     for _name in ("nms", "qnms"):
         _TORCHVISION_OPS.define(_name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-SAY_AFTER, STALE_AFTER = 60, 600  # seconds
-
-
-def wait_for_compilation(baton: FileBaton) -> None:
-    """In place of FileBaton.wait, which says nothing and never ends.
-
-    Raises:
-        InputError: after SAY_AFTER seconds, if the lock is older than STALE_AFTER and no process here works in its folder. A younger lock, which a
-            process of another machine may hold, is named and waited for until it is as old.
-    """
-    lock, start, said = Path(baton.lock_file_path), time.monotonic(), False
-    while lock.exists():
-        time.sleep(baton.wait_seconds)
-        if time.monotonic() - start < SAY_AFTER:
-            continue
-        try:
-            age = time.time() - lock.stat().st_mtime
-        except FileNotFoundError:
-            return
-        if not _works_in(lock.parent) and age > STALE_AFTER:
-            raise InputError(
-                f"{lock} is {age / 60:.0f} minutes old and no process compiles there: a killed run has left it. Delete that file and "
-                "start again."
-            )
-        if not said:
-            print(
-                f"Waiting for another process to compile in {lock.parent}. If none does, delete {lock}.",
-                file=sys.stderr,
-                flush=True,
-            )
-            said = True
-
-
-def _works_in(folder: Path) -> bool:
-    """Whether a process of this machine, a compiler for one, has its working folder there."""
-    for link in Path("/proc").glob("[0-9]*/cwd"):
-        try:
-            if link.resolve() == folder.resolve():
-                return True
-        except OSError:
-            continue
-    return False
-
-
-FileBaton.wait = wait_for_compilation
 
 
 def write_hub_names(model: torch.nn.Module) -> None:

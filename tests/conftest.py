@@ -1,14 +1,16 @@
 """Fixtures: one tiny LLaVA checkpoint, images on disk, rows and files in the public formats."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that contacts a hub fails at once
+# DeepSpeed compiles into a folder of this checkout: what other programs did in the user's cache changes no test.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(__file__).parents[1] / ".venv" / "torch_extensions"))
 
 import common.compat  # noqa: F401  isort: skip  (must come before transformers)
 import json
 import shlex
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
