@@ -5,6 +5,7 @@ values the command line overrides. The `*Config` classes add their algorithm's f
 """
 
 import common.compat  # isort: skip  # must come before transformers
+import common.compile_lock  # isort: skip  # DeepSpeed's compilation
 import dataclasses
 import json
 import os

@@ -1,17 +1,14 @@
 """Environment fixes, each with its reason. Import this before transformers.
 
-1. PyPI's torchvision wheel is linked against CUDA. With a CPU-only torch its C library does not load, the operator
+PyPI's torchvision wheel is linked against CUDA. With a CPU-only torch its C library does not load, the operator
    `torchvision::nms` is never defined, `import torchvision` fails, and with it every processor of transformers.
    Declaring the two operators is enough: nothing here calls them.
-2. A killed process leaves the lock of DeepSpeed's compilation behind: common/compile_lock.py.
 """
 
 import os
 from datetime import timedelta
 
 import torch
-
-import common.compile_lock  # noqa: F401
 
 if torch.version.cuda is None and torch.version.hip is None:
     # The library object must stay alive for as long as the declarations do.
