@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+import yaml
 from transformers import TrainingArguments
 from trl import TrlParser
 
 import losses
-from common import errors
+from common import errors, other_flags
 from common.errors import InputError
 from common.files import check_writable, write_text
 from common.versions import installed_versions
@@ -94,14 +95,6 @@ NEW_ADAPTER: dict[str, Any] = {
     "lora_bias": "none",
 }
 OF_NEW_ADAPTER = "by default the adapter's that training continues, of a new one"
-# LoRA flags that were not given, where training does not continue an adapter
-NEW_ADAPTER: dict[str, Any] = {
-    "lora_r": 64,
-    "lora_alpha": 16,
-    "lora_dropout": 0.05,
-    "lora_target_modules": ["auto"],
-    "lora_bias": "none",
-}
 
 
 @dataclass
@@ -660,6 +653,8 @@ class PPOConfig(VLConfig):
         return self.has_value_function or self.kl_coef != 0 or self.num_ppo_epochs > 1 or self.num_mini_batches > 1
 
     def __post_init__(self) -> None:
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "eval_objective/scores"  # evaluation has no loss
         super().__post_init__()
         self._fill_in_for_estimator()
         self._check_loss_flags()
@@ -752,10 +747,10 @@ def parse(*classes: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
         InputError: unknown flags, a missing or malformed config file, flags that contradict each other.
     """
     argv = [*(sys.argv[1:] if argv is None else argv)]
-    _check_config_file(argv)
     try:
         kinds = [_with_loss_flags(kind) if issubclass(kind, DPOConfig) else kind for kind in classes]
-        parsed = TrlParser(kinds).parse_args_and_config(argv)
+        parser = TrlParser(kinds)
+        parsed = parser.parse_args_into_dataclasses(_in_our_flags(argv, parser))
     except InputError:
         raise
     except ValueError as error:
@@ -764,6 +759,7 @@ def parse(*classes: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
         raise InputError(_unreachable(error)) from error
     _refuse_contradictions(parsed)
     flags = {type(p): p for p in parsed}
+    _name_evaluation_rows(parsed)
     if LoraArguments in flags and flags[LoraArguments].use_lora:
         _settle_lora(flags[ModelArguments], flags[LoraArguments])
     if PPOConfig in flags and flags[LoraArguments].use_lora and flags[PPOConfig].ddp_find_unused_parameters is None:
@@ -776,6 +772,21 @@ def parse(*classes: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
                 )
             check_writable(config.output_dir)
     return parsed
+
+
+def _name_evaluation_rows(parsed: Sequence[Any]) -> None:
+    """`--eval_strategy` without rows to evaluate on holds out as many as VL-RLHF does, and says so."""
+    data = next((p for p in parsed if isinstance(p, DataArguments)), None)
+    training = next((p for p in parsed if isinstance(p, TrainingArguments)), None)
+    if data is None or training is None or data.eval_data_path or data.eval_ratio:
+        return
+    if training.eval_strategy != "no":
+        data.eval_ratio = 0.005
+        if training.process_index == 0:
+            print(
+                "--eval_strategy without rows to evaluate on: --eval_ratio 0.005 is held out. --eval_data_path names others.",
+                file=sys.stderr,
+            )
 
 
 def _settle_lora(model_args: ModelArguments, lora_args: LoraArguments) -> None:
@@ -817,12 +828,45 @@ def _settle_lora(model_args: ModelArguments, lora_args: LoraArguments) -> None:
         setattr(lora_args, name, value)
 
 
-def _check_config_file(argv: Sequence[str]) -> None:
-    """Refuse a `--config` without a file; TrlParser's own error is a traceback."""
-    if "--config" in argv:
-        path = Path(argv[argv.index("--config") + 1]) if argv[-1] != "--config" else Path()
-        if not path.is_file():
-            raise InputError(f"Config file {path} does not exist: give --config the path of a YAML file.")
+def _in_our_flags(argv: Sequence[str], parser: TrlParser) -> list[str]:
+    """The command line behind the entries of its `--config`, with flags of other projects in our words."""
+    known = {option.lstrip("-") for option in parser._option_string_actions}
+    lists = {
+        option.lstrip("-") for option, action in parser._option_string_actions.items() if action.nargs in ("+", "*")
+    }
+    config, argv = _read_config_file([*argv])
+    argv, notes = other_flags.translate(argv, known, lists)
+    given = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+    config, more = other_flags.translate(config, known, lists)
+    if os.environ.get("RANK", "0") == "0":
+        for note in notes + more:
+            print(note, file=sys.stderr)
+    return other_flags.without(config, given) + argv
+
+
+def _read_config_file(argv: list[str]) -> tuple[list[str], list[str]]:
+    """(entries of the YAML file that `--config` names, as a command line; the other words). Sets the variables under `env`."""
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" not in argv:
+        return [], argv
+    at = argv.index("--config")
+    path = Path(argv[at + 1]) if at + 1 < len(argv) else Path()
+    if not path.is_file():
+        raise InputError(f"Config file {path} does not exist: give --config the path of a YAML file.")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"Config file {path} cannot be read: {' '.join(str(error).split())}.") from error
+    variables = config.pop("env", {}) if isinstance(config, dict) else None
+    if not isinstance(config, dict) or not isinstance(variables, dict):
+        raise InputError(f"Config file {path} must contain flag: value lines, and under env: variable: value lines.")
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    words: list[str] = []
+    for name, value in config.items():
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
+    return words, argv[:at] + argv[at + 2 :]
 
 
 def _refuse_contradictions(parsed: Sequence[Any]) -> None:

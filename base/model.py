@@ -57,6 +57,9 @@ class VLModelMixin:
         "down_proj",
     ]
 
+    # Names of linear layers in released recipes -> ours, where a port has split or renamed them.
+    renamed_lora_targets: ClassVar[dict[str, list[str]]] = {}
+
     # Regular expressions over module names, and what they become: for adapters saved when the class named its modules differently.
     adapter_renames: ClassVar[dict[str, str]] = {}
 
@@ -99,16 +102,21 @@ class VLModelMixin:
     def lora_target_regex(self, targets: list[str] | None = None) -> str:
         """Regular expression over full module names that matches `targets` inside the language model and nothing else.
 
-        Bare suffixes such as q_proj would also put adapters into the vision tower.
+        Bare suffixes such as q_proj would also put adapters into the vision tower. `all-linear` (or `all`) stands for all
+        linear layers of the language model.
 
         Raises:
             ValueError: a target names no linear layer of the language model.
         """
-        targets = list(targets or self.default_lora_target)
         decoder = self.get_decoder()
         prefix = next(name for name, module in self.named_modules() if module is decoder)
         linear = [name for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]
         linear = [name.removesuffix(".base_layer") for name in linear if ".lora_" not in name]  # of an adapted model
+        targets = [
+            new for old in targets or self.default_lora_target for new in self.renamed_lora_targets.get(old, [old])
+        ]
+        if targets in (["all-linear"], ["all"]):
+            targets = sorted({name.rsplit(".", 1)[-1] for name in linear})
         for target in targets:
             if not any(name == target or name.endswith("." + target) for name in linear):
                 known = sorted({name.rsplit(".", 1)[-1] for name in linear})

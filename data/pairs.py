@@ -20,7 +20,7 @@ def ordered_pairs(
     Modes: `all` every pair of different rank; `best_worst` the first of the best against the first of the worst;
     `adjacent` every response against those of the next lower rank; `score_margin` all pairs whose scores differ by at
     least the margin. With a margin the other modes are filtered by it too. A negative margin keeps the pair or pairs of
-    the largest gap, as VLFeedback's recipes do.
+    the largest gap, as VLFeedback's recipes do; ranks stand in for scores that are missing altogether.
 
     Args:
         ranks: (K,), smaller is better.
@@ -43,6 +43,8 @@ def ordered_pairs(
         if mode == "score_margin":
             raise InputError("--pairs score_margin needs --score_margin.")
         return pairs
+    if scores is None and score_margin < 0:
+        scores = [-rank for rank in ranks]
     if scores is None:
         raise InputError("--score_margin needs rows with scores; these have ranks only: leave it out.")
     gaps = {

@@ -185,7 +185,7 @@ def _name_of(image: object) -> bytes:
 def _check_pairs(row: Row, pairs: str | None, score_margin: float | None) -> None:
     if pairs is None:
         return
-    if score_margin is not None and row["scores"] is None:
+    if score_margin is not None and score_margin >= 0 and row["scores"] is None:
         raise BadRow("has ranks and no scores, which --score_margin needs: leave the flag out or add `scores`")
     if not ordered_pairs(row["ranks"], row["scores"], pairs, score_margin):  # type: ignore[arg-type]
         why = "its responses are ranked equal" if score_margin is None else "no two scores are far enough apart"

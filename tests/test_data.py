@@ -721,6 +721,7 @@ def test_resume_does_not_read_what_was_consumed(folder: Path) -> None:
 def test_pairs_of_ranked_responses() -> None:
     ranks, scores = [1, 0, 1, 2], [3.0, 5.0, 3.0, 1.0]
     assert ordered_pairs(ranks) == [(1, 0), (1, 2), (1, 3), (0, 3), (2, 3)]
+    assert ordered_pairs(ranks, None, score_margin=-1) == [(1, 3)]  # ranks stand in for scores
     assert ordered_pairs(ranks, mode="adjacent") == [(1, 0), (1, 2), (0, 3), (2, 3)]
     assert ordered_pairs(ranks, mode="best_worst") == [(1, 3)]
     assert ordered_pairs(ranks, scores, "score_margin", 3) == [(1, 3)]

@@ -34,6 +34,14 @@ class QwenVLForRL(VLModelMixin, QwenVLForConditionalGeneration):
 
     # The released fine-tuning script leaves the down projection out.
     default_lora_target = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
+    # Names of the released code, as its recipes give them.
+    renamed_lora_targets = {
+        "c_attn": ["q_proj", "k_proj", "v_proj"],
+        "attn.c_proj": ["o_proj"],
+        "w1": ["up_proj"],
+        "w2": ["gate_proj"],
+        "mlp.c_proj": ["down_proj"],
+    }
 
     def freeze_vision_tower(self) -> None:
         """Stop gradients into the ViT; as in the released fine-tuning script, the pooling layer still trains."""
