@@ -71,14 +71,14 @@ def ddpo(
     batch: PreferenceBatch,
     *,
     beta: Beta = 0.1,
-    ddpo_gamma: Annotated[float, "weight of changed tokens (paper 5, its code 3, predecessor 1)"] = 5.0,
-    ddpo_average: Annotated[bool, "divide by the sum of weights (paper) or not (its code, predecessor)"] = True,
-    ddpo_changed_only: Annotated[bool, "leave unchanged tokens out altogether (predecessor)"] = False,
+    ddpo_gamma: Annotated[float, "weight of changed tokens (paper 5, its code 3)"] = 5.0,
+    ddpo_average: Annotated[bool, "divide by the sum of weights (paper) or not (its code)"] = True,
+    ddpo_changed_only: Annotated[bool, "leave unchanged tokens out altogether"] = False,
 ) -> Tensor:
     """Dense DPO of RLHF-V, 2312.00849 eq. 5: DPO on sequence scores that weigh changed tokens by γ.
 
-    Presets (gamma, average, changed_only): the paper 5, True, False with β 0.5; its authors' code 3, False, False;
-    the predecessor 1, False, True.
+    Presets (gamma, average, changed_only): the paper 5, True, False with β 0.5; its authors' code 3, False, False.
+    Changed tokens alone are 1, False, True: near this project's predecessor, whose marks depend on the batch (docs/losses.md).
     """
     policy, ref = batch.policy, batch.ref
     dtype = policy.chosen_per_token.dtype
