@@ -33,6 +33,7 @@ from base.loading import load_model
 from common.errors import InputError
 from models import core_mapper_for
 from models.checkpoint_io import Rule, TensorReader
+from models.internlm_xcomposer2.configuration import InternLMXComposer2Config
 from models.internlm_xcomposer2.processing import build_tokenizer
 from models.qwen_vl.processing import read_ranks
 from tests import zoo
@@ -330,6 +331,13 @@ def test_there_and_back_is_bit_exact_in_small_shards(it: SimpleNamespace, tmp_pa
     assert configs[0] == configs[1]
     vocabulary = "qwen.tiktoken" if it.family == "qwen_vl" else "tokenizer.model"
     assert (it.source / vocabulary).read_bytes() == (original / vocabulary).read_bytes()
+
+
+def test_max_length_of_xcomposer2_survives_the_way_there_and_back(tmp_path: Path):
+    original = json.loads((GOLDENS / "internlm_xcomposer2" / "config.json").read_text()) | {"max_length": 8192}
+    convert = convert_of("internlm_xcomposer2")
+    convert.to_native_config(original).save_pretrained(tmp_path)
+    assert convert.to_original_config(InternLMXComposer2Config.from_pretrained(tmp_path))["max_length"] == 8192
 
 
 def test_saved_models_convert_back(it: SimpleNamespace, tmp_path: Path):

@@ -37,6 +37,7 @@ class InternLMXComposer2Config(PreTrainedConfig):
 
     Attributes:
         image_token_id: the placeholder's id. It lies beyond the vocabulary and has no embedding.
+        original_max_length: `max_length` of the original config.json, for the way back; nothing here reads it.
     """
 
     model_type = "internlm_xcomposer2"
@@ -58,6 +59,7 @@ class InternLMXComposer2Config(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     image_token_id: int = 92544
+    original_max_length: int = 4096
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 

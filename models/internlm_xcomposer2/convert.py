@@ -57,6 +57,7 @@ def to_native_config(original: dict) -> InternLMXComposer2Config:
         architectures=["InternLMXComposer2ForConditionalGeneration"],
         dtype=original.get("torch_dtype", "bfloat16"),
         image_token_id=vocab_size,
+        original_max_length=original.get("max_length", 4096),
         initializer_range=original["initializer_range"],
         text_config={
             "vocab_size": vocab_size,
@@ -95,7 +96,7 @@ def to_original_config(config: InternLMXComposer2Config) -> dict:
         "img_size": vision.image_size,
         "initializer_range": config.initializer_range,
         "intermediate_size": text.intermediate_size,
-        "max_length": 4096,
+        "max_length": config.original_max_length,
         "max_position_embeddings": text.max_position_embeddings,
         "model_type": MODEL_TYPE,
         "num_attention_heads": text.num_attention_heads,
