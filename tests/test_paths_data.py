@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from PIL import Image
 
 import data
@@ -81,9 +82,15 @@ def test_a_conversation_as_a_prompt_keeps_all_but_its_last_answer(folder: Path) 
     assert row["prompt"] == messages[:-1]
 
 
-def test_rows_are_read_anew_when_the_code_that_made_them_changes(folder: Path, monkeypatch) -> None:
-    """`datasets` keeps converted rows and knows a converter by its name."""
-    args = arguments(folder, "rlaifv", write(folder / "d.jsonl", [RECORDS["rlaifv"]]))
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_rows_are_read_anew_when_the_code_that_made_them_changes(folder: Path, monkeypatch, kind: str) -> None:
+    """`datasets` keeps converted rows and knows a converter by its name. It reads parquet itself, whatever our code."""
+    path = folder / f"d.{kind}"
+    if kind == "parquet":
+        Dataset.from_list([RECORDS["rlaifv"]]).to_parquet(path)
+    else:
+        write(path, [RECORDS["rlaifv"]])
+    args = arguments(folder, "rlaifv", path)
 
     def code_is(state: str) -> None:
         for name in ("data.files", "data.source", "data.verify"):

@@ -17,7 +17,7 @@ from base import reference_cache
 from base.collator import VLDPODataCollatorWithPadding
 from base.preference_inputs import ModelPass
 from base.reference_cache import ReferenceCache
-from data.lengths import LengthLimits
+from data.lengths import LengthCounts, LengthLimits
 from models import core_mapper_for
 from models.assemble import LoadPlan, load_policy
 from tests import zoo
@@ -190,9 +190,10 @@ def test_the_text_only_batch_has_no_marks_of_images(llava, pairs_json, image_dir
 
 
 def test_a_larger_image_is_counted_anew(tmp_path):
-    """The number of image tokens depends on the picture, which may change under its name."""
+    """The number of image tokens depends on the picture, which may change under its name. `datasets` keeps what it has
+    computed beside rows that lie on disk, as those of a file do."""
     path = tmp_path / "picture.png"
-    rows = Dataset.from_list(
+    Dataset.from_list(
         [
             {
                 "images": [str(path)],
@@ -201,7 +202,8 @@ def test_a_larger_image_is_counted_anew(tmp_path):
                 "ranks": [0, 1],
             }
         ]
-    )
+    ).save_to_disk(tmp_path / "rows")
+    rows = Dataset.load_from_disk(tmp_path / "rows")
     of = collator("llava_next")
     lengths = []
     for size in ((20, 20), (56, 56)):
@@ -214,6 +216,10 @@ def test_a_larger_image_is_counted_anew(tmp_path):
 def test_lengths_are_limited_as_the_flags_say(preference_rows):
     batch = collator(limits=LengthLimits(max_target_length=3))(preference_rows[:2])
     assert batch["completion_mask"].sum(1).tolist() == [3, 3, 3, 3]
+    of, counts = collator(limits=LengthLimits(max_target_length=1)), LengthCounts()
+    same = preference_rows[0] | {"responses": ["a red square", "a blue one"]}
+    assert [of.fit(row, counts, "a row") for row in (same, preference_rows[0])] == [False, True]
+    assert (counts.rows, counts.dropped_same_after_cut) == (2, 1)
 
 
 # -- the reference's log-probs on disk
@@ -305,6 +311,7 @@ def test_a_file_of_the_cache_is_whole_or_not_there(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(reference_cache, "save_file", killed)
         cache.flush()
+    assert not list(cache.folder.glob("*.safetensors"))  # another process may read the folder now
     assert ReferenceCache(tmp_path, {"of": "a test"}).keys() == set()
     cache.add("row", torch.tensor([-1.0, -2.0]))
     cache.flush()

@@ -302,6 +302,11 @@ faults(
     },
     lengths_are_limited={
         "length limits ignored by the collator": (
+            "VLDPODataCollatorWithPadding.encode_rows",
+            "fit(len(prompt), [response], self.limits)",
+            "fit(len(prompt), [response], LengthLimits())",
+        ),
+        "no row is dropped for its length": (
             "VLDPODataCollatorWithPadding._fit",
             "fit_row(len(prompt), self._responses(row), self.limits, counts, row.get('where') or where)",
             "self._responses(row)",
