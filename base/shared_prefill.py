@@ -1,6 +1,7 @@
 """Several answers to each prompt from one prefill: prompts go through the model once, then their keys and values stand for all K answers.
 
     core.generate(**inputs, custom_generate=answers_of_one_prefill, num_answers=K)
+    core.generate(**inputs, custom_generate=beams_of_one_prefill, beams=K)              the best of K beams
 
 Works for every cache that beam search can reorder, static or not, with linear states or keys of images. With
 `packed=True` the prompt's keys and values are not even repeated: the K answers are K queries of one row, and a mask
@@ -8,6 +9,7 @@ keeps them apart (`VLModelMixin.decodes_packed` says for which families). This f
 transformers' generation loop.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -61,8 +63,56 @@ def answers_of_one_prefill(
             logits = step.logits_after(input_ids)
 
 
+def beams_of_one_prefill(
+    model: nn.Module,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    synced_gpus: bool = False,
+    beams: int = 1,
+    **kwargs: Any,
+) -> Tensor:
+    """For `custom_generate`, with num_beams=1: transformers' beam search after a prefill of B prompts, (B, L) -> (B, L + T).
+
+    Args:
+        beams: per prompt.
+        kwargs: what generate prepared for B prompts.
+    """
+    out = model._prefill(input_ids, generation_config, kwargs)
+    input_ids, kwargs = _repeated(model, input_ids, kwargs, len(out.logits), beams)
+    out.logits = out.logits[:, -1:].repeat_interleave(beams, 0)
+    generation_config = copy.copy(generation_config)
+    generation_config.num_beams = beams
+    model._prefill = lambda *_, **__: out  # what beam search begins with
+    try:
+        return model._beam_search(
+            input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, **kwargs
+        )
+    finally:
+        del model._prefill
+
+
 def _chosen(scores: Tensor, do_sample: bool) -> Tensor:
     return torch.multinomial(scores.softmax(-1), 1)[:, 0] if do_sample else scores.argmax(-1)
+
+
+def _repeated(
+    model: nn.Module, input_ids: Tensor, kwargs: dict[str, Any], B: int, K: int
+) -> tuple[Tensor, dict[str, Any]]:
+    """Everything that has a row for each of the B prompts with K rows for each, the cache in place."""
+    rows = torch.arange(B, device=input_ids.device).repeat_interleave(K)
+    cache = kwargs["past_key_values"]
+    cache.reorder_cache(rows)
+    for name, value in vars(cache).items():  # Qwen-VL keeps the scale of its rotary embedding there
+        if isinstance(value, Tensor) and value.ndim and len(value) == B:
+            setattr(cache, name, value[rows])
+    of_rows = {
+        name: value
+        for name, value in kwargs.items()
+        if name not in PREFILL_ONLY and (not isinstance(value, Tensor) or name == "position_ids" or len(value) == B)
+    }
+    return model._expand_inputs_for_generation(expand_size=K, input_ids=input_ids, **of_rows)
 
 
 class Step:
@@ -84,22 +134,8 @@ class _RepeatedStep(Step):
         self.model, self.kwargs, self.K = model, kwargs, num_answers
 
     def begin(self, input_ids: Tensor, out: ModelOutput) -> Tensor:
-        B = len(out.logits)
         self._update(out)
-        rows = torch.arange(B, device=input_ids.device).repeat_interleave(self.K)
-        cache = self.kwargs["past_key_values"]
-        cache.reorder_cache(rows)
-        for name, value in vars(cache).items():  # Qwen-VL keeps the scale of its rotary embedding there
-            if isinstance(value, Tensor) and value.ndim and len(value) == B:
-                setattr(cache, name, value[rows])
-        of_rows = {
-            name: value
-            for name, value in self.kwargs.items()
-            if name not in PREFILL_ONLY and (not isinstance(value, Tensor) or name == "position_ids" or len(value) == B)
-        }
-        input_ids, self.kwargs = self.model._expand_inputs_for_generation(
-            expand_size=self.K, input_ids=input_ids, **of_rows
-        )
+        input_ids, self.kwargs = _repeated(self.model, input_ids, self.kwargs, len(out.logits), self.K)
         return input_ids
 
     def logits_after(self, input_ids: Tensor) -> Tensor:

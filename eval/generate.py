@@ -35,7 +35,7 @@ from base.layout import processor_path
 from base.loading import base_model_path, load_adapter, load_model
 from base.packing import scatter_to_responses
 from base.processor import VLProcessor
-from base.shared_prefill import answers_of_one_prefill
+from base.shared_prefill import answers_of_one_prefill, beams_of_one_prefill
 from common.errors import InputError
 from eval.benchmark_files import TASKS, Row, check_images, prompt, read_task
 from eval.flags import add_data_flags, add_model_flags, add_switch, add_thinking_flag
@@ -218,13 +218,17 @@ class Answerer:
         """Greedy, beam or sampled answers to a batch of `EncodedBatches`.
 
         Args:
-            num_samples: answers to each row, row after row; every prompt is prefilled once for all of them.
+            num_samples: answers to each row, row after row.
+
+        Every prompt is prefilled once for all its answers or beams; for sampled beams once for each.
         """
         ids = [item["ids"] for item in encoded]
         padding = self.processor.tokenizer.pad_token_id
         prompts = self.processor.pad(ids, padding).to(self.device)  # (B, L), padded on the left
         if num_samples > 1:
             settings = settings | {"custom_generate": answers_of_one_prefill, "num_answers": num_samples}
+        elif (beams := settings.get("num_beams") or 1) > 1 and not settings.get("do_sample"):
+            settings = settings | {"custom_generate": beams_of_one_prefill, "beams": beams, "num_beams": 1}
         torch.manual_seed(seed)
         out = self.model.generate(
             input_ids=prompts,

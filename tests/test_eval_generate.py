@@ -91,7 +91,14 @@ def test_shared_features_give_the_answers_of_a_plain_batch(family: str, beams: i
     ]
     encoded = EncodedBatches([batch], answerer.prompt_collator)[0][1]
     settings = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams}
+    rows = []  # of every step of the decoder
+    hook = answerer.core.get_decoder().register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(next(x for x in map(kwargs.get, ("inputs_embeds", "input_ids")) if x is not None))),
+        with_kwargs=True,
+    )  # fmt: skip
     shared = answerer.answer(encoded, settings, seed=0)
+    hook.remove()
+    assert rows[0] == 4 and set(rows[1:]) == {4 * beams}  # beams share the prefill
 
     convs = [[{"role": "user", "content": t}] for t in texts]
     inputs = answerer.processor(convs=convs, images=[[i] for i in images])
