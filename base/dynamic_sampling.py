@@ -1,31 +1,31 @@
 """Groups of answers taken out of their micro batches and put into others: what DAPO's dynamic sampling needs (2503.14476 §3.2)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import losses
-from base.rollout import Answers, Prompts, Row, Sampled, Scored, prompt_by_prompt
+from base.rollout import Answers, Prompts, Sampled, Scored, prompt_by_prompt
 
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt with its K answers and what they are worth.
+    """A prompt with its K answers and what they are worth: plain data, which devices can exchange.
 
     Attributes:
         place: of the prompt among those of the update, see Prompts.
         answers: token ids of each.
-        parts, scores: (K,), see Scored.
+        parts, scores: K numbers, see Scored.
         uniform: whether all scores are the same.
     """
 
-    row: Row
     place: int
     answers: list[list[int]]
-    parts: dict[str, Tensor]
-    scores: Tensor
+    parts: dict[str, list[float]]
+    scores: list[float]
     uniform: bool
 
 
@@ -33,29 +33,43 @@ def groups_of(r: Scored) -> list[Group]:
     """The groups of a micro batch, in the order of its prompts."""
     tokens = r.batch["completion_ids"].tolist()
     ids = [row[:n] for row, n in zip(tokens, r.mask.sum(1).tolist(), strict=True)]
-    uniform = r.by_prompt(losses.uniform_groups(r.scores, r.groups).tolist())
+    uniform = losses.uniform_groups(r.scores, r.groups).tolist()
+    parts, scores = {name: values.tolist() for name, values in r.parts.items()}, r.scores.tolist()
     found = []
-    for b, numbers in enumerate(r.by_prompt(range(len(r.texts)))):
-        of_prompt = {name: values[numbers] for name, values in r.parts.items()}
-        answers = [ids[i] for i in numbers]
-        found.append(Group(r.rows[b], r.places[b], answers, of_prompt, r.scores[numbers], uniform[b][0]))
+    for place, numbers in zip(r.places, r.by_prompt(range(len(r.texts))), strict=True):
+
+        def of_prompt(values: Sequence[Any], numbers: list[int] = numbers) -> list[Any]:
+            return [values[i] for i in numbers]
+
+        of_parts = {name: of_prompt(values) for name, values in parts.items()}
+        found.append(Group(place, of_prompt(ids), of_parts, of_prompt(scores), uniform[numbers[0]]))
     return found
+
+
+def choose(groups: Sequence[Group], wanted: int) -> list[Group]:
+    """The first groups whose scores differ, by place; if there are not enough, then uniform ones."""
+    return sorted(groups, key=lambda g: (g.uniform, g.place))[:wanted]
 
 
 def micro_batch_of(
     groups: Sequence[Group],
-    encode: Callable[[list[Row], list[int]], Prompts],
+    encode: Callable[[list[int]], Prompts],
     lay_out: Callable[[Prompts, Answers], Sampled],
 ) -> Scored:
     """Groups as a micro batch.
 
     Args:
-        encode: rows and places -> prompts, their images encoded.
+        encode: places -> prompts, their images encoded.
         lay_out: prompts and answers -> `Sampled.of`.
     """
-    prompts = encode([g.row for g in groups], [g.place for g in groups])
+    prompts = encode([g.place for g in groups])
     sampled = lay_out(prompts, [g.answers for g in groups])
     where = {place: i for i, place in enumerate(prompt_by_prompt(len(groups), len(groups[0].answers)))}
-    order = torch.tensor([where[place] for place in sampled.order])
-    parts = {name: torch.cat([g.parts[name] for g in groups])[order] for name in groups[0].parts}
-    return Scored(**vars(sampled), parts=parts, scores=torch.cat([g.scores for g in groups])[order])
+    order = [where[place] for place in sampled.order]
+
+    def in_order(values: Iterable[list[float]]) -> Tensor:
+        flat = [value for of_group in values for value in of_group]
+        return torch.tensor([flat[i] for i in order], device=sampled.mask.device)
+
+    parts = {name: in_order(g.parts[name] for g in groups) for name in groups[0].parts}
+    return Scored(**vars(sampled), parts=parts, scores=in_order(g.scores for g in groups))

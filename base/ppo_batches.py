@@ -1,7 +1,7 @@
 """How many prompts and answers an update of PPO has, and in which order they come."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -61,14 +61,20 @@ class PromptBatches:
         generator = torch.Generator().manual_seed(stable_seed(self.seed, "prompts", self.epoch))
         return torch.randperm(self.num_prompts, generator=generator).tolist()
 
-    def others(self, step: int) -> list[int]:
-        """The prompts that update `step` of the whole run does not take, in an order of their own; all of them if it takes all."""
+    def by_place(self, step: int) -> Callable[[int], int]:
+        """Place -> index of a prompt in update `step` of the whole run.
+
+        After the update's own places come prompts that it does not take, in an order of their own, again and again; all
+        of them if it takes all.
+        """
         self.epoch, update = divmod(step, self.updates)
         order, size = self._order(), self.sizes.update_prompts
-        taken = {order[i % self.num_prompts] for i in range(update * size, (update + 1) * size)}
+        own = [order[i % self.num_prompts] for i in range(update * size, (update + 1) * size)]
         generator = torch.Generator().manual_seed(stable_seed(self.seed, "other prompts", step))
         mixed = torch.randperm(self.num_prompts, generator=generator).tolist()
-        return [i for i in mixed if i not in taken] or mixed
+        taken = set(own)
+        others = [i for i in mixed if i not in taken] or mixed
+        return lambda place: own[place] if place < size else others[(place - size) % len(others)]
 
     def __iter__(self) -> Iterator[list[int]]:
         order, sizes = self._order(), self.sizes

@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from trl.models.utils import prepare_deepspeed, unwrap_model_for_generation
@@ -48,7 +49,7 @@ import losses
 from args import PPOConfig
 from base.adapters import Role, adapter_active
 from base.batch import ImageInputs, PPOBatch
-from base.dynamic_sampling import groups_of, micro_batch_of
+from base.dynamic_sampling import choose, groups_of, micro_batch_of
 from base.features import pooled_features
 from base.packing import last_token_positions, scatter_to_responses
 from base.ppo_batches import PromptBatches, mini_batches
@@ -62,7 +63,7 @@ from base.ppo_metrics import (
 )
 from base.reward_calls import UnscoredAnswers
 from base.rewards import AdapterReward, FunctionReward, ModelReward, Reward
-from base.rollout import Advantages, Answers, Evaluated, Images, Prompts, Row, Sampled, Scored
+from base.rollout import Advantages, Answers, Evaluated, Images, Prompts, Sampled, Scored
 from base.samples import Sample, write_samples
 from base.sampling import Sampler, end_token_ids, plain_generation_config
 from base.trainer import disable_dropout
@@ -228,40 +229,37 @@ class VLPPOTrainer(UpdateLoop):
     def replace_uniform_groups(self, scored: Sequence[Scored], seed: int) -> list[Scored]:
         """Put groups whose scores differ in the place of those whose scores are all the same (DAPO's dynamic sampling).
 
-        Each device samples answers to prompts outside of the update until it has enough, --max_num_gen_batches rounds at most; then uniform
-        groups fill what is left. Which prompts come is a function of --seed and the update.
+        Prompts from outside of the update are sampled until there are enough, --max_num_gen_batches rounds at most;
+        then uniform groups fill what is left. Which prompts come is a function of --seed and the update, and all
+        devices share them: their number does not change which groups are taken.
         """
-        sizes, world, rank = self.sizes, self.args.world_size, self.args.process_index
-        order = PromptBatches(len(self.train_dataset), sizes, rank, self.args.seed).others(self.state.global_step)
-        groups = [g for r in scored for g in groups_of(r)]
-        wanted, rounds, taken = len(groups), 1, 0
-        good, uniform = [g for g in groups if not g.uniform], [g for g in groups if g.uniform]
-        while rounds < self.args.max_num_gen_batches and self._on_any_process(len(good) < wanted):
-            lacking = torch.tensor([wanted - len(good)], device=self.args.device)
-            of_device = (
-                math.ceil(int(self.accelerator.gather(lacking).max()) / sizes.micro_prompts) * sizes.micro_prompts
-            )
-            start = taken + rank * of_device
-            places = [
-                sizes.update_prompts + i for i in range(start, start + of_device)
-            ]  # of no other prompt of the update
-            parts = [places[i : i + sizes.micro_prompts] for i in range(0, of_device, sizes.micro_prompts)]
-            rows = [
-                [self.train_dataset[order[(p - sizes.update_prompts) % len(order)]] for p in part] for part in parts
-            ]
-            further = self.score(self.rollout([self.data_collator(of_part) for of_part in rows], seed, parts))
-            good += [g for r in further for g in groups_of(r) if not g.uniform]
-            taken, rounds = taken + of_device * world, rounds + 1
-        self.store_sums({"val/generation_rounds": torch.tensor([float(rounds), 1.0], device=self.args.device)})
-        chosen = [*good, *uniform][:wanted]
-        if not self._on_any_process(any(g.place >= sizes.update_prompts for g in chosen)):
-            return list(scored)
-        # Every device packs all anew: some may have replaced nothing, but under ZeRO-3 the vision tower runs on all of them or on none.
-        parts = [chosen[i : i + sizes.micro_prompts] for i in range(0, wanted, sizes.micro_prompts)]
-        return [micro_batch_of(part, self._encode_rows, self._lay_out) for part in parts]
+        sizes, world, rank = self.sizes, self.accelerator.num_processes, self.accelerator.process_index
+        index_of = PromptBatches(len(self.train_dataset), sizes, rank, self.args.seed).by_place(self.state.global_step)
 
-    def _encode_rows(self, rows: list[Row], places: list[int]) -> Prompts:
-        return self._prompts(self.data_collator(rows), places)
+        def collated(places: list[int]) -> PPOBatch:
+            return self.data_collator([self.train_dataset[index_of(place)] for place in places])
+
+        groups = gather_object([g for r in scored for g in groups_of(r)])  # of all devices
+        wanted, rounds, next_place = len(groups), 1, len(groups)
+        while rounds < self.args.max_num_gen_batches and (lacking := wanted - sum(not g.uniform for g in groups)) > 0:
+            local = math.ceil(lacking / (sizes.micro_prompts * world)) * sizes.micro_prompts  # prompts on each device
+            start = next_place + rank * local
+            places = [[*range(i, i + sizes.micro_prompts)] for i in range(start, start + local, sizes.micro_prompts)]
+            further = self.score(self.rollout([collated(of_batch) for of_batch in places], seed, places))
+            groups += gather_object([g for r in further for g in groups_of(r)])
+            next_place, rounds = next_place + local * world, rounds + 1
+        self.store_sums({"val/generation_rounds": torch.tensor([float(rounds), 1.0], device=self.args.device)})
+        chosen = choose(groups, wanted)
+        if all(g.place < wanted for g in chosen):
+            return list(scored)
+        # All are packed anew: under ZeRO-3 the vision tower runs on all devices or on none.
+        local = sizes.micro_prompts * sizes.micro_batches
+        here = chosen[rank * local : (rank + 1) * local]
+        parts = [here[i : i + sizes.micro_prompts] for i in range(0, local, sizes.micro_prompts)]
+        return [
+            micro_batch_of(part, lambda places: self._prompts(collated(places), places), self._lay_out)
+            for part in parts
+        ]
 
     # -- 2. score ------------------------------------------------------------------------------------------------------
 
@@ -627,7 +625,7 @@ class VLPPOTrainer(UpdateLoop):
         size, world, rank = self.sizes.micro_prompts, self.accelerator.num_processes, self.accelerator.process_index
         starts = list(range(0, len(data), size))
         starts += starts[: -len(starts) % world]  # every device makes the same number of passes
-        sums = torch.zeros(4, device=self.args.device)
+        sums = torch.zeros(5, device=self.args.device)
         for n in range(rank, len(starts), world):
             places = [*range(starts[n], min(starts[n] + size, len(data)))]
             batch = self.data_collator([data[i] for i in places])
@@ -636,10 +634,11 @@ class VLPPOTrainer(UpdateLoop):
             if n < math.ceil(len(data) / size):  # not one of the repeated ones
                 kl = sequence_kl([r])
                 kl = kl.sum() if kl is not None else sums.new_zeros(())
-                sums += torch.stack([r.scores.nansum(), kl, r.mask.sum().float(), kl.new_tensor(len(r.texts))])
-        scores, kl, length, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+                scored, answers = (~r.scores.isnan()).sum(), kl.new_tensor(len(r.texts))
+                sums += torch.stack([r.scores.nansum(), scored, kl, r.mask.sum(), answers])
+        scores, scored, kl, length, count = self.accelerator.reduce(sums, reduction="sum").tolist()
         metrics = {
-            f"{metric_key_prefix}_objective/scores": scores / count,
+            f"{metric_key_prefix}_objective/scores": scores / max(scored, 1),
             f"{metric_key_prefix}_objective/kl": kl / count,
             f"{metric_key_prefix}_val/response_length": length / count,
         }

@@ -122,7 +122,10 @@ def command(
 
 @pytest.fixture
 def rewards(tmp_path: Path) -> str:
-    """A file with a reward function: the length of the answer."""
+    """A file with a reward function, the length of the answer; beside it `odd`, whether it is odd."""
     path = tmp_path / "rewards.py"
-    path.write_text("def length(images, prompts, responses):\n    return [float(len(r)) for r in responses]\n")
+    path.write_text(
+        "def length(images, prompts, responses):\n    return [float(len(r)) for r in responses]\n"
+        "def odd(responses):\n    return [float(len(r) % 2) for r in responses]\n"
+    )
     return f"{path}:length"

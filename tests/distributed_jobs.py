@@ -23,7 +23,7 @@ import train_rm
 import train_sft
 from tests.processes import pause_before_steps
 
-SCRIPTS = {"sft": train_sft, "dpo": train_dpo, "rm": train_rm, "ppo": train_ppo, "grpo": train_ppo}
+SCRIPTS = {"sft": train_sft, "dpo": train_dpo, "rm": train_rm, "ppo": train_ppo}
 
 
 def main() -> None:

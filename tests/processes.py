@@ -13,6 +13,17 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {name: f"train_{name}" for name in ("sft", "dpo", "rm", "ppo")}
 
+# Flags of train_ppo.py, by a name that stands for train_ppo.py with them. Groups without variance need rewards of 0 and 1.
+RL = {
+    "ppo": "--num_ppo_epochs 2",
+    "grpo": "--advantage_estimator grpo --num_generations 2 --num_ppo_epochs 2 --kl_in_loss 0.04 --loss_type grpo",
+    "rloo": "--advantage_estimator rloo --num_generations 2 --num_ppo_epochs 2 --kl_coef 0.05",
+    "reinforce_plus_plus": "--advantage_estimator reinforce_plus_plus --rollouts_per_prompt 1 --gamma 0.9 --kl_coef 0.1",
+    "drop_uniform_groups": "--advantage_estimator reinforce_plus_plus_baseline --num_generations 2 --drop_uniform_groups True",
+    "dynamic_sampling": "--advantage_estimator grpo --num_generations 2 --scale_rewards batch --dynamic_sampling True",
+}
+ZERO_OR_ONE = ("drop_uniform_groups", "dynamic_sampling")
+
 
 def pause_before_steps(seconds: float) -> None:
     """Make every training step of this process wait, so that a signal can arrive between two steps on any machine."""
@@ -56,11 +67,14 @@ class Run:
     def __init__(self, script: str, argv: list[str], log: Path, file_size: int | None = None, pause: float = 0) -> None:
         """
         Args:
+            script: of SCRIPTS, or of RL.
             file_size: bytes beyond which no file grows.
             pause: seconds that every step waits.
         """
         self.log = log
-        self.process = context().Process(target=_main, args=(script, argv, str(log), file_size, pause))
+        self.process = context().Process(
+            target=_main, args=("ppo" if script in RL else script, argv, str(log), file_size, pause)
+        )
         self.process.start()
 
     @property

@@ -19,15 +19,28 @@ from safetensors.torch import load_file
 
 from base.ppo_trainer import VLPPOTrainer
 from tests.distributed_jobs import SCRIPTS
-from tests.processes import ROOT, history
+from tests.processes import RL, ROOT, ZERO_OR_ONE, history
 
 MODES = {"full": "", "lora": "--use_lora True --lora_r 4 --lora_dropout 0"}
-CELLS = list(itertools.product(SCRIPTS, MODES))
+CELLS = [
+    *itertools.product(("sft", "dpo", "rm", "ppo", "grpo"), MODES),
+    ("rloo", "lora"),
+    ("reinforce_plus_plus", "full"),
+    ("drop_uniform_groups", "lora"),
+    ("dynamic_sampling", "lora"),
+]
 # One launch per config, and between them every script in both modes; test_every_cell runs the others.
 QUICK = {
-    "zero2": [("sft", "lora"), ("ppo", "full"), ("grpo", "full")],
+    "zero2": [("sft", "lora"), ("ppo", "full"), ("grpo", "full"), ("rloo", "lora")],
     "zero2_offload": [("dpo", "full")],
-    "zero3": [("sft", "full"), ("dpo", "lora"), ("rm", "full"), ("ppo", "lora"), ("grpo", "lora")],
+    "zero3": [
+        ("sft", "full"),
+        ("dpo", "lora"),
+        ("rm", "full"),
+        ("ppo", "lora"),
+        ("grpo", "lora"),
+        ("dynamic_sampling", "lora"),
+    ],
     "zero3_offload": [("rm", "lora")],
 }
 
@@ -92,16 +105,14 @@ def job(command, rewards, tmp_path: Path, llava: str) -> Callable[..., dict]:
         script: str, mode: str, folder: str, batch: int, extra: str = "", model: str = llava, name: str = ""
     ) -> dict:
         flags = f"--per_device_train_batch_size {batch} --max_steps 3 --ddp_timeout 300 {MODES[mode]}"
-        if script == "ppo":
-            flags += f" --reward_fn {rewards} --response_length 6 --num_ppo_epochs 2"
-        if script == "grpo":
-            flags += f" --reward_fn {rewards} --response_length 6 --num_ppo_epochs 2 --advantage_estimator grpo"
-            flags += " --num_generations 2 --kl_in_loss 0.04 --loss_type grpo"
+        if script in RL:
+            reward = rewards.replace(":length", ":odd") if script in ZERO_OR_ONE else rewards
+            flags += f" --reward_fn {reward} --response_length 6 {RL[script]}"
         name = name or f"{script}-{mode}"
         out = tmp_path / folder / name
         return {
             "name": name,
-            "script": script,
+            "script": "ppo" if script in RL else script,
             "argv": command(script, f"{flags} {extra}", model, out),
             "out": str(out),
         }
@@ -144,6 +155,8 @@ def check_cells(cells: list[tuple[str, str]], setup: str, job, tmp_path: Path) -
     print(setup, (tmp_path / "jobs.times").read_text())
     for one, other in zip(alone, two, strict=True):
         assert_same_curve(Path(one["out"]), Path(other["out"]))
+        if one["name"].startswith("dynamic_sampling"):
+            assert any(step["val/generation_rounds"] > 1 for step in history(Path(one["out"]))), "nothing was replaced"
 
 
 def test_ddp_equals_one_process(job, tmp_path: Path):

@@ -1,5 +1,6 @@
 """QLoRA: what is quantised, that it learns after an evaluation too, and that every script runs on it."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from base.loading import load_model
 from models import MODEL_NICKNAME_MAP
 from models.assemble import add_lora
 from tests import zoo
+from tests.processes import RL, ZERO_OR_ONE
 
-SCRIPTS = {"sft": train_sft, "dpo": train_dpo, "rm": train_rm, "ppo": train_ppo, "grpo": train_ppo}
+SCRIPTS = {"sft": train_sft, "dpo": train_dpo, "rm": train_rm} | dict.fromkeys(RL, train_ppo)
 QUANTISED = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
 
 
@@ -83,14 +85,18 @@ def test_gradients_survive_an_evaluation(family: str, bits: int, monkeypatch):
     assert not any(m.support_avx512bf16_for_cpu for m in model.modules() if isinstance(m, bnb.nn.Linear4bit))
 
 
-@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "script, bits",
+    [
+        pytest.param(name, bits, marks=[pytest.mark.slow] if bits == 8 or name in [*RL][2:] else [])
+        for name, bits in itertools.product(SCRIPTS, (4, 8))
+    ],
+)
 def test_every_script_trains_evaluates_and_trains_again(command, rewards, tmp_path: Path, script: str, bits: int):
     flags = f"--use_lora True --q_lora True --bits {bits} --max_steps 3 --eval_ratio 0.25 --eval_strategy steps --eval_steps 1"
-    if script == "ppo":
-        flags += f" --reward_fn {rewards} --response_length 6 --num_ppo_epochs 2 --per_device_train_batch_size 2"
-    if script == "grpo":
-        flags += f" --reward_fn {rewards} --response_length 6 --advantage_estimator grpo --num_generations 4"
+    if script in RL:
+        reward = rewards.replace(":length", ":odd") if script in ZERO_OR_ONE else rewards
+        flags += f" --reward_fn {reward} --response_length 6 {RL[script]}"
     SCRIPTS[script].main(command(script, flags))
     history = json.loads((tmp_path / script / "trainer_state.json").read_text())["log_history"]
     norms = [entry["grad_norm"] for entry in history if "grad_norm" in entry]

@@ -19,7 +19,7 @@ from args import SFTConfig
 from base.checkpoints import ASIDE, EXIT_PREEMPTED, Preemption
 from base.resume import CHECKSUMS, checkpoint_to_resume, newest_whole_checkpoint, what_is_wrong_with
 from common.errors import InputError
-from tests.processes import Run, history
+from tests.processes import RL, Run, history
 
 STEPS = 6
 
@@ -31,8 +31,8 @@ def argv(command, rewards):
     def build(script: str, mode: str, out: Path, extra: str = "") -> list[str]:
         # Dropout is on, so the random state must be restored too.
         flags = "--use_lora True --lora_r 4" if mode == "lora" else ""
-        if script == "ppo":
-            flags += f" --reward_fn {rewards} --response_length 5 --num_ppo_epochs 2"
+        if script in RL:
+            flags += f" --reward_fn {rewards.replace(':length', ':odd')} --response_length 5 {RL[script]}"
         flags += f" --max_steps {STEPS} --per_device_train_batch_size 2 --save_strategy steps --save_steps 1 --save_total_limit 2"
         return command(script, f"{flags} {extra}", out=out)
 
@@ -104,7 +104,19 @@ def check_kills(argv, tmp_path: Path, script: str, mode: str, kills: int, seed: 
 
 
 @pytest.mark.parametrize(
-    "seed, script, mode", [(0, "sft", "full"), (1, "dpo", "lora"), (2, "rm", "lora"), (3, "ppo", "lora")]
+    "seed, script, mode",
+    [
+        (0, "sft", "full"),
+        (1, "dpo", "lora"),
+        (2, "rm", "lora"),
+        (3, "ppo", "lora"),
+        (4, "dynamic_sampling", "lora"),
+        *(
+            pytest.param(5, name, "lora", marks=pytest.mark.slow)
+            for name in RL
+            if name not in ("ppo", "dynamic_sampling")
+        ),
+    ],
 )
 def test_killed_and_resumed_is_uninterrupted(argv, tmp_path, script: str, mode: str, seed: int):
     check_kills(argv, tmp_path, script, mode, kills=1, seed=seed)

@@ -1,16 +1,21 @@
 """Critic-free RL through train_ppo.py: what each estimator teaches, what is not built or run, groups without variance, resume, wrong input."""
 
+import dataclasses
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 
 import losses
 import train_ppo
 import train_sft
+from base.dynamic_sampling import Group, choose
+from base.ppo_batches import BatchSizes, PromptBatches
 from base.rollout import Sampled
 from base.self_check import SelfCheck
 from base.value import VLModelWithValueHead
@@ -246,6 +251,30 @@ def test_dynamic_sampling_is_bounded(llava, image_dir, tmp_path, reward_file):
     assert step["val/generation_rounds"] == 3 and step["frac_reward_zero_std"] == 1
 
 
+def test_further_prompts_by_their_place():
+    """An update's own places are those that it iterates over; behind them come all other prompts, again and again."""
+    sizes = BatchSizes(micro_prompts=2, micro_batches=2, mini_batches=1, update_prompts=4, update_rollouts=8)
+    orders = set()
+    for step in range(6):  # two epochs of three updates
+        batches = PromptBatches(10, sizes, 0, seed=3)
+        batches.epoch, update = divmod(step, batches.updates)
+        own = [i for batch in [*batches][2 * update : 2 * update + 2] for i in batch]
+        index_of = PromptBatches(10, sizes, 0, seed=3).by_place(step)
+        assert [index_of(place) for place in range(4)] == own
+        others = [index_of(place) for place in range(4, 16)]
+        assert others[:6] == others[6:] and sorted([*own, *others[:6]]) == [*range(10)]
+        orders.add(tuple(others))
+    assert len(orders) == 6
+    few = PromptBatches(3, sizes, 0, seed=3).by_place(0)  # the update takes all there are
+    assert sorted(few(place) for place in range(4, 7)) == [0, 1, 2]
+
+
+def test_the_first_groups_that_differ_are_taken():
+    groups = [Group(place, [], {}, [], uniform=place % 3 == 0) for place in (4, 0, 6, 1, 5, 3, 2)]
+    assert [g.place for g in choose(groups, 3)] == [1, 2, 4]
+    assert [g.place for g in choose(groups, 6)] == [1, 2, 4, 5, 0, 3]
+
+
 # ------------------------------------------------------------------------------------------------ rewards
 
 
@@ -381,6 +410,45 @@ def test_two_devices_give_the_result_of_one(estimator: str, command, reward_file
         assert a.keys() == b.keys()
         for name in a.keys() - {"first/ratio_deviation"}:
             assert a[name] == pytest.approx(b[name], rel=2e-3, abs=1e-5), name
+
+
+def test_updates_of_which_nothing_is_left(llava, image_dir, tmp_path, reward_file):
+    """All answers truncated and masked: for every loss the step is 0, the log has numbers, and the next update goes on."""
+    for loss_type, estimator in (
+        ("dapo", "grpo"),
+        ("grpo", "rloo"),
+        ("dr_grpo", "reinforce_plus_plus"),
+        ("bnpo", "gae"),
+    ):
+        flags = (
+            f"{LORA} --reward_fn {reward_file}:length --advantage_estimator {estimator} --loss_type {loss_type} --rollouts_per_prompt 2 "
+            "--mask_truncated_completions True --response_length 1 --max_steps 2"
+        )
+        trainer = ppo_trainer(llava, prompt_rows(image_dir), tmp_path / estimator, flags)
+        trainer.sampler = dataclasses.replace(trainer.sampler, end_ids=[-1])  # nothing ends an answer
+        before = {
+            n: p.detach().clone() for n, p in trainer.model.named_parameters() if estimator != "gae" or "policy" in n
+        }
+        trainer.train()
+        steps = steps_of(trainer)
+        assert len(steps) == 2 and all(math.isfinite(v) for step in steps for v in step.values()), steps
+        assert steps[0].get("loss/policy_avg", 0) == 0 and steps[0]["val/ended"] == 0
+        assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if n in before)
+
+
+def test_one_group_has_one_deviation(llava, image_dir, tmp_path, reward_file):
+    """An update of one group: `batch` divides by what `group` divides by."""
+    rows, found = prompt_rows(image_dir, 1), []
+    for scale in ("batch", "group"):
+        flags = f"{LORA} --reward_fn {reward_file}:length --advantage_estimator grpo --num_generations 4 --scale_rewards {scale}"
+        found.append(advantages_of(ppo_trainer(llava, rows, tmp_path / scale, flags), rows, size=1))
+    assert found[0] == found[1] and len({a[0] for _, a, _ in found[0].values()}) > 1
+
+
+def test_evaluation_leaves_out_what_no_reward_applies_to(llava, image_dir, tmp_path, key_file):
+    rows = keyed_rows(image_dir)
+    trainer = ppo_trainer(llava, rows, tmp_path, f"{LORA} --reward_fn {key_file}:some --advantage_estimator grpo")
+    assert trainer.evaluate(Dataset.from_list(rows))["eval_objective/scores"] == 1  # None for every other row
 
 
 def test_evaluation_without_a_reference(command, reward_file, tmp_path):
