@@ -1,6 +1,5 @@
 """Calling a user's reward function: in time, with one sentence for what it raises, and without losing the answers that it was asked about."""
 
-import inspect
 import json
 import signal
 import threading
@@ -34,7 +33,7 @@ def call_in_time(
     """
     try:
         with _limited(seconds):
-            values = function(**arguments)
+            values = _called(function, arguments)
     except _TooLong:
         raise InputError(
             f"Reward {name} has not returned within {seconds:g} seconds for {len(where)} answers ({where[0]}, ...): look at what it "
@@ -48,12 +47,16 @@ def call_in_time(
         raise InputError(
             f"Reward {name} raised {_said(cause, function)} for {row}: fix the function or the row."
         ) from error
-    try:
-        return list(values)
-    except TypeError:
-        raise InputError(
-            f"Reward {name} returned {type(values).__name__}: return a list of one number per answer."
-        ) from None
+    if not isinstance(values, list):
+        raise InputError(f"Reward {name} returned {type(values).__name__}: return a list of one number per answer.")
+    return values
+
+
+def _called(function: Callable[..., Any], arguments: dict[str, list]) -> Any:
+    """What the function returns, as a list if it has a number per answer: a generator's code runs here, too."""
+    values = function(**arguments)
+    one_each = hasattr(values, "__iter__") and not isinstance(values, str | bytes | dict) and getattr(values, "ndim", 1)
+    return list(values) if one_each else values
 
 
 def _first_that_raises(
@@ -62,7 +65,7 @@ def _first_that_raises(
     for i, row in enumerate(where):
         try:
             with _limited(seconds):
-                function(**{name: values[i : i + 1] for name, values in arguments.items()})
+                _called(function, {name: values[i : i + 1] for name, values in arguments.items()})
         except _TooLong:
             return None
         except Exception as error:
@@ -72,7 +75,8 @@ def _first_that_raises(
 
 def _said(error: Exception, function: Callable[..., Any]) -> str:
     """The error with the line of the function's file that raised it."""
-    file, line, trace = inspect.getsourcefile(function), None, error.__traceback__
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    file, line, trace = code and code.co_filename, None, error.__traceback__
     while trace is not None:
         line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == file else line
         trace = trace.tb_next

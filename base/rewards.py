@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import inspect
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,8 @@ from base.value import VLModelWithValueHead
 from common.errors import InputError
 
 # Names of arguments that come with every answer; a column of the data does not take their place.
-_OF_ANSWERS = ("images", "prompts", "prompt", "responses", "completions", "completion_ids")
+_OF_ANSWERS = ("images", "prompts", "responses", "completions", "completion_ids")
+_OF_TRL = ("trainer_state", "log_extra", "log_metric")
 
 
 @dataclass
@@ -84,19 +86,30 @@ class FunctionReward(Reward):
         return RIGHT_FROM.get(self.function.__name__) if self.function in BUILT_IN.values() else None
 
     def check_columns(self, data: Dataset) -> None:
-        """Before the first rollout: everything that the function asks for is there.
+        """Before the first rollout: the function can be called, and everything that it asks for is there.
 
         Raises:
-            InputError: an argument is neither a column of the data nor one of those above; or a built-in reward's
-                column is empty in a row.
+            InputError: an argument is neither a column of the data nor one of those above, or cannot be given by name;
+                the function is asynchronous; or a built-in reward's column is empty in a row.
         """
+        if any(map(inspect.iscoroutinefunction, (self.function, type(self.function).__call__))):
+            raise InputError(
+                f"Reward {self.name} is asynchronous, and nothing awaits it here: make it a plain function."
+            )
+        parameters = inspect.signature(self.function).parameters
+        if not any(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in parameters.values()):
+            raise InputError(
+                f"Reward {self.name} takes no argument by its name: give it responses, or completions as in TRL."
+            )
         asked = [
-            name
-            for name, p in inspect.signature(self.function).parameters.items()
-            if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+            n for n, p in parameters.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         ]
-        columns = [c for c in data.column_names if c not in _OF_ANSWERS]
+        columns = [c for c in data.column_names if c not in (*_OF_ANSWERS, "prompt")]
         missing = [name for name in asked if name not in (*_OF_ANSWERS, *columns)]
+        if set(missing) & set(_OF_TRL):
+            raise InputError(
+                f"Reward {self.name} takes an argument {missing[0]}, which TRL passes and train_ppo.py does not: give it a default."
+            )
         if missing:
             raise InputError(
                 f"Reward {self.name} takes an argument {missing[0]}, which the data does not have: its columns are "
@@ -126,8 +139,8 @@ class FunctionReward(Reward):
                 f"Reward {self.name} returned {len(values)} numbers for {len(rows)} answers: return one each."
             )
         try:
-            scores = torch.tensor([math.nan if v is None else float(v) for v in values])
-        except (TypeError, ValueError) as error:
+            scores = torch.tensor([math.nan if v is None else _number(v) for v in values])
+        except (TypeError, ValueError, RuntimeError) as error:  # torch's for a tensor of several numbers
             raise InputError(f"Reward {self.name} must return numbers: {error}.") from error
         odd = [
             r.where(i)
@@ -151,11 +164,18 @@ class FunctionReward(Reward):
         }
         if "completions" in parameters:
             found["completions"] = [[{"role": "assistant", "content": text}] for text in texts]
-        else:
+        if "completions" not in parameters or "responses" in parameters:
             found["responses"] = texts
-        columns = dict.fromkeys(c for _, _, row in rows for c in row if c not in _OF_ANSWERS)
+        columns = dict.fromkeys(c for _, _, row in rows for c in row if c not in (*_OF_ANSWERS, "prompt"))
         found |= {c: [row.get(c) for _, _, row in rows] for c in columns}
         return {name: values for name, values in found.items() if takes_all or name in parameters}
+
+
+def _number(value: Any) -> float:
+    """A number, or a tensor or array of one."""
+    if isinstance(value, str):
+        raise TypeError(f"{value[:40]!r} is a text")
+    return float(value.item() if hasattr(value, "item") else value)
 
 
 def load_reward_fn(spec: str) -> RewardFunction:
@@ -169,14 +189,18 @@ def load_reward_fn(spec: str) -> RewardFunction:
         return built_in(spec)
     if not colon or not Path(file).is_file():
         raise InputError(f"--reward_fn {spec}: give file.py:name, with a Python file that exists.")
-    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module_spec = importlib.util.spec_from_file_location(f"reward_fn_{Path(file).stem}", file)
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses and pickle look there
     try:
         module_spec.loader.exec_module(module)
     except SyntaxError as error:
         raise InputError(f"--reward_fn {spec}: {file} is not valid Python ({error}).") from error
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(f"--reward_fn {spec}: {file} does not run ({said}): try `python {file}`.") from error
     function = getattr(module, name, None)
-    if not callable(function):
+    if not callable(function) or isinstance(function, type):
         raise InputError(f"--reward_fn {spec}: {file} defines no function {name}.")
     return function
 

@@ -347,6 +347,114 @@ def test_arguments_are_checked_before_the_first_rollout(llava, image_dir, tmp_pa
         ppo_trainer(llava, rows, tmp_path, f"{flags} exact_answer")
 
 
+FORMS = """
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+def plain(responses):
+    return [len(r) for r in responses]
+
+
+def trl(*, completions, **kwargs):
+    assert "responses" not in kwargs and "prompt" not in kwargs
+    return [len(c[0]["content"]) for c in completions]
+
+
+def both(completions, responses):
+    return [len(c[0]["content"]) for c, r in zip(completions, responses, strict=True) if c[0]["content"] == r]
+
+
+def tensor(responses, *args):
+    return torch.tensor(plain(responses), requires_grad=False)
+
+
+def column(responses):
+    return torch.tensor(plain(responses))[:, None].double()
+
+
+def array(responses):
+    return np.array(plain(responses), dtype=np.float16)
+
+
+def generator(responses):
+    for r in responses:
+        yield np.int64(len(r))
+
+
+def empty_column(responses, prompts, hint, images=None):
+    assert hint == [None if "photo" in p[0]["content"] else "x" for p in prompts]
+    return plain(responses)
+
+
+@dataclass
+class Length:
+    factor: "float" = 1.0
+
+    def __call__(self, responses, **_):
+        return [self.factor * len(r) for r in responses]
+
+
+an_object = Length()
+partial = functools.partial(lambda responses, factor: [factor * len(r) for r in responses], factor=1)
+"""
+GOOD_FORMS = ("plain", "trl", "both", "tensor", "column", "array", "generator", "empty_column", "an_object", "partial")
+
+
+def test_whatever_a_function_looks_like(llava, image_dir, tmp_path):
+    """TRL's signature by name alone, tensors, arrays, generators, objects; a column that some rows do not have."""
+    file = tmp_path / "forms.py"
+    file.write_text(FORMS)
+    rows = [
+        row | {"hint": None if "photo" in row["prompt"][0]["content"] else "x"} for row in prompt_rows(image_dir, 4)
+    ]
+    assert {row["hint"] for row in rows} == {None, "x"}
+    specs = " ".join(f"{file}:{name}" for name in GOOD_FORMS)
+    flags = (
+        f"{LORA} --advantage_estimator grpo --reward_fn {specs} --reward_weights {' '.join(['0.5'] * len(GOOD_FORMS))}"
+    )
+    trainer = ppo_trainer(llava, rows, tmp_path, flags)
+    (r,) = trainer.score(trainer.rollout([trainer.data_collator(rows)], seed=7, places=[[0, 1, 2, 3]]))
+    lengths = [float(len(text)) for text in r.texts]
+    assert len(set(lengths)) > 1
+    for name in GOOD_FORMS:
+        assert r.parts[name].tolist() == lengths, name
+    assert r.scores.tolist() == [len(GOOD_FORMS) * n / 2 for n in lengths]
+
+
+BAD_FORMS = {
+    "async def f(completions): return [0.0 for _ in completions]": r"Reward f is asynchronous",
+    "class F:\n    async def __call__(self, responses): return [0.0]\nf = F()": r"Reward f is asynchronous",
+    "def f(*answers): return [0.0 for _ in answers]": r"Reward f takes no argument by its name",
+    "def f(responses, /): return [0.0 for _ in responses]": r"Reward f takes no argument by its name",
+    "def f(completions, trainer_state): return [0.0 for _ in completions]": r"argument trainer_state, which TRL passes",
+    "def f(completions, difficulty): return [0.0 for _ in completions]": r"argument difficulty, which the data does not have",
+    "class f:\n    def __init__(self, responses): pass": r"forms\.py defines no function f",
+    "import does_not_exist\ndef f(responses): return [0.0]": r"does not run \(ModuleNotFoundError: No module named 'does_not_exist'\)",
+    "def f(responses): return [str(len(r)) for r in responses]": r"Reward f must return numbers: '\d+' is a text",
+    "def f(responses): return '1' * len(responses)": r"Reward f returned str: return a list",
+    "def f(responses): return {r: 1.0 for r in responses}": r"Reward f returned dict: return a list",
+    "import torch\ndef f(responses): return torch.tensor(1.0)": r"Reward f returned Tensor: return a list",
+    "import torch\ndef f(responses): return torch.zeros(len(responses), 2)": r"Reward f must return numbers",
+    "def f(responses):\n    for r in responses: yield 1 / 0": r"Reward f raised ZeroDivisionError.*forms\.py, line 2.*for .*row 0",
+    "class F:\n    def __call__(self, responses): return 1 / 0\nf = F()": r"Reward f raised ZeroDivisionError.*forms\.py, line 2.*for",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("source", BAD_FORMS)
+def test_a_function_that_cannot_be_used_is_one_sentence(source: str, llava, image_dir, tmp_path):
+    file = tmp_path / "forms.py"
+    file.write_text(source + "\n")
+    rows = prompt_rows(image_dir, 2)
+    with pytest.raises(InputError, match=BAD_FORMS[source]) as caught:
+        trainer = ppo_trainer(llava, rows, tmp_path, f"{LORA} --advantage_estimator grpo --reward_fn {file}:f")
+        trainer.score(trainer.rollout([trainer.data_collator(rows)], seed=7, places=[[0, 1]]))
+    assert "\n" not in str(caught.value)
+
+
 def test_rows_with_a_key_in_a_file(llava, image_dir, tmp_path):
     """images, prompt, solution: what geometry3k, CLEVR and VQA data look like."""
     rows = [
