@@ -838,6 +838,12 @@ def _in_our_flags(argv: Sequence[str], parser: TrlParser) -> list[str]:
     argv, notes = other_flags.translate(argv, known, lists)
     given = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
     config, more = other_flags.translate(config, known, lists)
+    names: dict[str, str] = {}
+    for name in (word[2:] for word in config if word.startswith("--") and word[2:] in known):
+        flag = parser._option_string_actions[f"--{name}"].dest
+        if flag in names:
+            raise InputError(f"The config file gives {flag} twice, under different names ({name}): leave one out.")
+        names[flag] = name
     if os.environ.get("RANK", "0") == "0":
         for note in notes + more:
             print(note, file=sys.stderr)

@@ -639,10 +639,16 @@ def test_switches_may_stand_alone(command, reward_file):
     assert train_ppo.parse(*kinds, argv=off)[-1].whiten_rewards is False
 
 
-def test_names_of_trl_are_understood(command, reward_file):
-    flags = GRPO.format(file=reward_file) + (
-        " --num_generations 2 --num_iterations 3 --epsilon 0.1 --epsilon_high 0.3 --beta 0.01 --max_completion_length 6"
-    )
+@pytest.mark.parametrize("place", ["command line", "config file"])
+def test_names_of_trl_are_understood(place: str, command, reward_file, tmp_path):
+    names = "num_generations 2 num_iterations 3 epsilon 0.1 epsilon_high 0.3 beta 0.01 max_completion_length 6".split()
+    names = dict(zip(names[::2], names[1::2], strict=True))
+    if place == "config file":
+        (tmp_path / "config.yaml").write_text("".join(f"{name}: {value}\n" for name, value in names.items()))
+        flags = f"--config {tmp_path}/config.yaml"
+    else:
+        flags = " ".join(f"--{name} {value}" for name, value in names.items())
+    flags = f"{GRPO.format(file=reward_file)} {flags}"
     config = train_ppo.parse(
         train_ppo.ModelArguments, train_ppo.DataArguments, train_ppo.LoraArguments, train_ppo.PPOConfig,
         argv=command("ppo", flags),
@@ -650,3 +656,9 @@ def test_names_of_trl_are_understood(command, reward_file):
     assert (config.rollouts_per_prompt, config.num_ppo_epochs, config.response_length) == (2, 3, 6)
     assert (config.cliprange, config.cliprange_high, config.kl_in_loss, config.temperature) == (0.1, 0.3, 0.01, 1.0)
     assert losses.LOSS_TYPES[0] == config.loss_type == "dapo" and config.vf_coef is None
+
+
+def test_a_config_file_gives_a_flag_once(command, reward_file, tmp_path):
+    (tmp_path / "config.yaml").write_text("num_generations: 2\nrollouts_per_prompt: 4\n")
+    with pytest.raises(InputError, match=r"config file gives rollouts_per_prompt twice"):
+        train_ppo.main(command("ppo", f"{GRPO.format(file=reward_file)} --config {tmp_path}/config.yaml"))
