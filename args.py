@@ -20,12 +20,14 @@ from typing import Any, ClassVar, Literal
 import torch
 import yaml
 from transformers import TrainingArguments
-from trl import TrlParser
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 import losses
 from common import errors, other_flags
+from common.dataclass_flags import USUAL, DataclassParser
 from common.errors import InputError
 from common.files import check_writable, write_text
+from common.flags import nearest
 from common.versions import installed_versions
 
 __all__ = [
@@ -55,6 +57,7 @@ RUN_JSON = "run.json"  # in the folder of a run, and in each of its checkpoints
 class ModelArguments:
     """Which checkpoint to train and how to load it."""
 
+    title: ClassVar[str] = "Model"
     model_name_or_path: str = field(
         metadata={"help": "Hub id, checkpoint folder or LoRA adapter folder to start from."}
     )
@@ -63,7 +66,9 @@ class ModelArguments:
     )
     torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",
-        metadata={"help": "Precision of the loaded weights; auto is bfloat16 with --bf16, else float32."},
+        metadata={
+            "help": "Precision of the loaded weights; auto is bfloat16 with --bf16, else float32, float16 too small in range for most."
+        },
     )
     freeze_vision_tower: bool = field(
         default=True, metadata={"help": "Keep the vision encoder fixed; its features are then shared by every pass."}
@@ -101,6 +106,7 @@ OF_NEW_ADAPTER = "by default the adapter's that training continues, of a new one
 class LoraArguments:
     """LoRA through peft. `parse` fills in what was not given, so that run.json has it."""
 
+    title: ClassVar[str] = "LoRA"
     use_lora: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
     lora_r: int | None = field(default=None, metadata={"help": f"Rank; {OF_NEW_ADAPTER} 64."})
     lora_alpha: int | None = field(
@@ -117,7 +123,10 @@ class LoraArguments:
         },
     )
     lora_bias: Literal["none", "all", "lora_only"] | None = field(
-        default=None, metadata={"help": f"Which biases train; {OF_NEW_ADAPTER} none."}
+        default=None,
+        metadata={
+            "help": f"Which biases train: none, all, or lora_only (of layers with an adapter); {OF_NEW_ADAPTER} none."
+        },
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained in full and saved beside the adapter, e.g. lm_head."}
@@ -134,6 +143,7 @@ class LoraArguments:
 class DataArguments:
     """Which rows to train on. See docs/data.md for the formats."""
 
+    title: ClassVar[str] = "Data"
     dataset_name: str = field(
         metadata={"help": "A name of data.DATASET_MAP, a hub id or a path; several joined by commas."}
     )
@@ -156,10 +166,13 @@ class DataArguments:
     )
     check_images: Literal["all", "sample", "none"] = field(
         default="all",
-        metadata={"help": "Whose image files are looked at before training: of all rows, of 1000, or of none."},
+        metadata={
+            "help": "Whose image files are looked at before training: of all rows, of a sample of 1000, or of none."
+        },
     )
     on_bad_row: Literal["error", "drop"] = field(
-        default="error", metadata={"help": "Stop at a bad row, or drop it and write it to bad_rows.jsonl."}
+        default="error",
+        metadata={"help": "error stops at a bad row, drop leaves it out and writes it to bad_rows.jsonl."},
     )
     allow_outside_image_root: bool = field(
         default=False, metadata={"help": "Accept image paths that leave --image_root."}
@@ -167,7 +180,8 @@ class DataArguments:
     pairs: Literal["best_worst", "all", "adjacent", "score_margin"] = field(
         default="all",
         metadata={
-            "help": "Which ordered pairs of a row with more than two responses enter the loss. score_margin is all with --score_margin."
+            "help": "Which ordered pairs of a row with more than two responses enter the loss: all, best_worst (one), adjacent ranks, or "
+            "score_margin: all that --score_margin keeps."
         },
     )
     score_margin: float | None = field(
@@ -184,7 +198,8 @@ class DataArguments:
         default=None, metadata={"help": "Longest response, in tokens. Cut at the end."}
     )
     overlong: Literal["drop", "error"] = field(
-        default="drop", metadata={"help": "What to do with a row whose prompt alone is too long."}
+        default="drop",
+        metadata={"help": "A row whose prompt alone is too long: drop leaves it out and counts it, error stops."},
     )
     train_on: Literal["all", "last"] = field(
         default="all", metadata={"help": "SFT: the loss covers all assistant turns, or the last one only."}
@@ -199,6 +214,32 @@ class DataArguments:
 # ---------------------------------------------------------------------------------------------------------------------
 # How it is trained: one class per algorithm
 # ---------------------------------------------------------------------------------------------------------------------
+
+# transformers' flags that `--help` shows beside ours, with a shorter help; the others are shown by `--help_all`
+USUAL_OF_TRANSFORMERS: dict[str, str] = {
+    "output_dir": "Folder of the run: weights, checkpoints, run.json, index.html with curves and samples. One run per folder.",
+    "num_train_epochs": "Passes over the rows.",
+    "max_steps": "Steps to take, in place of --num_train_epochs.",
+    "per_device_train_batch_size": "Rows (PPO: rollouts) that a device computes at once.",
+    "gradient_accumulation_steps": "Such batches per step: a larger batch in the same memory.",
+    "lr_scheduler_type": "How the learning rate changes over the run, behind the warm-up: linear and cosine fall to 0, constant stays.",
+    "warmup_steps": "Steps, or a share of all steps if below 1, in which the rate rises from 0.",
+    "weight_decay": "Weight decay of AdamW.",
+    "max_grad_norm": "Longer gradients are scaled to this norm; 0 leaves them.",
+    "bf16": "Compute in bfloat16; weights that train stay float32.",
+    "gradient_checkpointing": "Compute activations a second time instead of keeping them: much less memory, about a third slower.",
+    "seed": "Of everything that is drawn at random.",
+    "deepspeed": "ds_configs/zero2.json or zero3.json, for all weights of large models (docs/distributed.md).",
+    "dataloader_num_workers": "Processes that read images ahead; 4 on a GPU.",
+    "eval_strategy": "When held-out rows are evaluated besides the end: no, every --eval_steps steps, every epoch.",
+    "eval_steps": "Steps between evaluations, or a share of all steps if below 1; --logging_steps by default.",
+    "per_device_eval_batch_size": "Rows that a device evaluates at once.",
+    "save_strategy": "When checkpoints are written: no (the end alone), every --save_steps steps, every epoch, at the best evaluation.",
+    "save_steps": "Steps between checkpoints, or a share of all steps if below 1.",
+    "save_total_limit": "Checkpoints to keep, the newest ones.",
+    "resume_from_checkpoint": "True goes on from the newest checkpoint of --output_dir; or a checkpoint folder.",
+    "run_name": "Name of the run in the services of --report_to.",
+}
 
 # transformers' flags that would do nothing, or harm, beside what they say: given another value than the default, they are
 # refused with the sentence. tests/test_flags.py has a line for every flag.
@@ -236,13 +277,51 @@ REFUSED_IN_PPO: dict[str, str] = {
 }
 
 
+# Where services read the name of a run's project; trackio reads TrainingArguments.project
+PROJECT_VARIABLES = (
+    "WANDB_PROJECT",
+    "MLFLOW_EXPERIMENT_NAME",
+    "COMET_PROJECT_NAME",
+    "CLEARML_PROJECT",
+    "SWANLAB_PROJECT",
+)
+
+
+def _trackers(report_to: str | list[str] | None) -> list[str]:
+    """The names of --report_to, however they were joined.
+
+    Raises:
+        InputError: one that transformers does not have, or whose package is not installed.
+    """
+    given = [report_to or "none"] if isinstance(report_to, str | None) else report_to
+    names = [name for text in given for name in re.split(r"[\s,\[\]'\"]+", text) if name]
+    if "none" in names and len(names) > 1:
+        raise InputError(f"--report_to {' '.join(names)}: none stands alone.")
+    available = get_available_reporting_integrations()
+    for name in names:
+        if name in ("none", "all") or name in available:
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise InputError(f"--report_to {name} is unknown{nearest(name, INTEGRATION_TO_CALLBACK)}")
+        raise InputError(
+            f"--report_to {name} needs a package that is not installed: pip install {name.replace('_', '-')} "
+            "(requirements-trackers.txt has the usual ones)."
+        )
+    return names
+
+
 @dataclass
 class VLConfig(TrainingArguments):
     """What the four algorithms share on top of transformers' TrainingArguments."""
 
+    title: ClassVar[str] = USUAL
     refused: ClassVar[dict[str, str]] = REFUSED | REFUSED_IN_COMPARISONS
     report_to: None | str | list[str] = field(  # noqa: RUF036  the parser reads the members in this order
-        default="none", metadata={"help": "wandb, tensorboard, ...; none by default."}
+        default="none",
+        metadata={
+            "help": "Services that get the numbers, too: wandb, tensorboard, trackio, ... (requirements-trackers.txt). Several: a b, or a,b.",
+            "nargs": "+",
+        },
     )
     logging_steps: float = field(default=1, metadata={"help": "Log every N steps, or a share of all steps if below 1."})
     logging_nan_inf_filter: bool = field(
@@ -278,8 +357,10 @@ class VLConfig(TrainingArguments):
             "help": "False evaluates and ends: the model as loaded, or the checkpoint of --resume_from_checkpoint."
         },
     )
-    project_name: str | None = field(default=None, metadata={"help": "wandb project."})
-    group_name: str | None = field(default=None, metadata={"help": "wandb group."})
+    project_name: str | None = field(
+        default=None, metadata={"help": "Project of the run in wandb, trackio, mlflow, comet_ml, clearml, swanlab."}
+    )
+    group_name: str | None = field(default=None, metadata={"help": "Group of the run in wandb."})
     log_image_sensitivity: bool = field(
         default=False,
         metadata={"help": "At each evaluation, log how much response log-probs change when the images are swapped."},
@@ -303,14 +384,18 @@ class VLConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._refuse_flags()
+        if self.output_dir is None:
+            raise InputError("--output_dir is missing: name the folder of this run, for example runs/first.")
+        self.report_to = _trackers(self.report_to)
+        if (self.project_name or self.group_name) and not {*self.report_to} - {"none", "tensorboard"}:
+            raise InputError(
+                "--project_name and --group_name name a run in a service: add --report_to wandb (or another), or leave them out."
+            )
         if self.project_name:
-            os.environ["WANDB_PROJECT"] = self.project_name
+            self.project = self.project_name  # which trackio reads
+            os.environ.update(dict.fromkeys(PROJECT_VARIABLES, self.project_name))
         if self.group_name:
             os.environ["WANDB_RUN_GROUP"] = self.group_name
-        if (self.project_name or self.group_name) and self.report_to == "none":
-            raise InputError(
-                "--project_name and --group_name name a wandb run: add --report_to wandb, or leave them out."
-            )
         if self.logging_nan_inf_filter:
             raise InputError("--logging_nan_inf_filter True would hide a loss that is not finite: leave it out.")
         if self.remove_unused_columns:
@@ -330,6 +415,7 @@ class VLConfig(TrainingArguments):
 class SFTConfig(VLConfig):
     """Supervised fine-tuning on conversations: token-mean cross-entropy of the assistant's turns."""
 
+    title: ClassVar[str] = "Supervised fine-tuning"
     refused: ClassVar[dict[str, str]] = REFUSED
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
 
@@ -341,6 +427,7 @@ class DPOConfig(VLConfig):
     `parse` adds a field for every hyper-parameter of every loss, under its name: `args.beta`, `args.mdpo_delta`, ...
     """
 
+    title: ClassVar[str] = "DPO and other preference losses"
     learning_rate: float = field(
         default=1e-6, metadata={"help": "Peak learning rate; with LoRA 10 times this is usual."}
     )
@@ -352,7 +439,11 @@ class DPOConfig(VLConfig):
         default=None, metadata={"help": "One weight per --loss_type; 1 by default."}
     )
     corruption: Literal["crop", "diffusion", "black", "patch", "swap"] | None = field(
-        default=None, metadata={"help": "How losses that need it corrupt the image; their papers' way by default."}
+        default=None,
+        metadata={
+            "help": "How losses that need it corrupt the image; their papers' way by default. crop: a small part, diffusion: noise, "
+            "black: a black picture, patch: half of the squares greyed out, swap: another row's image."
+        },
     )
     diffusion_step: int = field(default=500, metadata={"help": "Noise of --corruption diffusion, of 1000 steps."})
     precompute_ref_log_probs: bool = field(
@@ -420,6 +511,7 @@ def _with_loss_flags(config: type[DPOConfig]) -> type[DPOConfig]:
 class RMConfig(VLConfig):
     """Reward model: a scalar head trained to rank responses (Bradley-Terry)."""
 
+    title: ClassVar[str] = "Reward model"
     learning_rate: float = field(
         default=1e-5, metadata={"help": "Peak learning rate; with LoRA 10 times this is usual."}
     )
@@ -448,10 +540,12 @@ BY_ESTIMATOR: dict[str, tuple[Any, Any]] = {
 class PPOConfig(VLConfig):
     """Policy optimisation against rewards (base/ppo_trainer.py), with a value function or without. Batch sizes are counted in rollouts."""
 
+    title: ClassVar[str] = "PPO and other policy gradients"
     advantage_estimator: Literal["gae", "rloo", "grpo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"] = field(
         default="gae",
         metadata={
-            "help": "gae is PPO with a value function. The others need none: an answer is compared with the others to its prompt (docs/rl.md)."
+            "help": "gae is PPO with a value function. The others need none (docs/rl.md): rloo and grpo compare an answer with its prompt's others, "
+            "reinforce_plus_plus with the whole batch, reinforce_plus_plus_baseline with both."
         },
     )
 
@@ -533,11 +627,15 @@ class PPOConfig(VLConfig):
     )
     importance_sampling_level: Literal["token", "sequence"] = field(
         default="token",
-        metadata={"help": "sequence: one ratio per answer, the mean over its tokens (GSPO, 2507.18071)."},
+        metadata={
+            "help": "token: a probability ratio per token. sequence: one per answer, the mean over its tokens (GSPO, 2507.18071)."
+        },
     )
     scale_rewards: Literal["group", "batch", "none"] = field(
         default="group",
-        metadata={"help": "With grpo: deviation that advantages are divided by; none is Dr. GRPO (2503.20783)."},
+        metadata={
+            "help": "With grpo: deviation that advantages are divided by, of the group or of the batch; none is Dr. GRPO (2503.20783)."
+        },
     )
     drop_uniform_groups: bool = field(
         default=False,
@@ -600,7 +698,7 @@ class PPOConfig(VLConfig):
         default=None,
         metadata={
             "help": "Weights of the value function: its own (separate, the default: an adapter; with full fine-tuning a second model), or the "
-            "policy's, with a head."
+            "policy's, with a head (shared)."
         },
     )
     init_value_from_reward: bool | None = field(
@@ -749,7 +847,7 @@ def parse(*classes: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
     argv = [*(sys.argv[1:] if argv is None else argv)]
     try:
         kinds = [_with_loss_flags(kind) if issubclass(kind, DPOConfig) else kind for kind in classes]
-        parser = TrlParser(kinds)
+        parser = DataclassParser(kinds, USUAL_OF_TRANSFORMERS)
         parsed = parser.parse_args_into_dataclasses(_in_our_flags(argv, parser))
     except InputError:
         raise
@@ -828,7 +926,7 @@ def _settle_lora(model_args: ModelArguments, lora_args: LoraArguments) -> None:
         setattr(lora_args, name, value)
 
 
-def _in_our_flags(argv: Sequence[str], parser: TrlParser) -> list[str]:
+def _in_our_flags(argv: Sequence[str], parser: DataclassParser) -> list[str]:
     """The command line behind the entries of its `--config`, with flags of other projects in our words."""
     known = {option.lstrip("-") for option in parser._option_string_actions}
     lists = {
@@ -839,7 +937,9 @@ def _in_our_flags(argv: Sequence[str], parser: TrlParser) -> list[str]:
     given = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
     config, more = other_flags.translate(config, known, lists)
     names: dict[str, str] = {}
-    for name in (word[2:] for word in config if word.startswith("--") and word[2:] in known):
+    for name in (word[2:] for word in config if word.startswith("--")):
+        if name not in known:
+            raise InputError(f"The file of --config has the key {name}, which is no flag{nearest(name, known)}")
         flag = parser._option_string_actions[f"--{name}"].dest
         if flag in names:
             raise InputError(f"The config file gives {flag} twice, under different names ({name}): leave one out.")

@@ -6,18 +6,18 @@ An adapter that QLoRA trained is merged into the quantised weights that it was t
 run of train_ppo.py the policy is merged; of a reward model also the head is copied.
 """
 
-import argparse
 from collections.abc import Sequence
 
 import torch
 
 from args import run
+from common.flags import FlagParser
 from models.merging import bits_of, merge_to
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Merge as the command line says, and print what was merged."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("base", help="checkpoint folder or hub id that the adapter was trained on")
     parser.add_argument("adapter", help="output folder of a run with --use_lora True, or one of its checkpoints")
     parser.add_argument("out", help="folder to write; must not hold files")

@@ -7,7 +7,6 @@ row), because decoding costs most. Each setting is one run of the trainer of tra
 the loader's `next`, without the first batch, for which workers start.
 """
 
-import argparse
 import itertools
 import statistics
 import tempfile
@@ -20,6 +19,7 @@ import torch
 from benchmarks.dpo_vs_trl import CASES, MORE_CASES, Case, our_trainer
 from benchmarks.models import SIZES, build, picture, rows
 from benchmarks.steps import LoadWatch, machine, markdown, write
+from common.flags import FlagParser
 
 
 def photographs(folder: Path, data: list[dict[str, Any]]) -> None:
@@ -66,7 +66,7 @@ def run(case: Case, checkpoint: Path, data: list[dict[str, Any]], workers: int, 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Measure every number of loader workers on one case, print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--case", default="llava-50", help="a case of benchmarks.dpo_vs_trl")
     parser.add_argument("--steps", type=int, default=6)

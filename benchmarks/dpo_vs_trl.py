@@ -10,7 +10,6 @@ it. TRL has no cached reference for images, so both of our columns are compared 
 all sides are compared step by step.
 """
 
-import argparse
 import fnmatch
 import gc
 import itertools
@@ -33,6 +32,7 @@ from base.trainer import VLDPOTrainer
 from benchmarks import floor
 from benchmarks.models import SIZES, build, rows
 from benchmarks.steps import LoadWatch, Side, Timings, machine, markdown, matmul_rate, take_turns, write
+from common.flags import FlagParser
 from data import DataSplits
 
 Row = dict[str, Any]
@@ -295,7 +295,7 @@ def table(found: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Measure the cases asked for, print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--case", action="append", help="names or patterns; all of the default table otherwise")
     parser.add_argument("--steps", type=int, default=3, help="measured steps of every side")

@@ -10,13 +10,13 @@ costs once more for its weight. A reference that runs online costs one more forw
 Not counted: norms, softmax, rotary embeddings, optimizer, image processing, and anything that only moves memory.
 """
 
-import argparse
 from dataclasses import dataclass
 
 import torch
 import transformers as tf
 
 from benchmarks.models import decoder as shape
+from common.flags import FlagParser
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def tower_macs(model: torch.nn.Module, img_inputs: dict) -> float:
 
 def main() -> None:
     """Print the floor of plain and shared layouts for LLaVA-1.5's decoder."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = FlagParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=("cpu", "7b"), default="7b")
     args = parser.parse_args()
     decoder = decoder_of(tf.LlamaConfig(**shape(args.size, 32064, (512, 4, 8), (4096, 11008, 32, 32, 32))))

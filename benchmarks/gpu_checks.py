@@ -33,6 +33,7 @@ from benchmarks import memory, models
 from benchmarks.dpo_vs_trl import Case, our_trainer
 from benchmarks.memory import GIB, Setup
 from benchmarks.steps import Side, machine
+from common.flags import FlagParser
 from data import DataSplits
 from tests import zoo
 
@@ -327,7 +328,7 @@ CHECKS = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one check."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("check", type=int, choices=range(1, len(CHECKS) + 1))
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(argv)

@@ -8,7 +8,6 @@ forward, backward and optimizer; and the peak of tensors in the latter. The boun
 allow: K (P + T) / (P + K T) for a prompt of P tokens and answers of T.
 """
 
-import argparse
 import gc
 import statistics
 import tempfile
@@ -30,6 +29,7 @@ import train_ppo
 from base.model import VLModelMixin
 from benchmarks.models import SIZES, build, rows
 from benchmarks.steps import MIB, LoadWatch, machine, markdown, peak_of, write
+from common.flags import FlagParser
 from data import DataSplits
 
 CASES = [f"{family}-{tokens}" for family in ("llava", "qwen2_5_vl") for tokens in (50, 150, 400)]
@@ -209,7 +209,7 @@ def run_case(case: str, size: str, answers: int, updates: int) -> dict[str, Any]
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--case", action="append", choices=CASES, help="several; all by default")
     parser.add_argument("--answers", type=int, default=8, help="K")

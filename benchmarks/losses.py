@@ -9,7 +9,6 @@ read a column get it: severity is 1 for an invented or a wrong object and 0.5 ot
 image_rejected the next row's picture.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -27,6 +26,7 @@ import losses
 import train_dpo
 from base.loading import load_adapter, load_model
 from common.errors import InputError
+from common.flags import FlagParser
 from data.scenes import CAPTION_PROMPT
 from eval.shapes import evaluate, read_scenes
 from models import core_mapper_for
@@ -167,7 +167,7 @@ def plot(results: dict[str, list[dict[str, float]]], sft: dict[str, float], path
 
 def main() -> None:
     """Train and evaluate every loss with every seed, then write the table and the plot."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument(
         "--demo", type=Path, default=Path("runs/demo"), help="folder of `make demo`: its data and its SFT checkpoint"
     )

@@ -11,7 +11,6 @@ each, in `memory`. tests/test_memory.py compares with tensors counted by torch's
 Not counted: the vision tower's activations (it is frozen by default), and what OVERHEAD and FRAGMENTATION assume.
 """
 
-import argparse
 import copy
 import functools
 import importlib
@@ -35,6 +34,7 @@ from base.fast_lora import use_fast_lora
 from base.packing import last_token_positions, pack_rows
 from base.reward import VLRewardModel
 from base.value import VLModelWithValueHead
+from common.flags import FlagParser
 from models import MODEL_NICKNAME_MAP, core_mapper_for
 from models.assemble import add_lora
 
@@ -357,7 +357,7 @@ def memory(model: str, setup: Setup) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print one table: the scripts side by side, or the parts of one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("--model", required=True, help=f"checkpoint folder, hub id, or offline: {', '.join(PUBLISHED)}")
     parser.add_argument("--script", choices=SCRIPTS, help="show the parts of this one")
     parser.add_argument("--method", choices=METHODS, nargs="+", default=list(METHODS))

@@ -7,7 +7,6 @@ does so too, with one row per answer. Configurations run one after the other, fo
 updates except the first of each configuration.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -23,6 +22,7 @@ import train_ppo
 from base.self_check import SelfCheck
 from benchmarks.models import SIZES, build, rows
 from benchmarks.steps import LoadWatch, machine, markdown, write
+from common.flags import FlagParser
 from data import DataSplits
 
 PHASES = ("rollout", "score", "evaluate_tokens", "optimise")
@@ -83,7 +83,7 @@ def updates_of(
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measure both configurations in turns, print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--family", default="llava")
     parser.add_argument("--tokens", type=int, default=50, help="tokens of every answer")

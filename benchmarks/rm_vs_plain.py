@@ -3,7 +3,6 @@
 OMP_NUM_THREADS=2 python -m benchmarks.rm_vs_plain --size cpu --out benchmarks/results
 """
 
-import argparse
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ import args as flags
 import train_rm
 from benchmarks.models import SIZES, build, rows
 from benchmarks.steps import LoadWatch, Side, machine, markdown, take_turns, write
+from common.flags import FlagParser
 from data import DataSplits
 
 CASES = [
@@ -78,7 +78,7 @@ def run_case(family: str, tokens: int, responses: int, size: str, steps: int, pr
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Measure every case, print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--out", help="folder for rm_vs_plain_SIZE.json and .md")

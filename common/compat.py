@@ -1,11 +1,15 @@
 """Environment fixes, each with its reason. Import this before transformers.
 
-PyPI's torchvision wheel is linked against CUDA. With a CPU-only torch its C library does not load, the operator
+1. PyPI's torchvision wheel is linked against CUDA. With a CPU-only torch its C library does not load, the operator
    `torchvision::nms` is never defined, `import torchvision` fails, and with it every processor of transformers.
    Declaring the two operators is enough: nothing here calls them.
+2. bitsandbytes and DeepSpeed tell every command that there is no GPU, and transformers tells its callers in peft and trl that a name
+   will change: lines that no user can act on stand before those that he must read.
 """
 
+import logging
 import os
+import warnings
 from datetime import timedelta
 
 import torch
@@ -15,6 +19,11 @@ if torch.version.cuda is None and torch.version.hip is None:
     _TORCHVISION_OPS = torch.library.Library("torchvision", "DEF")
     for _name in ("nms", "qnms"):
         _TORCHVISION_OPS.define(_name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+_NOISE = ("Failed to load CPU gemm_4bit_forward", "Setting accelerator to CPU")
+for _logger in ("bitsandbytes.backends.cpu.ops", "DeepSpeed"):
+    logging.getLogger(_logger).addFilter(lambda record: not str(record.msg).startswith(_NOISE))
+warnings.filterwarnings("ignore", r".*`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def write_hub_names(model: torch.nn.Module) -> None:

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 # What a disk says, and not a mistake of the program.
 _DISK = (
@@ -55,7 +56,7 @@ def run(main: Callable[[], object]) -> None:
         fail(f"{trouble}: free space, or give a folder that can be written.")
 
 
-def fail(message: InputError | str) -> None:
+def fail(message: InputError | str) -> NoReturn:
     """Print one sentence on stderr and exit with status 2."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)

@@ -12,7 +12,6 @@ writes (and with --init_model an untrained LLaVA that fits the pictures):
     eval.json         held-out scenes with their objects, true captions and questions (python -m eval.shapes)
 """
 
-import argparse
 import itertools
 import random
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from transformers import (
 )
 
 from common.compat import write_hub_names
+from common.flags import FlagParser
 from data.scenes import CAPTION_PROMPT, CELL, NUM_SCENES, SIZE, caption, questions, scenes, write
 
 # The format of llava-hf/llava-1.5-7b-hf: images first, a space after every text, no end token.
@@ -135,7 +135,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the files, the model, or both."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, help="folder of the pictures and files")
     parser.add_argument("--num_train", type=int, default=NUM_SCENES, help="training scenes")
     parser.add_argument("--num_eval", type=int, default=300, help="held-out scenes")

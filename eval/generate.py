@@ -37,6 +37,7 @@ from base.packing import scatter_to_responses
 from base.processor import VLProcessor
 from base.shared_prefill import answers_of_one_prefill, beams_of_one_prefill
 from common.errors import InputError
+from common.flags import FlagParser
 from eval.benchmark_files import TASKS, Row, check_images, prompt, read_task
 from eval.flags import add_data_flags, add_model_flags, add_switch, add_thinking_flag
 from eval.ledger import Ledger
@@ -482,7 +483,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line (`argv` in its place)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("--task", required=True, choices=list(TASKS))
     add_model_flags(parser)
     add_data_flags(parser)

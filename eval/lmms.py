@@ -8,11 +8,11 @@ Flags other than --model_name_or_path, --adapter, --bf16 and --batch_size are lm
 and AMBER its numbers are not the official ones (docs/evaluation.md): use the scorers here for those.
 """
 
-import argparse
 import sys
 
 from args import run
 from common.errors import InputError
+from common.flags import FlagParser
 from eval.flags import add_model_flags, add_switch, add_thinking_flag
 
 NAME = "vl_rlhf"
@@ -33,7 +33,7 @@ def register() -> None:
 
 def forwarded(argv: list[str] | None = None) -> list[str]:
     """lmms-eval's command line for ours."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     add_model_flags(parser)
     add_switch(parser, "--bf16", help="weights and activations in bfloat16 (default float32)")
     add_thinking_flag(parser)

@@ -9,7 +9,6 @@ curve.png               headline metrics over training steps
 index.html              answers side by side with hallucinated words marked, filters; one file, nothing is fetched
 """
 
-import argparse
 import base64
 import html
 import io
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import InputError, run
 from common.files import write_text
+from common.flags import FlagParser
 from eval.benchmark_files import Row, prompt, read_task
 from eval.files import read_any, read_records
 
@@ -429,7 +429,7 @@ def write_report(runs: list[Run], folder: Path, max_rows: int = 200) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line (`argv` in its place)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("runs", nargs="+", help="folders with results.json (or with eval/results.json)")
     parser.add_argument("--output", default="report", help="folder to write")
     parser.add_argument(

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from common.errors import InputError
 from common.files import write_json, write_json_lines
+from common.flags import FlagParser
 from common.versions import installed_versions
 from eval.answer_files import read_answers
 from eval.benchmark_files import Row, read_task
@@ -56,7 +57,7 @@ def meta_path(answers: str | Path) -> Path:
 
 def scorer_parser(description: str | None, tasks: Iterable[str]) -> argparse.ArgumentParser:
     """The command line that all scorers have in common."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=description)
     names = list(tasks)
     parser.add_argument("--task", required=len(names) > 1, default=names[0], choices=names)
     add_data_flags(parser, "where the report page finds image files (default: as recorded)")

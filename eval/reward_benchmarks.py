@@ -1,6 +1,5 @@
 """Reward benchmarks: VL-RewardBench, Multimodal RewardBench, MM-RLHF-RewardBench. Run by `python -m eval.reward`."""
 
-import argparse
 import math
 import random
 import re
@@ -8,6 +7,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from common.errors import InputError
+from common.flags import FlagParser
 from eval.answer_files import match, read_answer_records
 from eval.benchmark_files import Row, read_task, vlrewardbench_key
 from eval.files import need, read_any, read_records
@@ -238,7 +238,7 @@ def _detail(row: Row, pair: Pair, right: bool, category: str) -> dict:
 
 def main(argv: list[str], description: str | None = None) -> None:
     """Score one benchmark, with a model or from a file of scores or replies."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=description)
     parser.add_argument("--task", required=True, choices=list(SCORERS))
     add_data_flags(parser)
     parser.add_argument("--limit", type=int, help="the first N rows only; marked in every table")

@@ -22,6 +22,7 @@ from base.reward import score_rows
 from base.row_checks import ProcessorCheck
 from common.errors import InputError
 from common.files import replacing
+from common.flags import FlagParser
 from data import load_train_eval
 from data.pairs import ordered_pairs
 from eval.benchmark_files import Row, check_images, read_task
@@ -124,7 +125,7 @@ def implicit_reward(args: argparse.Namespace, device: torch.device) -> tuple[Sco
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line (`argv` in its place)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     add_flag(parser, "--model_name_or_path", "--model", required=True, help="output folder of train_rm.py")
     parser.add_argument("--dataset_name", required=True, help="as for train_rm.py")
     parser.add_argument("--data_path", help="file or folder of the data set")

@@ -14,7 +14,6 @@ writes scores.json and answers.jsonl to the folder. All answers are greedy.
     counting_accuracy  counting questions answered correctly
 """
 
-import argparse
 import json
 import re
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from args import run
 from base.loading import load_adapter, load_model
 from common.errors import InputError
 from common.files import write_json, write_json_lines
+from common.flags import FlagParser
 from data.scenes import COLOURS, PLACES, SHAPES, Thing, read_caption
 from eval.flags import add_flag, add_model_flags
 from eval.generate import processor_for
@@ -166,7 +166,7 @@ def evaluate(model: str, adapter: str | None, data: Path, output: Path, batch_si
 
 def main() -> None:
     """Answer the held-out questions and score the answers."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     add_model_flags(parser)
     add_flag(parser, "--data_path", "--data", required=True, type=Path, help="eval.json of data.shapes")
     parser.add_argument("--output", required=True, type=Path, help="folder of scores.json and answers.jsonl")

@@ -6,7 +6,6 @@ reads, as far as they are there, of every stage (sft, rm, dpo, ppo, grpo) `<stag
 `eval/<stage>/` (python -m eval.shapes), and seconds.tsv. The page is one file that fetches nothing.
 """
 
-import argparse
 import base64
 import html
 import json
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from common.errors import InputError, run
 from common.files import write_json, write_text
+from common.flags import FlagParser
 from data.scenes import Thing
 from eval.shapes import marked, mentions, read_scenes
 
@@ -205,7 +205,7 @@ def page(folder: Path, report: dict[str, dict[str, float]]) -> str:
 
 def main() -> None:
     """Write the report of a demo folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="runs/demo")
     folder = parser.parse_args().folder
     report = report_of(folder)

@@ -23,6 +23,7 @@ import yaml
 
 from args import run
 from common.errors import InputError
+from common.flags import FlagParser
 from eval import chair, choice, judged, mathvista, report, reward, reward_benchmarks, yesno
 from eval.benchmark_files import read_task
 from eval.files import read_text
@@ -149,7 +150,7 @@ def _accepted(score: object, values: dict | None) -> dict | None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line (`argv` in its place)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("--checkpoints", nargs="+", required=True, help="checkpoints, hub ids or adapter folders")
     parser.add_argument("--benchmarks", required=True, help="benchmarks.yaml, see above")
     parser.add_argument("--tasks", help="joined by commas; default: all of the file")

@@ -1,10 +1,11 @@
 """Command line of the converters: IN OUT [--reverse]."""
 
-import argparse
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from common.flags import FlagParser
 
 
 def main(
@@ -19,9 +20,7 @@ def main(
 
     If the conversion fails, the output folder is removed, so that half a checkpoint never stays behind.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser(prog=f"python -m {module}", description=description)
     parser.add_argument("source", metavar="IN", help="checkpoint folder, or a name on the hub")
     parser.add_argument("target", metavar="OUT", type=Path, help="folder to write; it must not exist")
     parser.add_argument("--reverse", action="store_true", help="from the native layout to the original one")

@@ -171,7 +171,7 @@ def test_every_target_exists():
     known = set()
     for config in CONFIGS.values():
         kinds = [*OTHERS, args._with_loss_flags(config) if config is args.DPOConfig else config]
-        known |= {option.lstrip("-") for option in args.TrlParser(kinds)._option_string_actions}
+        known |= {option.lstrip("-") for option in args.DataclassParser(kinds)._option_string_actions}
     for table in other_flags.OTHERS.values():
         for name, entry in table.items():
             targets = [entry] if isinstance(entry, str) else []
