@@ -86,8 +86,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer.evaluate_alone(resume_from)
         return
     trainer.train(resume_from_checkpoint=resume_from)
-    if trainer.eval_dataset is not None:
-        trainer.evaluate()  # accuracy on the held-out pairs, and calibration.png
 
     # ---- Save ------------------------------------------------------------------------------------------------------
     trainer.save_model()

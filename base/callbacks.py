@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import IntervalStrategy
 
 from base.collator import VLDPODataCollatorWithPadding
 from losses import update_running_mean
@@ -42,3 +43,12 @@ class SetEpoch(TrainerCallback):
     ) -> None:
         """Hand the epoch on."""
         self.collator.epoch = int(state.epoch or 0)
+
+
+class EvaluateAtEnd(TrainerCallback):
+    """Evaluates after the last step, whatever --eval_strategy says of the steps before: rows that were held out are looked at."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for it. At the end of an epoch the strategy does."""
+        if state.global_step >= state.max_steps and args.eval_strategy != IntervalStrategy.EPOCH:
+            control.should_evaluate = True

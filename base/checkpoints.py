@@ -7,6 +7,7 @@ SIGTERM, which a cluster sends before it takes a machine away, ends training aft
 """
 
 import functools
+import json
 import os
 import shutil
 import signal
@@ -28,10 +29,12 @@ from transformers.trainer_utils import TrainOutput, sort_checkpoints
 
 from args import RUN_JSON
 from base.bad_steps import BadSteps
+from base.layout import ADAPTER_CONFIG
 from base.loading import load_weights
+from base.model_card import model_card
 from base.resume import newest_whole_checkpoint, write_checksums
 from common.errors import InputError, disk_trouble
-from common.files import flush, make_valid_json
+from common.files import flush, make_valid_json, write_text
 from common.tensors import first_not_finite
 
 EXIT_PREEMPTED = 75  # sysexits.h EX_TEMPFAIL: nothing is wrong, start the same command again
@@ -281,10 +284,12 @@ class SafeCheckpoints(Trainer):
         """As Trainer's; files are written elsewhere and moved, so that none is ever half written."""
         if self._save_root is not None:  # part of a checkpoint, which is renamed as a whole
             super().save_model(output_dir, _internal_call=True)
+            self._write_card(Path(output_dir or self._save_root))
             return
         out = Path(output_dir or self.args.output_dir)
         with self._aside("The model") as folder:
             super().save_model(str(folder), _internal_call=True)
+            self._write_card(folder)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 flush(folder)
@@ -305,6 +310,16 @@ class SafeCheckpoints(Trainer):
             self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _write_card(self, folder: Path) -> None:
+        """README.md in place of the empty forms that peft writes, of what run.json says."""
+        run = Path(self.args.output_dir) / RUN_JSON
+        if not self.args.should_save or not run.is_file():
+            return
+        for form in folder.rglob("README.md"):
+            form.unlink()
+        is_adapter = (folder / ADAPTER_CONFIG).is_file()
+        write_text(folder / "README.md", model_card(json.loads(run.read_text()), self.state.log_history, is_adapter))
 
     # -- loading ---------------------------------------------------------------------------------------------------------
 

@@ -1,16 +1,19 @@
 """What lies in a checkpoint's folder, and in that of a LoRA adapter."""
 
+import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig, ProcessorMixin
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from common.errors import InputError
 
+logger = logging.get_logger(__name__)
 # Fields that processors of older checkpoints lack -> where config.json has them
 PROCESSOR_FIELDS: dict[str, Callable[[PreTrainedConfig], Any]] = {
     "patch_size": lambda config: config.vision_config.patch_size,
@@ -34,6 +37,31 @@ def base_model_path(model_name_or_path: str) -> str:
         raise InputError(
             f"{adapter} names no base_model_name_or_path: add the checkpoint that the adapter was trained on."
         )
+    return _where_base_lies(base, adapter.parent.absolute())
+
+
+def without_cwd(model_name_or_path: str) -> str:
+    """A folder's absolute path, so that what names it can be read from any working folder; a hub id as it is."""
+    return os.path.abspath(model_name_or_path) if Path(model_name_or_path).is_dir() else model_name_or_path
+
+
+@functools.cache
+def _where_base_lies(base: str, adapter: Path) -> str:
+    """Where the base is that an adapter names: there, or, if both have moved together, at the same place beside or above the adapter.
+
+    Of a path that is gone the longest tail counts that a checkpoint has: for /old/runs/sft and the adapter /new/runs/dpo
+    that is /new/runs/sft. Of what may be a hub id, "name/model", only the whole.
+    """
+    if Path(base).is_dir():
+        return without_cwd(base)
+    parts = [part for part in Path(base).parts if part not in ("/", "..")]
+    shortest = 1 if os.path.isabs(base) or len(Path(base).parts) != 2 or base.startswith(".") else 2
+    for length in range(len(parts), shortest - 1, -1):
+        for folder in adapter.parents:
+            place = folder.joinpath(*parts[-length:])
+            if (place / "config.json").is_file():
+                logger.warning("The base of the adapter %s is no longer at %s: taking %s.", adapter, base, place)
+                return str(place)
     return base
 
 

@@ -178,6 +178,8 @@ def load_adapter(
                     model, folder, adapter_name=adapter_name, is_trainable=is_trainable, key_mapping=renames
                 )
     _set_adapter_weights(model, folder, adapter_name)
+    if (Path(folder) / ADAPTER_CONFIG).is_file():
+        model.peft_config[adapter_name].base_model_name_or_path = base_model_path(folder)  # where it lies now
     return model
 
 

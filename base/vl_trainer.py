@@ -14,6 +14,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from args import VLConfig
 from base.batch import Batch, ImageInputs
+from base.callbacks import EvaluateAtEnd
 from base.checkpoints import SafeCheckpoints
 from base.collator import VLDataCollator
 from base.features import pooled_features
@@ -111,6 +112,8 @@ class VLTrainer(SafeCheckpoints):
             **kwargs,
         )
         self.add_callback(SelfCheck(self))
+        if self.eval_dataset is not None:
+            self.add_callback(EvaluateAtEnd())
         # Sums and counts, (2,), or (2, 2) for the sum of two means
         self._metrics: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
 

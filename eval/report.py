@@ -151,7 +151,8 @@ def _format(value: float | None, metric: Metric) -> str:
 
 def _best(values: list[float | None], metric: Metric) -> float | None:
     present = [v for v in values if v is not None]
-    return None if len(present) < 2 or metric.title in NO_AXIS else (min if metric.lower else max)(present)
+    # numbers that are all equal have no best
+    return None if len(set(present)) < 2 or metric.title in NO_AXIS else (min if metric.lower else max)(present)
 
 
 def notes(runs: list[Run]) -> list[str]:
@@ -178,6 +179,13 @@ def notes(runs: list[Run]) -> list[str]:
         settings = {json.dumps(e.get("generation"), sort_keys=True) for _, e in entries if e.get("generation")}
         if len(settings) > 1:
             out.append(f"{name}: generation settings differ between runs: {' | '.join(sorted(settings))}")
+        unclear = [
+            f"{run_name} {e['scores']['unclear']:g} of {e['rows']}"
+            for run_name, e in entries
+            if e["scores"].get("unclear")
+        ]
+        if unclear:
+            out.append(f"{name}: answers with neither yes nor no, which count as yes: {', '.join(unclear)}")
         if name.endswith("_rule"):
             out.append(f"{name}: rule mode, not the judged number of the papers")
     return out
@@ -303,10 +311,18 @@ def _small_multiples(
     handles, labels = next(
         (a.get_legend_handles_labels() for a in axes.flat if a.get_legend_handles_labels()[0]), ([], [])
     )
-    if handles:
-        figure.legend(handles, labels, loc="lower center", ncols=min(4, len(handles)), frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, 0.06 if handles else 0, 1, 1))
-    figure.savefig(path, dpi=130)
+    figure.tight_layout()
+    if handles:  # below the axes, whatever its height: `bbox_inches` makes the picture as tall as that needs
+        figure.legend(
+            handles,
+            labels,
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0),
+            ncols=min(4, len(handles)),
+            frameon=False,
+            fontsize=9,
+        )
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
 
 

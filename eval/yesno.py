@@ -26,7 +26,10 @@ def pope_parse(answer: str) -> str:
 
 
 def score_pope(rows: list[Row], answers: list[str]) -> tuple[Scores, list[dict]]:
-    """Accuracy, precision, recall, F1 (positive = yes) and the share of predicted yes, per split and their mean."""
+    """Accuracy, precision, recall, F1 (positive = yes) and the share of predicted yes, per split and their mean.
+
+    `unclear` counts answers that hold neither word. The official rule takes them as yes, which alone gives an F1 of 66.7.
+    """
     counts: dict[str, dict[str, int]] = {}
     details = []
     for row, answer in zip(rows, answers, strict=True):
@@ -38,6 +41,7 @@ def score_pope(rows: list[Row], answers: list[str]) -> tuple[Scores, list[dict]]
     scores = {f"{split}/{k}": v for split, m in per_split.items() for k, v in m.items()}
     for k in ("accuracy", "precision", "recall", "f1", "yes_ratio"):
         scores[f"mean/{k}"] = sum(m[k] for m in per_split.values()) / len(per_split)
+    scores["unclear"] = sum(not re.search(r"\b(yes|no|not)\b", answer, re.IGNORECASE) for answer in answers)
     return scores, details
 
 

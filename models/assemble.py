@@ -20,6 +20,7 @@ from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 from args import NEW_ADAPTER, RUN_JSON, LoraArguments, ModelArguments, VLConfig
 from base.adapters import Role
 from base.fast_lora import use_fast_lora
+from base.layout import without_cwd
 from base.loading import base_model_path, load_adapter, load_model
 from base.resume import checkpoint_to_resume
 from common.errors import InputError
@@ -236,9 +237,11 @@ def add_lora(model: torch.nn.Module, lora_args: LoraArguments, gradient_checkpoi
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, config)
+        peft_model = get_peft_model(model, config)
     except ValueError as error:  # the regular expression matches nothing, or a module that LoRA cannot adapt
         raise InputError(f"--lora_target_modules: {' '.join(str(error).split())[:300]}") from error
+    config.base_model_name_or_path = without_cwd(config.base_model_name_or_path)  # goes to adapter_config.json
+    return peft_model
 
 
 def _targets(targets: list[str], model: torch.nn.Module) -> str:

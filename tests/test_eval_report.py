@@ -217,3 +217,45 @@ def test_sweep_refuses_what_it_does_not_know(tmp_path: Path) -> None:
 def test_likelihood_belongs_to_seed() -> None:
     with pytest.raises(InputError, match="variant of --task seed only"):
         choice.main(["--task", "mmmu", "--likelihood", "--data_path", "x", "--answers", "y"])
+
+
+def test_equal_numbers_have_no_best(runs: list[Path]) -> None:
+    found = report.read_runs(runs)
+    for run in found:
+        run.results = {"chair": dict(run.results["pope"], scores={"CHAIRs": 0.5, "CHAIRi": 0.25})}
+    assert "**" not in report.markdown(found) and r"\textbf" not in report.latex(found)
+
+
+def test_answers_without_yes_or_no_are_noted(runs: list[Path], tmp_path: Path) -> None:
+    """The official rule takes them as yes: 66.7 without one clear answer."""
+    answers = tmp_path / "pope.jsonl"
+    answers.write_text(
+        "".join(json.dumps({"id": f"random/{i + 1}", "answer": "A dog. Nothing else"}) + "\n" for i in range(72))
+    )
+    questions = GOLDENS / "pope/coco_pope_random.json"
+    yesno.main(["--task", "pope", "--data_path", str(questions), "--answers", str(answers)])
+    found = report.read_runs([tmp_path])
+    assert found[0].results["pope"]["scores"]["mean/f1"] == pytest.approx(2 / 3)
+    (note,) = [note for note in report.notes(found) if "neither yes nor no" in note]
+    assert note.endswith(f"{found[0].name} 72 of 72")
+    text = answers.read_text().replace("A dog. Nothing else", "Hm. Yes").replace("Yes", "No, none", 1)
+    answers.write_text(text)
+    yesno.main(["--task", "pope", "--data_path", str(questions), "--answers", str(answers)])
+    assert not [note for note in report.notes(report.read_runs([tmp_path])) if "neither" in note]
+
+
+@pytest.mark.parametrize("number", [3, 5, 9])
+def test_the_legend_lies_below_the_bars(runs: list[Path], tmp_path: Path, monkeypatch, number: int) -> None:
+    import matplotlib.pyplot as plt
+
+    kept: list = []
+    monkeypatch.setattr(plt, "close", kept.append)
+    found = [report.Run(f"run {i}", runs[0], report.read_runs(runs[:1])[0].results) for i in range(number)]
+    table = report.columns(found)
+    report._small_multiples(found, table, report.cells(found, table), tmp_path / "bars.png", report._bars)
+    (figure,) = kept
+    (legend,) = figure.legends
+    top = legend.get_window_extent().y1
+    assert all(top <= axis.get_tightbbox().y0 for axis in figure.axes if axis.axison)
+    monkeypatch.undo()
+    plt.close(figure)
