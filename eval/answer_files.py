@@ -27,10 +27,11 @@ QUESTION_COLUMNS = "question prompt query input text instruction bare_question r
 # The reply of the model, where a record may hold the truth, too.
 REPLY_COLUMNS = (
     "prediction model_prediction response model_response model_answer model_output filtered_resps resps reply text caption "
-    "output completion generated_text generation generated_answer predicted_answer pred_answer pred model_pred pred_ans answer_pred"
+    "output outputs predict hypothesis completion "
+    "generated_text generation generated_answer predicted_answer pred_answer pred model_pred pred_ans answer_pred"
 ).split()
 TRUTH_COLUMNS = (
-    "gt gt_answer ground_truth groundtruth label target gold gold_answer reference truth correct_answer gt_ans gtruth solution"
+    "gt gt_answer ground_truth groundtruth label target gold gold_answer reference truth correct_answer gt_ans gtruth solution answer_key key_answer"
 ).split()
 # Words in the name of a column that no list foresees: `llava_output`, `my_answer`; `expected_answer` is a truth.
 _REPLY_WORDS = frozenset(
@@ -41,7 +42,7 @@ _TRUTH_WORDS = frozenset(
     "gt gold golden true truth correct reference ref right expected target ground label official human std standard".split()
 )
 _NOT_A_REPLY = frozenset(
-    "id ids name type time token tokens length len log logs hit score scores category path file hash parsed extraction "
+    "id ids name type time token tokens length len log logs hit score scores category path file hash parsed extraction extracted "
     "count num number index".split()
 )
 _ID_WORDS = frozenset("id ids idx index key uid uuid no number qid pid".split())
@@ -151,6 +152,11 @@ def _records_of_object(data: dict, path: Path) -> list[Record]:
         keys = [list(c) if isinstance(c, dict) else list(range(len(c))) for c in columns]
         if all(k == keys[0] for k in keys):  # a table by columns, as pandas' to_dict and to_json write it
             return [{name: column[key] for name, column in data.items()} for key in keys[0]]
+    within = [
+        v for name, v in data.items() if _plain(name) in ("predictions", "answers", "responses", "results", "outputs")
+    ]
+    if len(data) > 1 and len(within) == 1 and isinstance(within[0], dict):  # beside what is said of the run
+        return _records_of_object(within[0], path)
     if data and all(isinstance(v, dict) for v in data.values()):
         return [{KEY: k, **v} for k, v in data.items()]
     if names & {*REPLY_COLUMNS, *ID_COLUMNS[:4], "answer"}:
@@ -442,17 +448,58 @@ def reply_column(records: list[Record], rows: list[Row], path: str | Path) -> st
         raise InputError(
             f"{path}: '{candidates[0]}' and '{differ[0]}' may both be the model's reply; remove or rename one of them"
         )
-    if candidates:
-        return candidates[0]
+    if known:
+        return known[0]
+    unclear = [n for n in _further_texts(texts, records, rows) if n not in other]
+    if other:  # a guess by its name: right only if nothing else can be meant
+        if "answer" in texts and any(map(_is_truth, texts)):
+            unclear = [texts["answer"], *unclear]  # not the truth, which stands in a column of its own
+        if unclear:
+            raise InputError(
+                f"{path}: '{other[0]}' and '{unclear[0]}' may both be the model's reply; name the reply 'prediction'"
+            )
+        return other[0]
     if "answer" not in texts:
         raise InputError(f"{path}: row 0 has no answer; one of {', '.join(REPLY_COLUMNS[:9])}, answer is expected")
-    _refuse_truth(texts, records, rows, path)
+    _refuse_truth(texts, records, rows, unclear, path)
     return texts["answer"]
 
 
-def _refuse_truth(texts: dict[str, str], records: list[Record], rows: list[Row], path: str | Path) -> None:
-    """Raise InputError if `answer` is the truth of a question file, or may be: it agrees everywhere and another column has texts."""
+def _further_texts(texts: dict[str, str], records: list[Record], rows: list[Row]) -> list[str]:
+    """Columns of texts that differ from row to row, are not the question file's own, and whose name does not say what they are."""
+    named = {*REPLY_COLUMNS, *TRUTH_COLUMNS, *_NEVER_A_REPLY}
+    found = [
+        n for plain, n in texts.items()
+        if plain not in named and not _words_of(plain) & (_NOT_A_REPLY | _TRUTH_WORDS | _ID_WORDS) and _holds_texts(n, records)
+    ]  # fmt: skip
+    of_rows = [{str(value) for value in row.values()} for row in rows]
+    return [
+        n
+        for n in found
+        if len({str(r.get(n)) for r in records}) > 1
+        and not all(str(r.get(n)) in values for r, values in zip(records, of_rows, strict=True))
+    ]
+
+
+def _refuse_truth(
+    texts: dict[str, str], records: list[Record], rows: list[Row], unclear: list[str], path: str | Path
+) -> None:
+    """Raise InputError if `answer` is the truth of a question file, or may be: it agrees everywhere, or the data tell no truth,
+    and another column has texts (`unclear`)."""
     answer = texts["answer"]
+    truth = [row.get("label", row.get("answer")) for row in rows]
+    agrees = all(
+        t is not None and _words(t).lower() == _words(r.get(answer)).lower()
+        for t, r in zip(truth, records, strict=True)
+    )
+    if agrees and unclear:
+        raise InputError(
+            f"{path}: '{answer}' is the truth in every row, so '{unclear[0]}' may be the model's reply; name the reply 'prediction'"
+        )
+    if unclear and all(t is None for t in truth) and not any(map(_is_truth, texts)):
+        raise InputError(
+            f"{path}: '{answer}' and '{unclear[0]}' may both be the model's reply; name the reply 'prediction'"
+        )
     if any(map(_is_truth, texts)) or "prompt" in texts:
         return
     shown = records[0].get(texts["image"]) if "image" in texts else None
@@ -464,17 +511,6 @@ def _refuse_truth(texts: dict[str, str], records: list[Record], rows: list[Row],
         raise InputError(
             f"{path}: its '{answer}' stands beside the question's columns, so it is the truth, and no column holds the model's "
             "reply; name that 'prediction'"
-        )
-    truth = [row.get("label", row.get("answer")) for row in rows]
-    agrees = all(
-        t is not None and _words(t).lower() == _words(r.get(answer)).lower()
-        for t, r in zip(truth, records, strict=True)
-    )
-    others = [n for plain, n in texts.items() if plain not in _NEVER_A_REPLY and _holds_texts(n, records)]
-    varied = [n for n in others if len({str(r.get(n)) for r in records}) > 1]
-    if agrees and varied:
-        raise InputError(
-            f"{path}: '{answer}' is the truth in every row, so '{varied[0]}' may be the model's reply; name the reply 'prediction'"
         )
 
 

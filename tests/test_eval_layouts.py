@@ -257,6 +257,13 @@ SCALARS = {
         {"index": n, "target": TRUTH[n], "resps": [[t + " "]], "filtered_resps": t} for n, t in enumerate(REPLIES)
     ],
     "numbers as floats": lambda: [{"index": float(n), "prediction": t} for n, t in enumerate(REPLIES)],
+    "within an object, by id": lambda: {"run": {"model": "m"}, "predictions": {str(n): text for n, text in enumerate(REPLIES)}},
+    "beside a truth by another name": lambda: [
+        {"index": n, "key_answer": TRUTH[n], "my_answer": t, "extracted_answer": "A"} for n, t in enumerate(REPLIES)
+    ],
+    "LLaMA-Factory's predictions": lambda: [
+        {"prompt": QUESTIONS[n], "predict": t, "label": TRUTH[n]} for n, t in enumerate(REPLIES)
+    ],
     "extra records": lambda: [{"index": n, "prediction": t} for n, t in enumerate([*REPLIES, "more"])],
 }  # fmt: skip
 
@@ -277,6 +284,11 @@ REFUSED = [
     (rows_with(text=REPLIES, output=TRUTH, answer=TRUTH), "'text' and 'output' may both be the model's reply"),
     (rows_with(llava_output=REPLIES, gpt4_output=TRUTH), "'llava_output' and 'gpt4_output' may both be the model's reply"),
     (rows_with(answer=TRUTH, llava=REPLIES), "'answer' is the truth in every row, so 'llava' may be the model's reply"),
+    (rows_with(answer=TRUTH, gt=TRUTH, llava=REPLIES), "'answer' is the truth in every row, so 'llava' may be the model's reply"),
+    (rows_with(answer=TRUTH, prompt=QUESTIONS, llava=REPLIES), "'answer' is the truth in every row, so 'llava' may be"),
+    (rows_with(my_answer=TRUTH, verbatim=REPLIES), "'my_answer' and 'verbatim' may both be the model's reply"),
+    (rows_with(answer=REPLIES, gt=TRUTH, other_response=TRUTH[::-1]), "'other_response' and 'answer' may both be the model's reply"),
+    (rows_with(extracted_answer=REPLIES), "row 0 has no answer"),
     (rows_with(question=QUESTIONS, answer=TRUTH, A=["x"] * 4, B=["y"] * 4), "'answer' stands beside the question's columns"),
     (rows_with(question=QUESTIONS, label=TRUTH), "row 0 has no answer"),
     (rows_with(prediction=[None, *REPLIES[1:]]), "the answer of row 0 is NoneType, a string is expected"),
@@ -303,6 +315,16 @@ def test_what_stays_unclear_is_one_sentence(content: object, sentence: str, tmp_
     with pytest.raises(InputError, match=re.escape(sentence)) as error:
         read_answers(tmp_path / "a.json", MME)
     assert str(tmp_path / "a.json") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_where_the_data_tell_no_truth_an_answer_beside_another_text_is_unclear(tmp_path: Path) -> None:
+    rows = read_task("amber", LAYOUTS / "amber/query/query_all.json")
+    records = [{"id": row["id"], "answer": "yes", "verbatim": f"No {n}."} for n, row in enumerate(rows)]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    with pytest.raises(InputError, match="'answer' and 'verbatim' may both be the model's reply"):
+        read_answers(tmp_path / "a.json", rows)
+    (tmp_path / "b.json").write_text(json.dumps([{k: r[k] for k in ("id", "answer")} for r in records]))
+    assert read_answers(tmp_path / "b.json", rows) == ["yes"] * len(rows)
 
 
 def test_of_two_ids_the_one_counts_whose_questions_agree(tmp_path: Path) -> None:
