@@ -93,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         empty = empty or not good
         about = _about(args, kind, rows, usable)
         facts = _facts(args.dataset_name, kind, rows, usable, found, len(set(verdicts.content[good].tolist())))
-        facts[1:1] = about
+        facts[2:2] = about[5:]  # after "usable"
+        facts[1:1] = about[:5]
         if processor is not None and good:
             collators = {
                 "conversation": adapter.sft_collator,
@@ -334,7 +335,7 @@ def _section(
     train_on: str,
 ) -> str:
     lines = "".join(
-        f'<tr class="d{(len(n) - len(n.lstrip())) // 2}"><td>{html.escape(n.strip())}</td><td>{html.escape(v)}</td></tr>'
+        f'<tr class="d{(len(n) - len(n.lstrip())) // 2}{_loud(n, v)}"><td>{html.escape(n.strip())}</td><td>{html.escape(v)}</td></tr>'
         for n, v in facts
     )
     bad = "".join(
@@ -349,9 +350,21 @@ def _section(
     )
 
 
+def _loud(name: str, value: str) -> str:
+    """The class of a line that asks for a look: reasons why rows are refused, rows that are too long, NOT ONE ROW ..."""
+    return (
+        " loud"
+        if name.strip().startswith("NOT ONE") or (name.startswith("    ") and value not in ("0", "0.0%"))
+        else ""
+    )
+
+
 def _card(row: Row, kind: Kind, processor: VLProcessor | None, train_on: str) -> str:
     images: list = row["images"]  # type: ignore[assignment]
-    pictures = "".join(_picture(image) for image in images) or "<p class=none>no image</p>"
+    pictures = (
+        "".join(_picture(image, f"image {i} of {len(images)}") for i, image in enumerate(images, 1))
+        or "<p class=none>no image</p>"
+    )
     if kind == "conversation":
         text = _conversation(row, processor, train_on)
     else:
@@ -367,7 +380,7 @@ def _card(row: Row, kind: Kind, processor: VLProcessor | None, train_on: str) ->
     return f"<article><div class=pictures>{pictures}</div><div><h4>{html.escape(str(row['where']))}</h4>{text}</div></article>"
 
 
-def _picture(image: object) -> str:
+def _picture(image: object, name: str) -> str:
     try:
         picture = load_image(image)  # type: ignore[arg-type]
     except InputError as error:
@@ -377,7 +390,7 @@ def _picture(image: object) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG" if max(width, height) <= 64 else "JPEG")
     encoded = base64.b64encode(buffer.getvalue()).decode()
-    return f'<figure><img src="data:image/*;base64,{encoded}"><figcaption>{width} × {height}</figcaption></figure>'
+    return f'<figure><img alt="{name}" src="data:image/*;base64,{encoded}"><figcaption>{width} × {height}</figcaption></figure>'
 
 
 def _prompt(row: Row, processor: VLProcessor | None) -> str:
@@ -462,9 +475,9 @@ _PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>Data check</t
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #1d2430 }
 h1, h2 { line-height: 1.1 } h2 { margin-top: 2em; border-bottom: 2px solid #1d2430; padding-bottom: .2em }
 h4 { margin: 0 0 .4em; font-size: .85em; color: #5b6573; overflow-wrap: anywhere }
-table { border-collapse: collapse } td { padding: .15em .9em .15em 0; vertical-align: top }
+table { border-collapse: collapse } td { padding: .15em .9em .15em 0; vertical-align: top; overflow-wrap: anywhere }
 tr.d0 td { font-weight: 600 } tr.d1 td:first-child { padding-left: 1.2em }
-tr.d2 td:first-child { padding-left: 2.8em; color: #a02c2c } td:last-child { font-variant-numeric: tabular-nums }
+tr.d2 td:first-child { padding-left: 2.8em } tr.loud td { color: #a02c2c } td:last-child { font-variant-numeric: tabular-nums }
 article { display: grid; grid-template-columns: minmax(120px, 3fr) 7fr; gap: 1.2em; padding: 1.2em 0;
   border-top: 1px solid #d8dde4 }
 article > * { min-width: 0 }
@@ -479,7 +492,11 @@ pre.best { border-color: #2c8a4b } pre.worst { border-color: #b8403a } pre.middl
   body { background: #14181d; color: #dde3ea } h2 { border-color: #dde3ea } pre { background: #1e242b; border-color: #49535e }
   article, figure img { border-color: #39424c } h4, figcaption, .count, .none, .legend { color: #9aa6b3 }
   .special { background: #24345e; color: #b9caff } .trained { background: #1d3f29 }
-  .trained .special { background: #265c38; color: #b8f0c8 } .role { color: #9db5ff } tr.d2 td:first-child { color: #f09a94 }
+  .trained .special { background: #265c38; color: #b8f0c8 } .role { color: #9db5ff } tr.loud td { color: #f09a94 }
+}
+@media (max-width: 640px) {
+  body { margin: 1em auto } article { display: block } .pictures { display: flex; flex-wrap: wrap; gap: 0 .8em }
+  figure { max-width: 47% } td:first-child { width: 45% } tr.d2 td:first-child { padding-left: 1.8em } .bad { padding-left: 1.1em }
 }
 .role { font-weight: 600; color: #2346a0 } .bad li { margin: .25em 0; overflow-wrap: anywhere }
 </style><h1>Data check</h1><!-- sections --></html>
