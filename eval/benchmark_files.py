@@ -466,7 +466,15 @@ def read_task(task: str, path: str | Path, image_root: str | None = None, limit:
     """
     if task not in TASKS:
         raise InputError(f"unknown task '{task}'; known are {', '.join(TASKS)}")
-    rows = TASKS[task][0](path, image_root)
+    try:
+        rows = TASKS[task][0](path, image_root)
+        rows = [{**row, "id": str(row["id"])} for row in rows]
+    except (TypeError, AttributeError, KeyError, ValueError) as error:  # a cell of another type than the benchmark's
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{path} cannot be read as {task} ({type(error).__name__}: {error}); is this the right benchmark's file, and whole?"
+        ) from error
     if not rows:
         raise InputError(f"{path} holds no row that --task {task} can use; is this the right benchmark's file?")
     seen: set[object] = set()

@@ -501,3 +501,24 @@ def test_the_table_of_layouts_names_tested_files() -> None:
     }  # in test_eval_scorers.py
     assert named == tested
     assert all((TESTS / "goldens" / name).exists() for name in named)
+
+
+@pytest.mark.parametrize("task, change", [
+    ("vlrewardbench", {"response": 1.5}), ("vlrewardbench", {"query": {"a": 1}}), ("mmrb", {"Image": 3}), ("mmmu", {"id": []}),
+    ("mmmu", {"options": 7}), ("seed", {"question_type_id": {"a": 1}}),
+])  # fmt: skip
+def test_cells_of_another_type_in_the_questions_are_one_sentence(task: str, change: dict, tmp_path: Path) -> None:
+    row = {
+        "vlrewardbench": {"id": 1, "query": "Q?", "response": ["a", "b"], "human_ranking": [0, 1], "image": "x.png"},
+        "mmrb": {"ID": "1", "Text": "Q?", "Output1": "a", "Output2": "b", "Better": "Output1", "Category": "c"},
+        "mmmu": {"id": "validation_Art_1", "question": "Q?", "options": "['a']", "answer": "A", "question_type": "multiple-choice"},
+        "seed": {"question_id": 1, "question": "Q?", **{f"choice_{c}": c for c in "abcd"}, "answer": "A", "data_id": "x.png",
+                 "question_type_id": 1},
+    }[task]  # fmt: skip
+    file = tmp_path / "questions.json"
+    file.write_text(json.dumps([row]))
+    assert len(read_task(task, file)) == 1
+    file.write_text(json.dumps([row | change]))
+    with pytest.raises(InputError, match=r"questions\.json.*(cannot be read as|has no image|are not a list)") as error:
+        read_task(task, file)
+    assert "\n" not in str(error.value)
