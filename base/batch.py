@@ -65,6 +65,8 @@ class DPOBatch(ResponseBatch, total=False):
     margin: Tensor  # (M,)
     scores: Tensor  # (R,), nan for responses of further rows
     severity: Tensor  # (R,), nan for responses of further rows
+    own_of_row: dict[str, Tensor]  # (M,) each, columns of the user's own that a loss reads
+    own_of_response: dict[str, Tensor]  # (R,) each, nan for responses of further rows
     reference_logps: Tensor  # (R, T), cached log-probs of the reference; 0 where padded
     # Responses that stand in the batch again: which response repeats each one, -1 where none does
     corrupted_of: Tensor  # (R,) long, on the corrupted image

@@ -308,6 +308,12 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
                 batch[column] = torch.tensor(of_pair)  # type: ignore[literal-required]
             elif not any(None in row[column] for row in features):
                 batch[column] = of_responses(column)  # type: ignore[literal-required]
+        for column in sorted(self.columns - NUMBER_COLUMNS.keys()):
+            if self._of_responses(column, features):
+                batch.setdefault("own_of_response", {})[column] = of_responses(column)
+            else:
+                of_pair = [float(row[column]) for row, own in zip(features, pairs, strict=True) for _ in own]
+                batch.setdefault("own_of_row", {})[column] = torch.tensor(of_pair)
         if all(row.get("reference_logps") is not None for row in features):
             batch["reference_logps"] = self._reference(features, batch)
 
@@ -333,6 +339,20 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
                 if not row.get(column) and row.get(column) != 0:
                     where = row.get("where") or "A row"
                     raise InputError(f"{where} has no {column}, which the loss reads: add it to the row.")
+
+    @staticmethod
+    def _of_responses(column: str, features: Sequence[Row]) -> bool:
+        """Whether a column of the user's own holds a number per response; else it holds one per row. Raises InputError."""
+        of_responses = isinstance(features[0][column], list)
+        for row in features:
+            values = row[column] if isinstance(row[column], list) else [row[column]]
+            right = isinstance(row[column], list) == of_responses and all(isinstance(v, int | float) for v in values)
+            if not right or (of_responses and len(values) != len(row["responses"])):
+                raise InputError(
+                    f"{row.get('where') or 'A row'} has the {column} {row[column]!r}, which the loss reads: it is one number in "
+                    "every row, or a list with one number per response in every row."
+                )
+        return of_responses
 
     @staticmethod
     def _check_different(features: Sequence[Row], batch: DPOBatch) -> None:

@@ -62,15 +62,17 @@ def preference_batch(
             vocabulary_kl(reference.head, reference.hidden, policy.head, policy.hidden), mask
         ).sum(1)  # (R,)
         fields |= {"chosen_token_kl": kl[chosen], "rejected_token_kl": kl[rejected]}
-    per_response = [name for name in columns if NUMBER_COLUMNS[name] == "response"]
+    of_row = {name: batch[name] for name in columns if NUMBER_COLUMNS.get(name) == "row"} | batch.get("own_of_row", {})
+    of_response = {name: batch[name] for name in columns if NUMBER_COLUMNS.get(name) == "response"}
+    of_response |= batch.get("own_of_response", {})
     return PreferenceBatch(
         policy=_pair_logps(policy, batch, needs),
         ref=None if reference is None else _pair_logps(reference, batch, needs),
         chosen_lengths=lengths[chosen],
         rejected_lengths=lengths[rejected],
         chosen_tokens_per_pair=batch.get("chosen_tokens_per_pair"),
-        row_columns={name: batch[name] for name in columns if NUMBER_COLUMNS[name] == "row"},
-        response_columns={name: Sides(batch[name][chosen], batch[name][rejected]) for name in per_response},
+        row_columns=of_row,
+        response_columns={name: Sides(values[chosen], values[rejected]) for name, values in of_response.items()},
         **fields,
     )
 

@@ -82,7 +82,7 @@ def loss(
     Args:
         summary, paper: one line and an arXiv id, for `train_dpo.py --help`.
         needs: what it reads beyond the log-probs of both answers, keys of NEEDS.
-        columns: columns of numbers that it reads from the data, of data.rows.NUMBER_COLUMNS.
+        columns: columns of numbers that it reads from the data, one per row or one per response, whatever their names.
         corruption: how v′ is made if `--corruption` is not given; for losses whose needs have a corrupted image.
         reference_free: it does not read `batch.ref`.
 

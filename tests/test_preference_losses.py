@@ -259,6 +259,34 @@ def test_a_copied_script_adds_a_loss_and_its_flag(command, tmp_path, pairs_json,
     assert "wishful: added to the margin (default: 2.0)" in said and "wishful: DPO with a wish" in said
 
 
+def test_a_loss_reads_columns_of_the_users_own(command, tmp_path, pairs_json, unregister):
+    """Under any name, one number per row or per response; what is none is refused with its row."""
+    own = LOSS_OF_A_SCRIPT.replace('{"margin"}', '{"my_margin", "care"}').replace(
+        'batch.row_columns["margin"]',
+        'batch.row_columns["my_margin"] + 2 * batch.response_columns["care"].rejected - batch.response_columns["care"].chosen',
+    )
+    exec(own, {})
+    rows = json.loads(pairs_json.read_text())
+
+    def losses_of(**columns: object) -> list[float]:
+        (tmp_path / "pairs.json").write_text(json.dumps([row | columns for row in rows]))
+        flags = f"--use_lora True --max_steps 1 --data_path {tmp_path / 'pairs.json'} --loss_type wishful --overwrite_output_dir True"
+        train_dpo.main(command("dpo", flags))
+        return [
+            entry["loss"]
+            for entry in json.loads((tmp_path / "dpo" / "trainer_state.json").read_text())["log_history"][:1]
+        ]
+
+    margin = 2.0 * 0.25 + 2 * 0.5 - 7  # policy == reference; the columns reach it as they stand in the file
+    assert losses_of(my_margin=0.25, care=[7, 0.5]) == [pytest.approx(math.log1p(math.exp(-margin)), abs=1e-5)]
+    with pytest.raises(InputError, match=r"row \d+.* has the care \[1\.0\], which the loss reads: it is one number"):
+        losses_of(my_margin=0.25, care=[1.0])
+    with pytest.raises(InputError, match=r"has the my_margin 'high', which the loss reads"):
+        losses_of(my_margin="high", care=[7, 0.5])
+    with pytest.raises(InputError, match="reads the column 'care'"):
+        losses_of(my_margin=0.25)
+
+
 def test_a_hyperparameter_that_is_a_flag_already_is_refused(command, unregister):
     @losses.loss(summary="a loss")
     def wishful(batch, *, seed: int = 2):
