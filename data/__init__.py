@@ -34,7 +34,7 @@ from data import (
     vlquery_json,
 )
 from data.columns import used_and_left_out
-from data.rows import OPTIONAL, REQUIRED, Kind, features_of
+from data.rows import OPTIONAL, REQUIRED, Kind, features_of, shorten
 from data.source import image_root_of
 from data.splits import held_out, interleaved, kept
 from data.verify import Verdicts, verify
@@ -102,10 +102,7 @@ def load_train_eval(
     Raises:
         InputError: an unreadable file, bad rows with `--on_bad_row error`, flags that do not fit together, no rows left.
     """
-    if data_args.eval_ratio and data_args.eval_data_path:
-        raise InputError("--eval_ratio and --eval_data_path both say what to evaluate on: give one of them.")
-    if data_args.data_ratio <= 0:
-        raise InputError("--data_ratio 0 leaves no rows: give a share above 0.")
+    _check_shares(data_args)
     weights = _weights(data_args)
     parts = [_load_part(args, kind, check) for args in per_name(data_args, "data_path")]
     eval_parts = [_load_part(args, kind, check) for args in per_name(data_args, "eval_data_path") if args.data_path]
@@ -130,8 +127,11 @@ def load_train_eval(
             evals.append(_select(part, out & keep))
             part.counts["eval"] = len(evals[-1].rows)
         if not len(trains[-1].rows):
-            why = "all of them are evaluation rows" if out.any() else "none could be used"
-            raise InputError(f"--dataset_name {part.name} has no row left to train on ({why} of {len(part.rows)}).")
+            first = f"; the first: {part.refused[0]['where']}: {part.refused[0]['reason']}" if part.refused else ""
+            why = "all usable ones are evaluation rows" if out.any() else f"none can be used{first}"
+            raise InputError(
+                f"--dataset_name {part.name} has no row left to train on, of {part.counts['rows']} ({why})."
+            )
     evals = eval_parts or evals
     order = interleaved([len(part.rows) for part in trains], weights, seed)
     train = _joined(trains, order)
@@ -153,6 +153,21 @@ def load_train_eval(
     return DataSplits(train, held_rows, info)
 
 
+def _check_shares(data_args: DataArguments) -> None:
+    if data_args.eval_ratio and data_args.eval_data_path:
+        raise InputError("--eval_ratio and --eval_data_path both say what to evaluate on: give one of them.")
+    if data_args.data_ratio <= 0:
+        raise InputError("--data_ratio 0 leaves no rows: give a share above 0.")
+
+
+def _other_kind(name: str, have: Kind, kind: Kind, columns: str = "") -> str:
+    uses = {"conversation": "train_sft.py", "preference": "train_dpo.py and train_rm.py", "prompt": "train_ppo.py"}
+    return (
+        f"--dataset_name {name} holds {have} rows{columns}, which {uses[have]} can train on, not {kind} rows: choose another "
+        "data set or script, or name its columns with --columns (docs/data.md)."
+    )
+
+
 def load_rows(data_args: DataArguments, kind: Kind | None = None) -> tuple[Dataset, Kind]:
     """Converted rows of one data set, bad ones included (columns `problem`, `skipped`), and their kind.
 
@@ -167,11 +182,10 @@ def load_rows(data_args: DataArguments, kind: Kind | None = None) -> tuple[Datas
         return rows, have
     if kind == "prompt":
         return _as_prompts(rows, have), kind
-    uses = {"conversation": "train_sft.py", "preference": "train_dpo.py and train_rm.py", "prompt": "train_ppo.py"}
-    raise InputError(
-        f"--dataset_name {data_args.dataset_name} holds {have} rows, which {uses[have]} can train on, not {kind} rows: "
-        "choose another data set or script (docs/data.md)."
-    )
+    found = about_columns(rows)
+    names = [*found["columns_read"], *found["columns_kept"]]  # type: ignore[misc]
+    columns = f" (of the columns {shorten(', '.join(names))})" if names else ""
+    raise InputError(_other_kind(data_args.dataset_name, have, kind, columns))
 
 
 def _as_prompts(rows: Dataset, have: Kind) -> Dataset:

@@ -5,17 +5,16 @@ for every format alike: pictures, sound, film and answers that would be lost mak
 booleans and lists of those stay in the row as columns of the user's own; nothing else is dropped without being listed.
 """
 
-import functools
 import json
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Value, concatenate_datasets
 
 from common.errors import InputError
+from data.media import medium_of, stem, words_of
 from data.rows import BadRow, shorten
 
 # Columns of rows, and what trainers put beside them: a column of the user's own cannot have these names.
@@ -26,25 +25,61 @@ RESERVED = {
 }  # fmt: skip
 _MAX_KEPT = 100  # more names than that are data, not columns
 
-_PICTURE_FILE = re.compile(r"\.(png|jpe?g|jfif|webp|gif|bmp|tiff?|ppm|jp2|avif|ico|heic|heif)(\?.*)?$", re.IGNORECASE)
-_FILM_FILE = re.compile(r"\.(mp4|avi|mov|mkv|webm|m4v|mpe?g)(\?.*)?$", re.IGNORECASE)
-_SOUND_FILE = re.compile(r"\.(wav|mp3|flac|ogg|opus|m4a|aac)(\?.*)?$", re.IGNORECASE)
-_PICTURE_BYTES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*")
-_PICTURE_BASE64 = ("data:image", "iVBORw0KGgo", "/9j/", "R0lGOD")
-_PICTURE_WORDS = {"image", "images", "img", "imgs", "picture", "pictures", "pic", "pics", "photo", "photos", "pixels"}
-_PICTURE_WORDS |= {"pixel", "screenshot", "screenshots", "frame", "frames"}
-# `image_id`, `image_caption`: about a picture, not its name.
-_ABOUT_WORDS = {
-    "id", "ids", "size", "width", "height", "wh", "ratio", "aspect", "source", "type", "caption", "captions", "text",
-    "description", "question", "answer", "count", "num", "number", "n", "has", "is", "with", "format", "mode", "license",
-    "hash", "sha", "md5", "category", "class", "label", "labels", "split", "dataset", "set", "token", "tokens", "grid",
-    "quality", "score", "index", "idx", "credit", "author", "title", "date", "tag", "tags", "start", "end", "rate", "fps",
-}  # fmt: skip
-# Answers and labels that a conversation would be trained without, or against.
+# Answers that a conversation would be trained without: columns of these names, and those whose name says that an answer is
+# better or worse than another.
 _ANSWERS = re.compile(
-    r"(rejected|reject|chosen|worse|better|bad|good|losing|winning|negative|positive)"
-    r"(_(response|answer|text|output|message|completion|conversation|image)s?)?|responses|completions|scores|ranks"
+    r"(worse|better|bad|good|positive)(_(response|answer|text|output|message|completion|conversation|image)s?)?"
+    r"|responses|completions|scores|ranks"
 )
+_ANSWER_WORDS = {
+    "rejected",
+    "reject",
+    "rejects",
+    "chosen",
+    "preferred",
+    "dispreferred",
+    "unpreferred",
+    "losing",
+    "loser",
+}
+_ANSWER_WORDS |= {"winning", "winner", "negative", "negatives", "neg", "worst", "best"}
+# Labels of one answer, as KTO has them: names that have no other words, and values.
+_LABEL_WORDS = {
+    "label",
+    "desirable",
+    "undesirable",
+    "preferred",
+    "chosen",
+    "rejected",
+    "accepted",
+    "liked",
+    "good",
+    "bad",
+}
+_LABEL_WORDS |= {"is", "was", "kto", "tag"}
+_LABELS = (
+    0,
+    1,
+    "true",
+    "false",
+    "yes",
+    "no",
+    "good",
+    "bad",
+    "desirable",
+    "undesirable",
+    "chosen",
+    "rejected",
+    "0",
+    "1",
+)
+# A column whose name has no words but these, and one of the first two, is the system prompt.
+_SYSTEM_WORDS = {"system", "sys", "prompt", "message", "msg", "instruction", "instructions", "text"}
+# Keys of messages, their parts and ranked answers that some format reads; others are listed.
+_KEYS_READ = {
+    "role", "from", "content", "value", "human", "assistant", "loss", "weight", "loss_weight", "type", "text", "image",
+    "image_url", "path", "url", "bytes", "response", "answer", "rank", "score", "annotations",
+}  # fmt: skip
 
 
 class Record(dict):
@@ -139,7 +174,7 @@ def own_columns(record: Record, row: Mapping[str, object], kind: str) -> tuple[d
     images = list(row.get("images") or [])  # type: ignore[call-overload]
     if row.get("image_rejected") is not None:
         images.append(row["image_rejected"])
-    labels = {_stem(image.get("path") if isinstance(image, Mapping) else image) for image in images}
+    labels = {stem(image.get("path") if isinstance(image, Mapping) else image) for image in images}
     kept: dict[str, object] = {}
     left_out: dict[str, str] = {}
     for name, value in record.unread().items():
@@ -159,28 +194,19 @@ def own_columns(record: Record, row: Mapping[str, object], kind: str) -> tuple[d
 
 
 def _refuse_media(name: str, value: object, images: list, labels: set[str]) -> None:
-    words = set(re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()))
-    named = isinstance(value, str | list | Mapping | bytes) and bool(value) and not words & _ABOUT_WORDS
-    for medium, files in (("video", _FILM_FILE), ("audio", _SOUND_FILE)):
-        if (named and words & {medium, medium + "s"}) or _find(value, functools.partial(_is_file, files=files)):
-            article = "an" if medium == "audio" else "a"
-            shown = shorten(repr(value[0] if isinstance(value, list) and value else value), 80)
-            raise BadRow(f"is {article} {medium} row ({shown}): {medium}s are not supported, take it out")
-    picture = _find(value, _is_picture)
-    if picture is None and named and words & _PICTURE_WORDS and not images:
-        first = value[0] if isinstance(value, list) else value
-        if not isinstance(first, str) or len(first.split()) <= 3:
-            picture = first
-    if picture is None:
+    found = medium_of(name, value, beside_images=bool(images))
+    if found is None:
         return
+    medium, named = found
+    if medium != "picture":
+        article = "an" if medium == "audio" else "a"
+        raise BadRow(
+            f"is {article} {medium} row ({shorten(repr(named), 80)}): {medium}s are not supported, take it out"
+        )
     # Beside an image that is read: its own name, where it came from, or the name of what is there as bytes.
-    if (
-        images
-        and isinstance(picture, str)
-        and (_stem(picture) in labels or re.match(r"https?://", picture) or "" in labels)
-    ):
+    if images and isinstance(named, str) and (stem(named) in labels or re.match(r"https?://", named) or "" in labels):
         return
-    shown = shorten(picture, 80) if isinstance(picture, str) else "as bytes"
+    shown = shorten(named, 80) if isinstance(named, str) else "as bytes"
     beside = " beside the image of the row" if images else ""
     raise BadRow(
         f"has a picture in `{name}`{beside} ({shown}), which is not read: make it the image with --columns image={name}, or "
@@ -191,42 +217,47 @@ def _refuse_media(name: str, value: object, images: list, labels: set[str]) -> N
 def _refuse_answers(name: str, value: object, kind: str) -> None:
     if name == "tools" and value not in ("", "[]") and value:
         raise BadRow("has `tools`: calls of tools are not supported, take the row out")
-    if name == "kto_tag" or (name == "label" and kind == "conversation" and value in (0, 1)):
+    words = words_of(name)
+    is_label = (value.lower() if isinstance(value, str) else value) in _LABELS and words and words <= _LABEL_WORDS
+    if name == "kto_tag" or (kind == "conversation" and is_label):
         raise BadRow(
             f"has a `{name}` ({value}), which says whether one answer is good (KTO): that is not supported; give pairs, or "
             f"leave it out with --columns ={name}"
         )
-    if kind == "conversation" and value not in ("", []) and _ANSWERS.fullmatch(name):
+    is_answer = _ANSWERS.fullmatch(name) or (words & _ANSWER_WORDS and isinstance(value, str | list | Mapping))
+    if kind == "conversation" and value not in ("", [], {}) and is_answer:
         raise BadRow(
             f"has `{name}` beside the conversation, which would not be read: leave it out with --columns ={name}, or choose "
             "the --dataset_name of this format"
         )
 
 
-def _find(value: object, test: Callable[[str | bytes], bool], depth: int = 5) -> Any:  # noqa: ANN401  whatever it finds
-    """The first text or bytes within a value that passes the test."""
-    if isinstance(value, str | bytes):
-        return value if test(value) else None
-    if depth and isinstance(value, list | Mapping):
-        for inner in list(value.values() if isinstance(value, Mapping) else value)[:50]:
-            if (found := _find(inner, test, depth - 1)) is not None:
-                return found
+def system_of(record: Record) -> str | None:
+    """The name of an unread column that holds the system prompt: `system`, `system_prompt`, `systemMessage`, `sys`, ..."""
+    for name, value in record.unread().items():
+        words = words_of(str(name))
+        if isinstance(value, str) and words & {"system", "sys"} and words <= _SYSTEM_WORDS:
+            return name
     return None
 
 
-def _is_picture(leaf: str | bytes) -> bool:
-    if isinstance(leaf, bytes):
-        return leaf.startswith(_PICTURE_BYTES) or (leaf[:4] == b"RIFF" and leaf[8:12] == b"WEBP")
-    return _is_file(leaf, _PICTURE_FILE) or (len(leaf) > 60 and leaf.startswith(_PICTURE_BASE64))
+def unread_keys(record: Record) -> set[str]:
+    """`messages[].id` for every key of messages, parts and ranked answers in columns that were read, which no format knows."""
+    found: set[str] = set()
+    for name in record.read & record.present().keys():
+        value = dict.__getitem__(record, name)
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, Mapping):
+                found |= {f"{name}[].{key}" for key in _unknown(item)}
+                parts = item.get("content")
+                for part in parts if isinstance(parts, list) else ():
+                    if isinstance(part, Mapping):
+                        found |= {f"{name}[].content[].{key}" for key in _unknown(part)}
+    return found
 
 
-def _is_file(leaf: str | bytes, files: re.Pattern[str]) -> bool:
-    """A file's name, not a sentence that ends with one."""
-    return isinstance(leaf, str) and len(leaf) < 1000 and bool(files.search(leaf)) and len(leaf.split()) <= 3
-
-
-def _stem(name: object) -> str:
-    return os.path.splitext(os.path.basename(str(name or "")))[0]
+def _unknown(item: Mapping) -> list[str]:
+    return [key for key, value in item.items() if key not in _KEYS_READ and value is not None and _is_name(key)]
 
 
 def _is_name(name: object) -> bool:

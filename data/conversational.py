@@ -101,7 +101,8 @@ def convert_dataset(
     if not kinds:
         columns = ", ".join(sorted(map(str, columns_of(dataset, is_text)))) or "(none)"
         raise InputError(
-            f"{label} has the columns {shorten(columns, 300)}: rows need prompt, chosen and rejected, or messages, or prompt. "
+            f"{label} has the columns {shorten(columns, 300)}: rows need prompt, chosen and rejected; messages; prompt "
+            "and completion; or prompt. "
             "Name yours with --columns prompt=...,chosen=..., or choose the --dataset_name of the format (docs/data.md)."
         )
     if (

@@ -3,8 +3,9 @@
 import json
 import os
 from collections.abc import Callable, Mapping
+from typing import Any
 
-from data.columns import Record, own_columns, renamed
+from data.columns import Record, own_columns, renamed, system_of, unread_keys
 from data.rows import BadRow, Kind, Row, SkippedRow, check_row, features_of, normal_path, text_of, type_name
 
 # Columns of a table whose cells may hold JSON or numbers; all other cells are texts.
@@ -37,41 +38,73 @@ def convert_batch(
     out: dict[str, list] = {column: [] for column in columns}
     for i, index in enumerate(indices):
         raw = {name: values[i] for name, values in batch.items()}
-        row: Row = {}
-        problem, skipped, root = None, False, image_root
-        where = f"{label}, row {index}"
-        try:
-            if is_text:
-                line = f" (line {raw['line']})" if raw["line"] else ""
-                where = f"{raw['file']}, row {raw['row']}{line}"
-                root = raw["root"] or image_root
-                record = Record(renamed(_parse(raw), names))
-                if raw["table"]:
-                    record.update(_cells(record))
-            else:
-                record = Record(renamed(raw, names))
-            row = convert(record, kind)
-            _use_system(record, row, kind)
-            _use_images_of_parts(row, kind)
-            kept, left_out = own_columns(record, row, kind)
-            row["images"] = _with_paths(row["images"], root, image_root, allow_outside, image_bytes)  # type: ignore
-            if row.get("image_rejected") is not None:
-                (row["image_rejected"],) = _with_paths(
-                    [row["image_rejected"]], root, image_root, allow_outside, image_bytes
-                )
-            row = check_row(kind, row)
-            used = sorted(record.read & record.present().keys())
-            row["columns"] = json.dumps({"used": used} | ({"left_out": left_out} if left_out else {}))
-            row["kept"] = json.dumps(kept) if kept else None
-        except BadRow as error:
-            row, problem, skipped = {}, str(error), isinstance(error, SkippedRow)
-        except Exception as error:  # a loader's mistake, not the file's: keep its traceback, and say where it happened
-            error.add_note(f"The record was {where}.")
-            raise
-        row |= {"source": source, "where": where, "problem": problem, "skipped": skipped}
+        row, kept = convert_record(
+            raw,
+            index,
+            convert=convert,
+            kind=kind,
+            is_text=is_text,
+            image_bytes=image_bytes,
+            image_root=image_root,
+            allow_outside=allow_outside,
+            source=source,
+            label=label,
+            names=names,
+        )
+        row["kept"] = json.dumps(kept) if kept else None
         for column in columns:
             out[column].append(row.get(column))
     return out
+
+
+def convert_record(
+    raw: Mapping[str, Any],
+    index: int,
+    *,
+    convert: Callable[[dict, Kind], Row],
+    kind: Kind,
+    is_text: bool,
+    image_bytes: bool,
+    image_root: str,
+    allow_outside: bool,
+    source: str,
+    label: str,
+    names: Mapping[str, str],
+) -> tuple[Row, dict[str, object]]:
+    """One record as a row, with `problem`, `skipped` and `columns`, and the columns of the user's own beside it."""
+    row: Row = {}
+    kept: dict[str, object] = {}
+    problem, skipped, root = None, False, image_root
+    where = f"{label}, row {index}"
+    try:
+        if is_text:
+            line = f" (line {raw['line']})" if raw["line"] else ""
+            where = f"{raw['file']}, row {raw['row']}{line}"
+            root = raw["root"] or image_root
+            record = Record(renamed(_parse(raw), names))
+            if raw["table"]:
+                record.update(_cells(record))
+        else:
+            record = Record(renamed(raw, names))
+        row = convert(record, kind)
+        _use_system(record, row, kind)
+        _use_images_of_parts(row, kind)
+        kept, left_out = own_columns(record, row, kind)
+        left_out |= dict.fromkeys(sorted(unread_keys(record)), "a key that no format reads")
+        row["images"] = _with_paths(row["images"], root, image_root, allow_outside, image_bytes)  # type: ignore
+        if row.get("image_rejected") is not None:
+            (row["image_rejected"],) = _with_paths(
+                [row["image_rejected"]], root, image_root, allow_outside, image_bytes
+            )
+        row = check_row(kind, row)
+        used = sorted(record.read & record.present().keys())
+        row["columns"] = json.dumps({"used": used} | ({"left_out": left_out} if left_out else {}))
+    except BadRow as error:
+        row, kept, problem, skipped = {}, {}, str(error), isinstance(error, SkippedRow)
+    except Exception as error:  # a loader's mistake, not the file's: keep its traceback, and say where it happened
+        error.add_note(f"The record was {where}.")
+        raise
+    return row | {"source": source, "where": where, "problem": problem, "skipped": skipped}, kept
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -118,11 +151,8 @@ def _cells(record: Record) -> dict[str, object]:
 
 
 def _use_system(record: Record, row: Row, kind: Kind) -> None:
-    """A `system` column that the format has not read is the first message."""
-    for name in ("system", "system_prompt"):
-        value = record.unread().get(name)
-        if value is None:
-            continue
+    """A column with the system prompt that the format has not read is the first message."""
+    while name := system_of(record):
         text = text_of(record[name], f"`{name}`", may_be_empty=True)
         messages: list = row["messages" if kind == "conversation" else "prompt"]  # type: ignore[assignment]
         if messages and messages[0]["role"] == "system":

@@ -15,11 +15,12 @@ import os
 import re
 import tarfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 import datasets
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, Value
 
@@ -88,6 +89,7 @@ _ROWS_WITHIN = {
     "instances",
 }
 _ROWS_WITHIN |= {"dataset", "entries", "results"}
+_SPLITS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation")
 _COLUMNS_NOT_ROWS = (
     "holds columns instead of rows: write one object per row (pandas: to_json(path, orient='records', lines=True))."
 )
@@ -117,6 +119,21 @@ def read_file(path: str, what: str) -> tuple[Dataset, bool]:
     Raises:
         InputError: missing file, unknown kind of file, or a file that is damaged as a whole.
     """
+    files, kind = _files_and_kind(path, what)
+    match kind:
+        case "parquet":
+            return _guarded(path, lambda: datasets.load_dataset("parquet", data_files=files, split="train")), False
+        case "arrow":
+            return _guarded(path, lambda: datasets.load_dataset("arrow", data_files=files, split="train")), False
+        case "tar":
+            return _guarded(path, lambda: _webdataset(files)), False
+        case _:
+            parts = [part for f in files for part in _guarded(path, functools.partial(_parts, f))]
+            return _guarded(path, lambda: _repeated(_json(_stamps(parts)), parts)), True
+
+
+def _files_and_kind(path: str, what: str) -> tuple[list[str], str]:
+    """The files that a path stands for, and what they are."""
     if os.path.isdir(path):
         if os.path.exists(os.path.join(path, "dataset_dict.json")):
             path = _guarded(path, lambda: _one_split(path))
@@ -130,17 +147,11 @@ def read_file(path: str, what: str) -> tuple[Dataset, bool]:
     kinds = {_guarded(path, functools.partial(kind_of_file, f)) for f in files}
     if len(kinds) > 1:
         raise InputError(f"{what} {path} holds files of several kinds ({', '.join(sorted(kinds))}): name one file.")
-    match kinds.pop():
-        case "parquet":
-            return _guarded(path, lambda: datasets.load_dataset("parquet", data_files=files, split="train")), False
-        case "arrow":
-            return _guarded(path, lambda: datasets.load_dataset("arrow", data_files=files, split="train")), False
-        case "tar":
-            return _guarded(path, lambda: _webdataset(files)), False
-        case _:
-            parts = [part for f in files for part in _guarded(path, functools.partial(_parts, f))]
-            stamps = [(f, root, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f, root in parts]
-            return _guarded(path, lambda: _json(stamps)), True
+    return files, kinds.pop()
+
+
+def _stamps(parts: Iterable["Part"]) -> list[tuple[str, str | None, int, int]]:
+    return [(p.file, p.root, os.stat(p.file).st_size, os.stat(p.file).st_mtime_ns) for p in parts]
 
 
 def _files_of_folder(path: str) -> list[str]:
@@ -154,9 +165,15 @@ def _files_of_folder(path: str) -> list[str]:
             files = [f for f in files if os.path.dirname(f) == path.rstrip("/")]
         files = [f for f in files if os.path.basename(f) not in ("dataset_info.json",)]
         # A hub-style folder names the split in the file name; without any split everything is training data.
-        files = [f for f in files if os.path.basename(f).startswith("train")] or files
+        splits = {f: re.split(r"[-_.]", os.path.basename(f))[0] for f in files}
+        train = [f for f in files if splits[f].startswith("train")]
+        if not train and len(set(splits.values()) & {*_SPLITS}) > 1:
+            raise InputError(
+                f"{path} holds the splits {', '.join(sorted(set(splits.values()) & {*_SPLITS}))}, none of them train: name "
+                f"the file of one ({files[0]})."
+            )
         if files:
-            return files
+            return train or files
     return []
 
 
@@ -346,15 +363,23 @@ def _separator(line: str) -> str | None:
 # InternVL's meta files
 
 
-def _parts(path: str) -> list[tuple[str, str | None]]:
-    return [*parts_of_meta(path)] or [(path, None)]
+class Part(NamedTuple):
+    """A file of rows, the folder of its images if a meta file names one, and how often its rows come (below 1: that share of them)."""
+
+    file: str
+    root: str | None = None
+    repeat: float = 1
 
 
-def parts_of_meta(path: str) -> list[tuple[str, str]]:
-    """[(annotation file, image folder)] of a meta file {name: {"root", "annotation", ...}} (InternVL, MMPR); else [].
+def _parts(path: str) -> list[Part]:
+    return parts_of_meta(path) or [Part(path)]
+
+
+def parts_of_meta(path: str) -> list[Part]:
+    """The files of a meta file {name: {"root", "annotation", "repeat_time", ...}} (InternVL, MMPR); else [].
 
     Raises:
-        InputError: a file or folder that it names is not found.
+        InputError: a file or folder that it names is not found, or a `repeat_time` that is no such number.
     """
     if os.path.getsize(path) > MAX_RECORD_BYTES or _text_kind(path) not in ("object", "lines"):
         return []
@@ -383,15 +408,35 @@ def parts_of_meta(path: str) -> list[tuple[str, str]]:
                     f"{path} is a meta file whose set {name} names {annotation}, which does not exist here or above it: pass "
                     "that annotation file as --data_path and its root as --image_root."
                 )
-            parts.append((found, root))
-        if entry.get("repeat_time", 1) != 1:
-            logger.warning(
-                "%s: repeat_time %s of %s is not used, each row comes once (see --dataset_weights).",
-                path,
-                entry["repeat_time"],
-                name,
-            )
+            parts.append(Part(found, root, _repeat_of(entry.get("repeat_time", 1), path, name)))
     return parts
+
+
+def _repeat_of(value: object, path: str, name: str) -> float:
+    """InternVL's rule: a whole number repeats the rows, a share takes the first of them."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or value <= 0
+        or (value > 1 and value != int(value))
+    ):
+        raise InputError(
+            f"{path} gives its set {name} the repeat_time {value}: it is a whole number, or a share between 0 and 1."
+        )
+    return value
+
+
+def _repeated(rows: Dataset, parts: list[Part]) -> Dataset:
+    """The rows of each part as often as its `repeat` says."""
+    if all(part.repeat == 1 for part in parts):
+        return rows
+    starts = [*np.flatnonzero(np.array(rows.with_format("arrow")[:]["row"]) == 0), len(rows)]
+    order: list[np.ndarray] = []
+    filled = [part for part in parts if os.path.getsize(part.file)]
+    for part, start, end in zip(filled, starts[:-1], starts[1:], strict=True):
+        once = np.arange(start, end if part.repeat >= 1 else start + int((end - start) * part.repeat))
+        order += [once] * max(1, int(part.repeat))
+    return rows.select(np.concatenate(order))
 
 
 def _text_kind(path: str) -> str:
@@ -493,6 +538,10 @@ def _rows_of_object(value: dict) -> Iterator[dict]:
         raise ValueError(_COLUMNS_NOT_ROWS)
     if _ROW_NAMES & value.keys():
         yield value
+    elif "train" in of_rows and {*_SPLITS} >= value.keys():
+        yield from value["train"]
+    elif len(value) == 1 and _ROWS_WITHIN & value.keys() and isinstance(inner := next(iter(value.values())), dict):
+        yield from _rows_of_object(inner)
     elif len(of_rows) == 1 and (
         of_rows[0] in _ROWS_WITHIN or (len(value) == 1 and not _are_messages(lists[of_rows[0]]))
     ):

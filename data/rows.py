@@ -22,6 +22,8 @@ from typing import Any, Literal
 
 from datasets import Features, Value
 
+from data.media import is_base64, medium_of
+
 Kind = Literal["conversation", "preference", "prompt"]
 Row = dict[str, object]
 Message = dict[str, Any]
@@ -41,7 +43,11 @@ IMAGE_TOKENS = re.compile(
 # Qwen's parts may say how large a picture is to be shown.
 _PIXEL_KEYS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 # What names a picture, a film or a sound within a question; answers may be about such texts.
-_NAMED_IN_TEXT = re.compile(r"<img>[^<]{0,500}|!\[[^\]]{0,200}\]\([^)\s]{1,500}\)|<(?:video|audio)>", re.IGNORECASE)
+_NAMED_IN_TEXT = re.compile(
+    r"<img>[^<]{0,500}|!\[[^\]]{0,200}\]\([^)\s]{1,500}\)|<(?:video|audio|speech|sound)>", re.IGNORECASE
+)
+# Other projects' marks. `<image_1>` may also refer to a picture whose place `<image>` marks.
+_OTHER_MARK = re.compile(r"<(?:image|img|picture|photo)[ _-]?\d*>|[\[{](?:image|img)[ _-]?\d*[\]}]", re.IGNORECASE)
 # Scores of chosen and rejected, under the names that public sets give them.
 PAIR_SCORES = [
     ("chosen_score", "rejected_score"),
@@ -149,6 +155,15 @@ def number_of(value: object, name: str) -> float:
     return number
 
 
+def _finite(value: object) -> float | None:
+    """A number, also one that is written as a text, or None."""
+    try:
+        number = None if isinstance(value, bool) or value is None else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if number is not None and math.isfinite(number) else None
+
+
 def messages_of(value: object, name: str = "messages") -> list[Message]:
     """Messages from [{"role", "content"}], [{"from", "value"}] or [{"human", "assistant"}], or from one such message.
 
@@ -189,12 +204,15 @@ def _refuse_extras(extras: Mapping[str, object], name: str) -> None:
     for key, value in extras.items():
         if key in ("loss", "weight", "loss_weight") and value is not None and not value:
             raise BadRow(f"its {name} has {key} {value}: all answers are trained, or with --train_on last the last one")
-        if value and key in ("tool_calls", "function_call", "reasoning_content", "thinking", "audio", "video"):
+        if value and key in ("tool_calls", "function_call", "reasoning_content", "thinking"):
             raise BadRow(f"its {name} has `{key}`, which is not supported: take the row out")
-        if value and key in ("image", "images", "image_url", "img"):
+        medium = medium_of(key, value)
+        if medium and medium[0] == "picture":
             raise BadRow(
                 f"its {name} names a picture in `{key}`: put it into `images` of the row, or into an image part"
             )
+        if medium:
+            raise BadRow(f"its {name} has {medium[0]} in `{key}`, which is not supported: take the row out")
 
 
 def _part_text(part: object, name: str, images: list[object]) -> str:
@@ -219,6 +237,13 @@ def _part_text(part: object, name: str, images: list[object]) -> str:
                 raise BadRow(f"its {name} is an image part that holds a text: make that a text part")
             if isinstance(picture, Mapping) and isinstance(picture.get("url"), str):
                 picture = picture["url"]
+            odd = [
+                key
+                for key, value in part.items()
+                if key != "type" and isinstance(value, str | bytes | Mapping) and value
+            ]
+            if picture is None and odd:
+                raise BadRow(f"its {name} is an image part with `{odd[0]}`: name its file in `image`")
             if picture is not None:
                 (picture,) = images_of(picture, name)
                 images.append(picture.removeprefix("file://") if isinstance(picture, str) else picture)
@@ -230,12 +255,14 @@ def _part_text(part: object, name: str, images: list[object]) -> str:
 def images_of(value: object, name: str = "image") -> list[object]:
     """A list of image names (or {"bytes", "path"}) from one, a list, or None for a text-only row."""
     values = value if isinstance(value, list) else [] if value is None else [value]
+    values = [{"bytes": image, "path": None} if isinstance(image, bytes) else image for image in values]
     for image in values:
         if isinstance(image, Mapping):
             if not isinstance(image.get("bytes"), bytes | None) or not isinstance(image.get("path"), str | None):
                 raise BadRow(f"its `{name}` is an object that holds no image: give the name of an image file")
             if image.get("bytes") is None and image.get("path") is None:
-                raise BadRow(f"its `{name}` has neither bytes nor a path")
+                keys = f" (it has {shorten(', '.join(map(str, image)))})" if image.keys() - {"bytes", "path"} else ""
+                raise BadRow(f"its `{name}` has neither bytes nor a path{keys}: give the name of an image file")
         else:
             if isinstance(image, str) and not image:
                 raise BadRow(f"its `{name}` is an empty name: leave the column out for a row without image")
@@ -266,9 +293,8 @@ def preference(record: Mapping[str, object], prompt: object, responses: list[obj
             value, label = record[name], f"`{name}`"
             row[name] = number_of(value, label) if of == "row" else numbers_of(value, label, len(responses))
     for names in PAIR_SCORES if len(responses) == 2 and "scores" not in row else ():
-        found = [dict.get(record, name) for name in names]  # type: ignore[call-overload]
-        if all(type(score) in (int, float) and math.isfinite(score) for score in found):
-            row["scores"] = [number_of(record[name], f"`{name}`") for name in names]
+        if all(_finite(dict.get(record, name)) is not None for name in names):  # type: ignore[call-overload]
+            row["scores"] = [_finite(record[name]) for name in names]
             break
     if record.get("image_rejected") is not None:
         images = images_of(record["image_rejected"], "image_rejected")
@@ -333,6 +359,10 @@ def _place_marks(messages: list[Message], num_images: int) -> None:
             role = message["role"]
             raise BadRow(f"has an {IMAGE_MARK} mark in message {i}, of {role}: images go into user messages")
     marks = sum(message["content"].count(IMAGE_MARK) for message in messages)
+    for message in messages if marks == 0 else ():
+        other = _OTHER_MARK.search(message["content"]) if message["role"] == "user" else None
+        if other and (num_images or re.fullmatch(r"<.*\d>", other.group())):
+            raise BadRow(f"has {other.group()} where an image stands: write {IMAGE_MARK}, in the order of its images")
     if marks == 0 and num_images:
         first = next(message for message in messages if message["role"] == "user")
         first["content"] = IMAGE_MARK * num_images + first["content"]
@@ -371,6 +401,8 @@ def _check_responses(responses: Sequence[object], ranks: Sequence[float]) -> Non
 
 def normal_path(name: str, image_root: str, allow_outside: bool) -> str:
     """Absolute path of an image name. Raises BadRow for URLs and names that leave `image_root`; looks at no file."""
+    if is_base64(name):
+        raise BadRow(f"holds an image as base64 text ({shorten(name, 40)}): write it to a file and name that")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|data:", name):
         raise BadRow(f"names the image {shorten(name)} by URL: download it first and give its file name")
     if "\0" in name:

@@ -296,7 +296,10 @@ def test_preference_and_conversation_rows_serve_as_prompts(folder: Path) -> None
     train = load(arguments(folder, "vlquery_json", write(folder / "t.json", [talk(0), talk(1)])), "prompt").train
     assert train[1]["prompt"] == [{"role": "user", "content": "<image>\nWhat is 1?"}]
     assert train[1]["reference"] == "It is 1."
-    with pytest.raises(InputError, match=r"holds preference rows, which train_dpo.py and train_rm.py can train on"):
+    with pytest.raises(
+        InputError,
+        match=r"holds preference rows \(of the columns chosen, image, prompt, rejected\), which train_dpo\.py and train_rm\.py can",
+    ):
         load(arguments(folder, "plain_dpo", "d.json"), "conversation")
 
 

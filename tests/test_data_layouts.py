@@ -422,3 +422,122 @@ def test_folder_of_files_is_read_by_kind(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(PAIRS))
     (tmp_path / "dataset_info.json").write_text("{}")
     assert len(load(tmp_path, "preference", "plain_dpo").train) == 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The same rules with other names, nestings and marks
+
+A_PAIR = {"prompt": Q, "chosen": "A red disc.", "rejected": "A dog."}
+SAID = [{"role": "user", "content": Q}, {"role": "assistant", "content": "A red disc."}]
+
+
+def of_part(**keys: object) -> dict:
+    return {"messages": [{"role": "user", "content": [keys, {"type": "text", "text": Q}]}, SAID[1]]}
+
+
+REFUSED_BY_NAME = {
+    # pictures that would be lost
+    "message photo": ({"messages": [SAID[0] | {"photo": "red.png"}, SAID[1]]}, "names a picture in `photo`"),
+    "message file_name": ({"messages": [SAID[0] | {"file_name": "red.png"}, SAID[1]]}, "names a picture in `file_name`"),
+    "message videos": ({"messages": [SAID[0] | {"videos": ["a.mp4"]}, SAID[1]]}, "has video in `videos`"),
+    "part img": (of_part(type="image", img="red.png"), "an image part with `img`"),
+    "part file_name": (of_part(type="image", file_name="red.png"), "an image part with `file_name`"),
+    "part source": (of_part(type="image", source={"data": "iVBOR"}), "an image part with `source`"),
+    "thumbnail": (A_PAIR | {"thumbnail": "red"}, "a picture in `thumbnail`"),
+    "speech": (A_PAIR | {"speech": "clip 1"}, "is an audio row"),
+    "base64": (A_PAIR | {"image": "iVBORw0KGgo" + "A" * 80}, "as base64 text"),
+    "object without path": (A_PAIR | {"image": {"file_name": "red.png"}}, r"neither bytes nor a path \(it has file_name\)"),
+    # marks of other projects, which would stay in the text beside the picture
+    "<image_1>": (A_PAIR | {"image": "red.png", "prompt": f"<image_1>{Q}"}, "has <image_1> where an image stands"),
+    "<image 1>, no image": (A_PAIR | {"prompt": f"<image 1>{Q}"}, "has <image 1> where"),
+    "<Image>": (A_PAIR | {"image": "red.png", "prompt": f"<Image>{Q}"}, "has <Image> where an image stands"),
+    "{image}": (A_PAIR | {"image": "red.png", "prompt": f"{{image}}{Q}"}, "has {image} where an image stands"),
+    # answers and labels beside a conversation
+    "negatives": ({"messages": SAID, "negatives": ["A dog."]}, "has `negatives` beside"),
+    "dispreferred_text": ({"messages": SAID, "dispreferred_text": "A dog."}, "has `dispreferred_text` beside"),
+    "label false": ({"messages": SAID, "label": "false"}, r"has a `label` \(false\)"),
+    "is_good": ({"messages": SAID, "is_good": False}, r"has a `is_good` \(False\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED_BY_NAME)
+def test_other_names_are_refused_by_name(tmp_path: Path, case: str) -> None:
+    record, message = REFUSED_BY_NAME[case]
+    (tmp_path / "x.json").write_text(json.dumps([record]))
+    with pytest.raises(InputError, match=message):
+        load(tmp_path / "x.json", "conversation" if "messages" in record else "preference")
+
+
+@pytest.mark.parametrize("name", ["sys", "system_message", "systemPrompt", "system_instruction"])
+def test_system_prompt_under_any_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / "x.json").write_text(json.dumps([A_PAIR | {"image": "red.png", name: "Be kind.", "system_id": "s1"}]))
+    row = load(tmp_path / "x.json", "preference").train[0]
+    assert turns(row) == ["system: Be kind.", f"user: <image>{Q}"] and row["system_id"] == "s1"
+
+
+def test_names_that_only_look_like_labels_answers_or_marks_are_kept(tmp_path: Path) -> None:
+    own = {"label_id": 1, "label": "cat", "rejected_score": 2.0, "sound": "", "clip_score": 0.3}
+    asked = {"role": "user", "content": "<image_1>: <image> What is shown?"}
+    (tmp_path / "x.json").write_text(json.dumps([{"image": "red.png", "messages": [asked, SAID[1]]} | own]))
+    row = load(tmp_path / "x.json", "conversation").train[0]
+    assert {name: row[name] for name in own} == own and turns(row)[0] == "user: <image_1>: <image> What is shown?"
+
+
+def test_unknown_keys_of_messages_parts_and_answers_are_listed(tmp_path: Path) -> None:
+    said = [
+        {"role": "user", "content": [{"type": "text", "text": Q, "lang": "en"}], "id": 3},
+        SAID[1] | {"model": "m", "name": None},
+    ]
+    (tmp_path / "x.json").write_text(json.dumps([{"image": "red.png", "messages": said}]))
+    left_out = load(tmp_path / "x.json", "conversation").info["sets"][0]["columns_left_out"]
+    assert {*left_out} == {"messages[].id", "messages[].model", "messages[].content[].lang"}
+    answers = [{"response": "A disc.", "score": 2, "model": "a"}, {"response": "A dog.", "score": 1, "model": "b"}]
+    (tmp_path / "y.json").write_text(json.dumps([{"image": "red.png", "prompt": Q, "completions": answers}]))
+    assert {*load(tmp_path / "y.json", "preference").info["sets"][0]["columns_left_out"]} == {"completions[].model"}
+
+
+def test_scores_written_as_texts_are_scores(tmp_path: Path) -> None:
+    (tmp_path / "x.tsv").write_text(
+        "image\tprompt\tchosen\trejected\tchosen_score\trejected_score\nred.png\tWhat?\tA disc.\tA dog.\t5\t1.5\n"
+    )
+    assert load(tmp_path / "x.tsv", "preference").train[0]["scores"] == [5.0, 1.5]
+    (tmp_path / "y.json").write_text(json.dumps([A_PAIR | {"chosen_score": "high", "rejected_score": "low"}]))
+    row = load(tmp_path / "y.json", "preference").train[0]
+    assert row["chosen_score"] == "high" and row.get("scores") is None
+
+
+def test_object_of_splits_is_its_train_and_a_folder_of_other_splits_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({"train": [A_PAIR], "test": [A_PAIR | {"prompt": "Other?"}]}))
+    assert [r["prompt"][0]["content"] for r in load(tmp_path / "x.json", "preference").train] == [Q]
+    (tmp_path / "y.json").write_text(json.dumps({"data": {"train": [A_PAIR, A_PAIR], "val": [A_PAIR]}}))
+    assert len(load(tmp_path / "y.json", "preference").train) == 2
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for split in ("test", "validation"):
+        datasets.Dataset.from_list([A_PAIR]).to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
+    with pytest.raises(InputError, match="holds the splits test, validation, none of them train"):
+        load(folder, "preference")
+
+
+def test_pictures_that_are_bytes_without_an_object_around_them(tmp_path: Path) -> None:
+    data_of = (LAYOUTS / "images" / "red.png").read_bytes()
+    datasets.Dataset.from_list([A_PAIR | {"image": data_of}]).to_parquet(str(tmp_path / "x.parquet"))
+    assert load(tmp_path / "x.parquet", "preference").train[0]["images"] == [{"bytes": data_of, "path": None}]
+
+
+@pytest.mark.parametrize(("repeat", "rows"), [(3, 6), (0.5, 1), (1.0, 2)])
+def test_repeat_time_of_a_meta_file(tmp_path: Path, repeat: float, rows: int) -> None:
+    for name in ("a", "b"):
+        lines = [{"image": "red.png", "conversations": [{"from": "human", "value": f"{name}{i}?"}, {"from": "gpt", "value": "Yes."}]}
+                 for i in range(2)]  # fmt: skip
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    meta = {"a": {"root": str(LAYOUTS / "images"), "annotation": "a.jsonl", "repeat_time": repeat},
+            "b": {"root": str(LAYOUTS / "images"), "annotation": "b.jsonl"}}  # fmt: skip
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    train = load(tmp_path / "meta.json", "conversation").train
+    asked = [row["messages"][0]["content"].removeprefix("<image>")[:1] for row in train]
+    assert asked.count("a") == rows and asked.count("b") == 2
+    meta["a"]["repeat_time"] = 1.5
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(InputError, match=r"repeat_time 1\.5"):
+        load(tmp_path / "meta.json", "conversation")
