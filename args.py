@@ -164,6 +164,12 @@ class DataArguments:
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes for reading and checking the rows."}
     )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read and check rows as training takes them, for sets that do not fit on the disk twice; needs --max_steps."
+        },
+    )
     check_images: Literal["all", "sample", "none"] = field(
         default="all",
         metadata={
@@ -209,6 +215,14 @@ class DataArguments:
         for name in ("data_ratio", "eval_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"--{name} is a share between 0 and 1, not {getattr(self, name)}.")
+        if self.streaming and (self.eval_ratio or self.data_ratio != 1):
+            name = "eval_ratio" if self.eval_ratio else "data_ratio"
+            instead = "give --eval_data_path" if self.eval_ratio else "leave it out"
+            raise InputError(f"--{name} is a share of all rows, which --streaming does not know: {instead}.")
+        if self.streaming and self.check_images == "sample":
+            raise InputError(
+                "--check_images sample is a share of all rows, which --streaming does not know: all or none."
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

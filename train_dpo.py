@@ -23,7 +23,7 @@ from args import DataArguments, DPOConfig, LoraArguments, ModelArguments, parse,
 from base.row_checks import ProcessorCheck
 from base.run_folder import open_run, record_run
 from base.trainer import VLDPOTrainer
-from data import DataSplits, load_train_eval
+from data import DataSplits, load_train_eval, streaming_of
 from data.lengths import LengthLimits
 from losses import columns_of, hyperparameters_of, needs_of
 from models import core_mapper_for
@@ -64,7 +64,12 @@ def build(
     with training_args.main_process_first(desc="reading the data"):
         # EDIT: rows of your own, as a Dataset with the columns of docs/data.md
         data = data or load_train_eval(
-            data_args, "preference", training_args.seed, training_args.output_dir, ProcessorCheck(processor)
+            data_args,
+            "preference",
+            training_args.seed,
+            training_args.output_dir,
+            ProcessorCheck(processor),
+            streaming_of(data_args, training_args),
         )
         train_dataset, lengths = collator.drop_overlong(data.train, data_args.dataset_num_proc)
         eval_dataset, _ = collator.drop_overlong(data.eval, data_args.dataset_num_proc)

@@ -23,7 +23,7 @@ from base.ppo_trainer import VLPPOTrainer
 from base.rewards import load_rewards
 from base.row_checks import ProcessorCheck
 from base.run_folder import open_run, record_run
-from data import DataSplits, load_train_eval
+from data import DataSplits, load_train_eval, streaming_of
 from data.lengths import LengthLimits
 from models import core_mapper_for
 from models.assemble import LoadPlan, load_policy, load_reference
@@ -56,7 +56,12 @@ def build(
     with training_args.main_process_first(desc="reading the data"):
         # EDIT: rows of your own, as a Dataset with the columns of docs/data.md
         data = data or load_train_eval(
-            data_args, "prompt", training_args.seed, training_args.output_dir, ProcessorCheck(processor)
+            data_args,
+            "prompt",
+            training_args.seed,
+            training_args.output_dir,
+            ProcessorCheck(processor),
+            streaming_of(data_args, training_args),
         )
         train_dataset, lengths = collator.drop_overlong(data.train, data_args.dataset_num_proc)
 

@@ -32,6 +32,7 @@ from common.seeds import stable_seed
 from data.lengths import LengthCounts, LengthLimits, fit, fit_row
 from data.pairs import PairMode, ordered_pairs
 from data.rows import NUMBER_COLUMNS
+from data.stream import StreamedRows
 from losses import changed_tokens
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ class VLDataCollator:
         """
         if dataset is None or self.limits == LengthLimits(overlong=self.limits.overlong):
             return dataset, {}
+        if isinstance(dataset, StreamedRows):
+            return dataset.only(self._overlong), {}
 
         def count(row: Row, index: int) -> dict[str, int]:
             counts = LengthCounts()
@@ -75,6 +78,12 @@ class VLDataCollator:
         totals = {name: sum(counts[name]) for name in LengthCounts().as_dict()}
         logger.warning("Lengths: %s", ", ".join(f"{name} {count}" for name, count in totals.items()))
         return dataset.select(keep), totals
+
+    def _overlong(self, row: Row) -> str | None:
+        """Why a row is left out. Raises InputError with --overlong error."""
+        with self.processor.lengths_only():
+            fits = self.fit(row, LengthCounts(), where=str(row.get("where")))
+        return None if fits else "is longer than --max_length / --max_prompt_length, or its answers are equal once cut"
 
     def fit(self, row: Row, counts: LengthCounts, where: str) -> bool:
         """Hook: whether the row's prompt fits the limits, counted in `counts`."""

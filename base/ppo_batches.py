@@ -1,7 +1,7 @@
 """How many prompts and answers an update of PPO has, and in which order they come."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,11 +42,11 @@ class BatchSizes:
 class PromptBatches:
     """Which prompts each micro batch of one device holds, epoch by epoch: a function of seed, epoch and update only.
 
-    Each epoch is a new permutation of the data; its last update is filled up from its beginning.
+    Each epoch is a new permutation of the data (or takes it in order); its last update is filled up from its beginning.
     """
 
-    def __init__(self, num_prompts: int, sizes: BatchSizes, rank: int, seed: int) -> None:
-        self.num_prompts, self.sizes, self.rank, self.seed = num_prompts, sizes, rank, seed
+    def __init__(self, num_prompts: int, sizes: BatchSizes, rank: int, seed: int, in_order: bool = False) -> None:
+        self.num_prompts, self.sizes, self.rank, self.seed, self.in_order = num_prompts, sizes, rank, seed, in_order
         self.epoch = self.first_update = 0
 
     @property
@@ -57,7 +57,9 @@ class PromptBatches:
     def __len__(self) -> int:
         return self.updates * self.sizes.micro_batches
 
-    def _order(self) -> list[int]:
+    def _order(self) -> Sequence[int]:
+        if self.in_order:
+            return range(self.num_prompts)
         generator = torch.Generator().manual_seed(stable_seed(self.seed, "prompts", self.epoch))
         return torch.randperm(self.num_prompts, generator=generator).tolist()
 

@@ -27,6 +27,7 @@ from base.reward_functions import BUILT_IN, RIGHT_FROM, RewardFunction, built_in
 from base.rollout import Row, Sampled
 from base.value import VLModelWithValueHead
 from common.errors import InputError
+from data.stream import StreamedRows, without_column
 
 # Names of arguments that come with every answer; a column of the data does not take their place.
 _OF_ANSWERS = ("images", "prompts", "responses", "completions", "completion_ids")
@@ -117,7 +118,10 @@ class FunctionReward(Reward):
             )
         if self.function not in BUILT_IN.values():
             return
-        for name in set(asked) & set(columns):
+        for name in sorted(set(asked) & set(columns)):
+            if isinstance(data, StreamedRows):
+                data.only(without_column(name, f"the reward {self.name}"))
+                continue
             for i, value in enumerate(data[name]):
                 if value is None:
                     where = data[i].get("where") or f"Row {i}"

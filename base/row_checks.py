@@ -4,6 +4,7 @@ Nothing is decoded: the sizes of the pictures are known from their headers, and 
 each odd size, is tried once on blank pictures.
 """
 
+import functools
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -30,6 +31,7 @@ class ProcessorCheck:
 
     def __init__(self, processor: VLProcessor) -> None:
         self.processor = processor
+        self._known: dict[object, str | None] = {}  # of `of_row`: arrangements and sizes, each tried once
 
     def __call__(
         self, rows: Dataset, kind: Kind, sizes: pa.ChunkedArray, num_proc: int | None = None
@@ -58,9 +60,32 @@ class ProcessorCheck:
                     reasons[i] = reason
         tokens = found.data.column("token")
         for i in np.flatnonzero(pc.is_valid(tokens)):
-            reasons[i] = f"has {tokens[i].as_py()} in its texts, which stands for a picture: take it out"
+            reasons[i] = _has_token(tokens[i].as_py())
         return reasons
 
+    def of_row(self, row: Mapping[str, object], kind: Kind, sizes: Sequence[int] | None) -> str | None:
+        """Why the model's processor refuses one row, or None.
+
+        Args:
+            sizes: width and height of each picture, one after the other; None: no file was looked at.
+        """
+        column = "messages" if kind == "conversation" else "prompt"
+        batch = {name: [row[name]] for name in (column, "responses") if row.get(name) is not None}
+        (token,), (shape,) = _look_at_batch(batch, column, self.tokens().pattern).values()
+        if token is not None:
+            return _has_token(token)
+        if (kind, shape) not in self._known and len(self._known) < _MAX_TRIED:
+            self._known[kind, shape] = self.refused_shape(json.loads(shape), kind)
+        if reason := self._known.get((kind, shape)):
+            return reason
+        for size in zip(sizes[::2], sizes[1::2], strict=True) if sizes else ():
+            if size not in self._known and len(self._known) < 2 * _MAX_TRIED:
+                self._known[size] = self.refused_sizes(pa.chunked_array([[list(size)]], pa.list_(pa.int32()))).get(size)
+            if reason := self._known.get(size):
+                return reason
+        return None
+
+    @functools.cache  # noqa: B019  one check per run
     def tokens(self) -> re.Pattern[str]:
         """The tokens of this tokenizer that stand for pictures, video or sound, but for the mark `<image>`."""
         tokenizer = self.processor.tokenizer
@@ -107,6 +132,10 @@ class ProcessorCheck:
         except ValueError as error:  # InputErrors are ValueErrors
             return str(error).rstrip(".")
         return None
+
+
+def _has_token(token: str) -> str:
+    return f"has {token} in its texts, which stands for a picture: take it out"
 
 
 def _rows_with(sizes: pa.ChunkedArray, some: Collection[tuple[int, int]]) -> list[int]:

@@ -24,6 +24,7 @@ from base.checkpoints import ignore_sigterm
 from base.ppo_batches import BatchSizes, PromptBatches
 from base.trainer import VLHeadTrainer
 from common.seeds import stable_seed
+from data.stream import StreamedRows
 
 
 class PPOState(TrainerCallback, ExportableState):
@@ -179,7 +180,8 @@ class UpdateLoop(VLHeadTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Micro batches of this device, in the order of `PromptBatches`."""
-        order = PromptBatches(len(self.train_dataset), self.sizes, self.args.process_index, self.args.seed)
+        in_order = isinstance(self.train_dataset, StreamedRows)
+        order = PromptBatches(len(self.train_dataset), self.sizes, self.args.process_index, self.args.seed, in_order)
         return DataLoader(
             self.train_dataset,
             batch_sampler=order,

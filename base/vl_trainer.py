@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from trl.trainer.utils import disable_dropout_in_model
 
 from args import VLConfig
@@ -24,6 +24,7 @@ from base.processor import VLProcessor
 from base.self_check import SelfCheck
 from common.errors import InputError
 from common.tensors import to_device
+from data.stream import StreamedRows
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -263,6 +264,13 @@ class VLTrainer(SafeCheckpoints):
                 )
             changes.append((own - other).abs().float().cpu())
         return torch.cat(changes).mean().item() if changes else float("nan")
+
+    # -- training rows ------------------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        """As Trainer's; streamed rows come in order, they are shuffled where they are read."""
+        rows = train_dataset if train_dataset is not None else self.train_dataset
+        return SequentialSampler(rows) if isinstance(rows, StreamedRows) else super()._get_train_sampler(train_dataset)
 
     # -- evaluation ---------------------------------------------------------------------------------------------------------
 

@@ -58,5 +58,7 @@ def run(main: Callable[[], object]) -> None:
 
 def fail(message: InputError | str) -> NoReturn:
     """Print one sentence on stderr and exit with status 2."""
+    # torch puts the worker's traceback before what it said
+    message = re.sub(r"\ACaught \w+ in DataLoader worker.*\bInputError: ", "", str(message), flags=re.DOTALL).strip()
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)

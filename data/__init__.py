@@ -37,9 +37,10 @@ from data.columns import used_and_left_out
 from data.rows import OPTIONAL, REQUIRED, Kind, features_of, shorten
 from data.source import image_root_of
 from data.splits import held_out, interleaved, kept
+from data.stream import RowStream, StreamedRows, Streaming, streaming_of
 from data.verify import Verdicts, verify
 
-__all__ = ["DATASET_MAP", "DataSplits", "load_train_eval"]
+__all__ = ["DATASET_MAP", "DataSplits", "load_train_eval", "streaming_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ def load_train_eval(
     seed: int,
     output_dir: str | os.PathLike[str] | None = None,
     check: RowCheck | None = None,
+    streaming: Streaming | None = None,
 ) -> DataSplits:
     """All rows of `--dataset_name`, checked, split by content and interleaved.
 
@@ -98,12 +100,15 @@ def load_train_eval(
         kind: what the script trains on. Preference and conversation rows also serve as prompts.
         output_dir: where `bad_rows.jsonl` is written if any row is refused or skipped.
         check: what else makes a row a bad one (base.row_checks.ProcessorCheck: what the model's processor refuses).
+        streaming: `streaming_of`, with `--streaming`: rows are not loaded, but read as they come.
 
     Raises:
         InputError: an unreadable file, bad rows with `--on_bad_row error`, flags that do not fit together, no rows left.
     """
     _check_shares(data_args)
     weights = _weights(data_args)
+    if data_args.streaming:
+        return _streamed(data_args, kind, seed, output_dir, check, streaming, weights)
     parts = [_load_part(args, kind, check) for args in per_name(data_args, "data_path")]
     eval_parts = [_load_part(args, kind, check) for args in per_name(data_args, "eval_data_path") if args.data_path]
     _report_refused([*parts, *eval_parts], data_args.on_bad_row, output_dir)
@@ -158,6 +163,58 @@ def _check_shares(data_args: DataArguments) -> None:
         raise InputError("--eval_ratio and --eval_data_path both say what to evaluate on: give one of them.")
     if data_args.data_ratio <= 0:
         raise InputError("--data_ratio 0 leaves no rows: give a share above 0.")
+
+
+def _streamed(
+    data_args: DataArguments,
+    kind: Kind,
+    seed: int,
+    output_dir: str | os.PathLike[str] | None,
+    check: "RowCheck | None",
+    streaming: Streaming | None,
+    weights: list[float] | None,
+) -> DataSplits:
+    """Training rows that are read as they come, and evaluation rows of files of their own, loaded as without `--streaming`."""
+    if streaming is None:
+        raise InputError("--streaming is for the training scripts: leave it out here.")
+    streams = []
+    for args in per_name(data_args, "data_path"):
+        stream = DATASET_MAP.get(args.dataset_name, conversational.load)(args)
+        if not isinstance(stream, RowStream):
+            raise InputError(f"--dataset_name {args.dataset_name} is not read from a file: leave --streaming out.")
+        if not stream.serves(kind):
+            raise InputError(_other_kind(args.dataset_name, stream.kind, kind))
+        streams.append(stream)
+    if len(streams) > 1 and weights is None:
+        raise InputError("--streaming does not know how many rows the data sets have: give --dataset_weights.")
+    whole = [copy.copy(args) for args in per_name(data_args, "eval_data_path") if args.data_path]
+    for args in whole:
+        args.streaming = False
+    evals = [_load_part(args, kind, check) for args in whole]
+    _report_refused(evals, data_args.on_bad_row, None)
+    held_rows = _joined(evals) if evals else None
+    held_out = {int(group) for part in evals for group in part.group}
+    train = StreamedRows(
+        streams,
+        kind,
+        length=streaming.length,
+        shuffle=streaming.shuffle,
+        seed=seed,
+        weights=weights,
+        check=check,  # type: ignore[arg-type]
+        held_out=held_out,
+        output_dir=output_dir,
+    )
+    info: dict[str, object] = {
+        "streaming": True,
+        "train_rows": streaming.length,
+        "eval_rows": len(held_rows) if held_rows is not None else 0,
+        "train_fingerprint": train.fingerprint,
+        "sets": [{"name": s.data_args.dataset_name, "file": s.data_args.data_path} for s in streams],
+    }
+    if evals:
+        info["eval_sets"] = [part.counts for part in evals]
+    return DataSplits(train, held_rows, info)  # type: ignore[arg-type]  # as a Dataset, but for what needs all rows
 
 
 def _other_kind(name: str, have: Kind, kind: Kind, columns: str = "") -> str:
@@ -255,6 +312,8 @@ def checked_rows(
     Raises:
         InputError: as `load_rows`.
     """
+    if args.streaming:
+        raise InputError("--streaming is for the training scripts: leave it out here.")
     rows, kind = load_rows(args, kind)
     preference = kind == "preference"
     verdicts = verify(

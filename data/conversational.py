@@ -20,7 +20,7 @@ from datasets import Dataset
 from args import DataArguments
 from common.errors import InputError
 from data.columns import column_map
-from data.files import read_file, read_hub
+from data.files import RecordStream
 from data.rows import (
     BadRow,
     Kind,
@@ -37,7 +37,7 @@ from data.rows import (
     shorten,
     text_of,
 )
-from data.source import columns_of, first_record, to_rows
+from data.source import columns_of, first_record, records_of, to_rows
 
 TALKS = ("messages", "conversations", "conversation")
 QUESTIONS = ("prompt", "question", "query", "instruction")
@@ -81,16 +81,19 @@ def load(data_args: DataArguments) -> Dataset:
     path = data_args.data_path or data_args.dataset_name
     looks_local = data_args.data_path or os.path.exists(path) or path.startswith((".", "/", "~"))
     if looks_local:
-        dataset, is_text = read_file(
-            os.path.expanduser(path), "--data_path" if data_args.data_path else "--dataset_name"
-        )
+        what = "--data_path" if data_args.data_path else "--dataset_name"
+        dataset, is_text = records_of(data_args, os.path.expanduser(path), what)
     else:
-        dataset, is_text = read_hub(path), False
+        dataset, is_text = records_of(data_args, path, None)
     return convert_dataset(dataset, data_args, path, is_text)
 
 
 def convert_dataset(
-    dataset: Dataset, data_args: DataArguments, label: str, is_text: bool = False, want: Kind | None = None
+    dataset: Dataset | RecordStream,
+    data_args: DataArguments,
+    label: str,
+    is_text: bool = False,
+    want: Kind | None = None,
 ) -> Dataset:
     """Rows of `want` if the columns serve it, else of the most telling kind.
 
@@ -106,7 +109,7 @@ def convert_dataset(
             "Name yours with --columns prompt=...,chosen=..., or choose the --dataset_name of the format (docs/data.md)."
         )
     if (
-        want is not None and want in kinds and not is_text
+        want is not None and want in kinds and isinstance(dataset, Dataset) and not is_text
     ):  # rows of several kinds at once: those of the others are not read
         others = {name for kind in kinds for name in features_of(kind, False)} - features_of(want, False).keys()
         dataset = dataset.remove_columns([name for name in dataset.column_names if name in others])

@@ -9,6 +9,7 @@ import csv
 import fnmatch
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ import tarfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import datasets
 import numpy as np
@@ -152,6 +153,62 @@ def _files_and_kind(path: str, what: str) -> tuple[list[str], str]:
 
 def _stamps(parts: Iterable["Part"]) -> list[tuple[str, str | None, int, int]]:
     return [(p.file, p.root, os.stat(p.file).st_size, os.stat(p.file).st_mtime_ns) for p in parts]
+
+
+class RecordStream:
+    """Records that are read from the beginning at each iteration; nothing is copied into a cache (`--streaming`).
+
+    Attributes:
+        is_text: they are JSON texts (the columns of `_RECORD`).
+        state: names and sizes of the files, by which another set is known.
+    """
+
+    def __init__(self, read: Callable[[], Iterator[dict[str, Any]]], is_text: bool, state: list[object]) -> None:
+        self.read, self.is_text, self.state = read, is_text, state
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.read()
+
+    def head(self, number: int = 100) -> list[dict[str, Any]]:
+        """The first records."""
+        return list(itertools.islice(self.read(), number))
+
+
+def stream_file(path: str, what: str) -> RecordStream:
+    """As `read_file`, but read record by record, anew at each iteration.
+
+    Raises:
+        InputError: as `read_file`; or a kind of file that cannot be streamed.
+    """
+    files, kind = _files_and_kind(path, what)
+    state: list[object] = [(os.path.basename(f), os.path.getsize(f)) for f in files]
+    if kind == "tar":
+        raise InputError(f"--streaming does not read tar files ({path}): unpack it, or leave --streaming out.")
+    if kind in ("parquet", "arrow"):
+        load = functools.partial(datasets.load_dataset, kind, data_files=files, split="train", streaming=True)
+        return RecordStream(functools.partial(_records_of_tables, load, path), False, state)
+    parts = [part for f in files for part in _guarded(path, functools.partial(_parts, f))]
+    if shares := [part.file for part in parts if part.repeat < 1]:
+        raise InputError(
+            f"--streaming cannot take a share of {shares[0]} (repeat_time below 1): its rows are not counted."
+        )
+    repeated = [part for part in parts for _ in range(int(part.repeat))]
+    return RecordStream(functools.partial(_records_of_files, _stamps(repeated), ""), True, state)
+
+
+def stream_hub(name: str) -> RecordStream:
+    """The training split of a data set on the hub, as it arrives."""
+    load = functools.partial(datasets.load_dataset, name, split="train", streaming=True)
+    return RecordStream(functools.partial(_records_of_tables, load, name), False, [name])
+
+
+def _records_of_tables(load: Callable[[], datasets.IterableDataset], name: str) -> Iterator[dict[str, Any]]:
+    """Rows as Arrow holds them, so that no image is decoded."""
+    try:
+        for table in load().with_format("arrow").iter(batch_size=100):
+            yield from table.to_pylist()
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise InputError(f"{name} cannot be read ({type(error).__name__}: {error}): is it whole, and there?") from error
 
 
 def _files_of_folder(path: str) -> list[str]:

@@ -10,8 +10,9 @@ from args import DataArguments
 from common.errors import InputError
 from data.columns import column_map, with_own_columns
 from data.convert import convert_batch
-from data.files import code_state, read_file, read_hub
+from data.files import RecordStream, code_state, read_file, read_hub, stream_file, stream_hub
 from data.rows import Kind, Row, features_of
+from data.stream import RowStream
 
 
 def load_source(
@@ -23,30 +24,41 @@ def load_source(
         InputError: no such file, or a file that is damaged as a whole. A row that cannot be used has its `problem` set.
     """
     if data_args.data_path:
-        dataset, is_text = read_file(data_args.data_path, "--data_path")
+        dataset, is_text = records_of(data_args, data_args.data_path, "--data_path")
         label = data_args.data_path
     elif hub_id:
-        dataset, is_text, label = read_hub(hub_id), False, hub_id
+        dataset, is_text = records_of(data_args, hub_id, None)
+        label = hub_id
     else:
         raise InputError(f"--dataset_name {data_args.dataset_name} needs --data_path, the file to read.")
     return to_rows(dataset, data_args, convert, kind, label, is_text)
 
 
+def records_of(data_args: DataArguments, path: str, what: str | None) -> tuple[Dataset | RecordStream, bool]:
+    """Records of a file that the flag `what` names, or of the hub (None), and whether they are JSON texts."""
+    if data_args.streaming:
+        stream = stream_file(path, what) if what else stream_hub(path)
+        return stream, stream.is_text
+    return read_file(path, what) if what else (read_hub(path), False)
+
+
 def to_rows(
-    dataset: Dataset,
+    dataset: Dataset | RecordStream,
     data_args: DataArguments,
     convert: Callable[[dict, Kind], Row],
     kind: Kind,
     label: str,
     is_text: bool = False,
 ) -> Dataset:
-    """Convert records to rows in parallel; cached by `datasets`."""
+    """Convert records to rows in parallel; cached by `datasets`. Of a `RecordStream` a `RowStream`, which converts them as they are read."""
     names = column_map(data_args.columns)
     there = columns_of(dataset, is_text)
     if there and (gone := [theirs for theirs in names if theirs not in there]):
         raise InputError(
             f"--columns names {', '.join(gone)}, which {label} does not have (it has {', '.join(sorted(there))})."
         )
+    if isinstance(dataset, RecordStream):
+        return RowStream(dataset, data_args, convert, kind, label, image_root_of(data_args))  # type: ignore[return-value]  # loaders hand it on
     image_bytes = not is_text and any(map(_holds_bytes, dataset.features.values()))
     features = features_of(kind, image_bytes) | {"problem": Value("string"), "skipped": Value("bool")}
     features |= {"columns": Value("string"), "kept": Value("string")}
@@ -95,15 +107,14 @@ def image_root_of(data_args: DataArguments) -> str:
     return os.path.abspath(path) if os.path.isdir(path) else os.getcwd()
 
 
-def first_record(dataset: Dataset, is_text: bool, names: Mapping[str, str]) -> dict[str, object]:
+def first_record(dataset: Dataset | RecordStream, is_text: bool, names: Mapping[str, str]) -> dict[str, object]:
     """The first record that parses (of the first hundred), without nulls, under the names of `--columns`."""
     if not is_text:
-        columns = dataset.with_format("arrow")[:1].to_pylist() or [{}]
-        record = {name: columns[0].get(name) for name in dataset.column_names}
+        record = next(iter(_head(dataset, 1)), None) or dict.fromkeys(columns_of(dataset, is_text))
         return {names.get(name, name): value for name, value in record.items() if names.get(name, name)}
-    for i in range(min(len(dataset), 100)):
+    for raw in _head(dataset, 100):
         try:
-            record = json.loads(dataset[i]["text"] or "null")
+            record = json.loads(raw["text"] or "null")
         except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
@@ -112,19 +123,26 @@ def first_record(dataset: Dataset, is_text: bool, names: Mapping[str, str]) -> d
     return {}
 
 
-def columns_of(dataset: Dataset, is_text: bool) -> set[str]:
+def columns_of(dataset: Dataset | RecordStream, is_text: bool) -> set[str]:
     """Column names; of JSON records, all keys of the first hundred that parse."""
     if not is_text:
-        return set(dataset.column_names)
+        return set(dataset.column_names if isinstance(dataset, Dataset) else next(iter(dataset), {}))
     found: set[str] = set()
-    for text in dataset.select(range(min(len(dataset), 100)))["text"]:
+    for raw in _head(dataset, 100):
         try:
-            record = json.loads(text or "null")
+            record = json.loads(raw["text"] or "null")
         except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
             found.update(record)
     return found
+
+
+def _head(dataset: Dataset | RecordStream, number: int) -> list[dict]:
+    """The first records; of tables no image is decoded."""
+    if isinstance(dataset, RecordStream):
+        return dataset.head(number)
+    return dataset.with_format("arrow")[:number].to_pylist() if len(dataset) else []
 
 
 def _holds_bytes(feature: object) -> bool:

@@ -140,25 +140,52 @@ def verify_batch(
     out: dict[str, list] = {name: [] for name in _VERDICT}
     for i, index in enumerate(indices):
         row: Row = {name: values[i] for name, values in batch.items()}
-        problem, skipped, group, content, sizes = row["problem"], row["skipped"], 0, 0, None
-        if problem is None:
-            try:
-                images = list(row["images"])  # type: ignore[call-overload]
-                shown = len(images)
-                if row.get("image_rejected") is not None:
-                    images.append(row["image_rejected"])
-                signatures = [_name_of(image) for image in images]
-                if every and index % every == 0:
-                    checked = [check_image(image, image_root, allow_outside, decode) for image in images]
-                    sizes = [side for found in checked[:shown] for side in found.size]
-                    signatures = signatures if by_name else [found.signature for found in checked]
-                _check_pairs(row, pairs, score_margin)
-                group, content = _keys(row, kind, signatures, shown)
-            except BadRow as error:
-                problem, skipped = str(error), isinstance(error, SkippedRow)
-        for name, value in zip(_VERDICT, (problem, skipped, group, content, sizes), strict=True):
+        look = bool(every) and index % every == 0
+        verdict = verify_row(row, kind, image_root, allow_outside, pairs, score_margin, decode, look, by_name)
+        for name, value in zip(_VERDICT, verdict, strict=True):
             out[name].append(value)
     return out
+
+
+class Verdict(NamedTuple):
+    """One entry of `Verdicts`."""
+
+    problem: str | None
+    skipped: bool
+    group: int
+    content: int
+    sizes: list[int] | None
+
+
+def verify_row(
+    row: Row,
+    kind: Kind,
+    image_root: str,
+    allow_outside: bool,
+    pairs: str | None,
+    score_margin: float | None,
+    decode: bool = False,
+    look: bool = True,
+    by_name: bool = False,
+) -> Verdict:
+    """The verdict on one row, at whose image files it looks with `look`; `by_name`: equal images are known by their names."""
+    if row["problem"] is not None:
+        return Verdict(str(row["problem"]), bool(row["skipped"]), 0, 0, None)
+    sizes = None
+    try:
+        images = list(row["images"])  # type: ignore[call-overload]
+        shown = len(images)
+        if row.get("image_rejected") is not None:
+            images.append(row["image_rejected"])
+        signatures = [_name_of(image) for image in images]
+        if look:
+            checked = [check_image(image, image_root, allow_outside, decode) for image in images]
+            sizes = [side for found in checked[:shown] for side in found.size]
+            signatures = signatures if by_name else [found.signature for found in checked]
+        _check_pairs(row, pairs, score_margin)
+        return Verdict(None, False, *_keys(row, kind, signatures, shown), sizes)
+    except BadRow as error:
+        return Verdict(str(error), isinstance(error, SkippedRow), 0, 0, sizes)
 
 
 def _state_of_files(rows: Dataset, check_images: str) -> str:
@@ -185,9 +212,9 @@ def _name_of(image: object) -> bytes:
 def _check_pairs(row: Row, pairs: str | None, score_margin: float | None) -> None:
     if pairs is None:
         return
-    if score_margin is not None and score_margin >= 0 and row["scores"] is None:
+    if score_margin is not None and score_margin >= 0 and row.get("scores") is None:
         raise BadRow("has ranks and no scores, which --score_margin needs: leave the flag out or add `scores`")
-    if not ordered_pairs(row["ranks"], row["scores"], pairs, score_margin):  # type: ignore[arg-type]
+    if not ordered_pairs(row["ranks"], row.get("scores"), pairs, score_margin):  # type: ignore[arg-type]
         why = "its responses are ranked equal" if score_margin is None else "no two scores are far enough apart"
         raise SkippedRow(f"holds no pair: {why}")
 

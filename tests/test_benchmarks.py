@@ -1,11 +1,13 @@
 """The benchmarks run, and their sides do the same work. No timings are asserted: machines are shared."""
 
+import argparse
 import json
 
+import datasets
 import pytest
 import transformers as tf
 
-from benchmarks import data_wait, dpo_vs_trl, floor, grpo_vs_trl, ppo_reuse, rm_vs_plain
+from benchmarks import data_scale, data_wait, dpo_vs_trl, floor, grpo_vs_trl, ppo_reuse, rm_vs_plain
 from benchmarks.models import FAMILIES
 
 
@@ -76,3 +78,17 @@ def test_grpo_of_both_sides_runs(tmp_path):
     assert set(found["ratio"]) == {"update", "rollout", "training pass"} and found["memory"] > 0
     assert found["bound"] == pytest.approx(8 * (found["prompt"] + 50) / (found["prompt"] + 400))
     assert "llava-50" in (tmp_path / "grpo_vs_trl_tiny.md").read_text()
+
+
+def test_the_large_set_is_read_whole_and_streamed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    data_scale.make(tmp_path, 60, 7)
+    assert len([*(tmp_path / "images").rglob("*.jpg")]) == 7
+    for part in ("load", "stream"):
+        args = argparse.Namespace(
+            rows=60, folder=tmp_path, dataset_num_proc=None, check_images="all", part=part, pictures=7
+        )
+        data_scale.measure(args)
+    said = capsys.readouterr().out
+    assert "60 rows, bad 0" in said and "first row: " in said and "of the main process: " in said
+    datasets.enable_progress_bars()
