@@ -18,10 +18,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 from trl.models.utils import prepare_deepspeed
-from trl.trainer.utils import use_adapter
 
 from args import DPOConfig, SFTConfig
-from base.adapters import REFERENCE_ADAPTER
+from base.adapters import REFERENCE_ADAPTER, adapter_active
 from base.batch import Batch
 from base.callbacks import RunningDelta, SetEpoch
 from base.model import CompletionOutput
@@ -228,7 +227,7 @@ class VLDPOTrainer(VLTrainer):
                 )
             yield self.model_wrapped
             return
-        with use_adapter(policy, REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None):
+        with adapter_active(policy, REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None):
             yield self.model_wrapped
 
     def _pass(self, model: nn.Module, batch: Batch, with_entropy: bool = False) -> ModelPass:

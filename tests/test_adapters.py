@@ -1,5 +1,6 @@
 """LoRA adapters as others save them: every weight finds its place or the run stops, wherever an adapter is loaded."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer
 import train_dpo
 import train_rm
 from args import LoraArguments
-from base.adapters import Role
+from base.adapters import Role, adapter_active, adapter_now
 from base.loading import load_adapter, load_model
 from base.value import VLModelWithValueHead
 from common.errors import InputError
@@ -210,3 +211,52 @@ def test_tokens_beyond_the_embeddings_are_refused(llava: str, tmp_path: Path):
                 continue
             with pytest.raises(InputError, match=r"<extra> \(\d+\) is beyond"):
                 call()
+
+
+# -- which adapter computes ----------------------------------------------------------------------------------------------
+
+
+def test_the_adapter_that_computes_is_switched_as_trl_does():
+    """The base, each adapter, and one that came later; nothing stops training by that."""
+    from trl.trainer.utils import use_adapter
+
+    config = LoraArguments(use_lora=True, lora_r=4, lora_target_modules=["q_proj"])
+    model = add_lora(load_model(zoo.checkpoint("llava"), dtype=torch.float32), config).eval()
+    ids = torch.arange(5, 15)[None]
+
+    def draw() -> None:
+        torch.manual_seed(len(model.peft_config))
+        for name, weight in model.named_parameters():
+            if f"lora_B.{[*model.peft_config][-1]}." in name:
+                torch.nn.init.normal_(weight)
+
+    def logits(switch: Callable, name: str | None) -> torch.Tensor:
+        with torch.no_grad(), switch(model, name):
+            return model(input_ids=ids).logits
+
+    draw()
+    base, first = logits(adapter_active, None), logits(adapter_active, "default")
+    assert adapter_now(model) == "default" and not torch.equal(base, first)
+    more = copy.copy(model.peft_config["default"])
+    more.target_modules = {name.replace("q_proj", "v_proj") for name in model.targeted_module_names}
+    model.add_adapter("other", more)
+    model.eval()  # the new layers, too
+    draw()
+    trains = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    found = {name: logits(adapter_active, name) for name in (None, "default", "other")}
+    assert {name for name, weight in model.named_parameters() if weight.requires_grad} == trains
+    assert torch.equal(found[None], base) and torch.equal(found["default"], first)
+    for name, of_name in found.items():
+        assert torch.equal(of_name, logits(use_adapter, name)), name
+    assert not torch.equal(found["other"], base)
+
+
+def test_the_module_tree_is_walked_once_for_each_set_of_adapters(monkeypatch: pytest.MonkeyPatch):
+    model = add_lora(load_model(zoo.checkpoint("llava")), LoraArguments(use_lora=True))
+    walks, modules = [], type(model).modules
+    monkeypatch.setattr(type(model), "modules", lambda self: walks.append(1) or modules(self))
+    for _ in range(3):
+        with adapter_active(model, None):
+            assert adapter_now(model) is None
+        assert adapter_now(model) == "default"
+    assert len(walks) == 1
