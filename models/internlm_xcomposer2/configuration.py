@@ -64,8 +64,9 @@ class InternLMXComposer2Config(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     @property
-    def num_image_tokens(self) -> int:
-        """Tokens per image, one per patch."""
+    def num_patches(self) -> int:
+        """Of an image, each of which is a token. (`num_image_tokens`, the processor's argument, is set here too when a
+        processor is loaded with it.)"""
         return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
 
 

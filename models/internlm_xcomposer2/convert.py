@@ -223,7 +223,7 @@ def convert(source: Path, target: Path, max_shard_bytes: int = 4 << 30) -> None:
     rewrite(source, target, rules(config), ignored, native_shapes(config), max_shard_bytes=max_shard_bytes)
     side = config.vision_config.image_size
     pixels = SquareImageProcessor(size={"height": side, "width": side})
-    InternLMXComposer2Processor(pixels, tokenizer, num_image_tokens=config.num_image_tokens).save_pretrained(target)
+    InternLMXComposer2Processor(pixels, tokenizer, num_image_tokens=config.num_patches).save_pretrained(target)
     GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(TURN_END)],

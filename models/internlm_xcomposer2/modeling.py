@@ -212,7 +212,7 @@ class InternLMXComposer2Model(ImageTextModel, InternLMXComposer2PreTrainedModel)
         if image_features is not None and mask.sum() != image_features.shape[0]:
             raise ValueError(
                 f"{int(mask.sum())} image placeholders in the rows but {image_features.shape[0]} image features: "
-                f"every image needs {self.config.num_image_tokens} <ImageHere> tokens."
+                f"every image needs {self.config.num_patches} <ImageHere> tokens."
             )
         return mask[..., None]
 
