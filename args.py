@@ -279,6 +279,7 @@ REFUSED: dict[str, str] = {
 REFUSED_IN_COMPARISONS: dict[str, str] = {
     "neftune_noise_alpha": "adds noise to one of two passes that are compared: it is for train_sft.py",
 }
+REFUSED_IN_RM: dict[str, str] = {"num_sample_generations": "does nothing here: a reward model writes no answers"}
 REFUSED_IN_PPO: dict[str, str] = {
     "per_device_eval_batch_size": "does nothing in PPO: evaluation samples --per_device_train_batch_size answers at a time",
     "dataloader_drop_last": "does nothing in PPO: an update always takes whole micro batches",
@@ -369,6 +370,13 @@ class VLConfig(TrainingArguments):
         default=True,
         metadata={
             "help": "False evaluates and ends: the model as loaded, or the checkpoint of --resume_from_checkpoint."
+        },
+    )
+    num_sample_generations: int = field(
+        default=10,
+        metadata={
+            "help": "How many pages of samples a run writes to its folder, 0 for none: PPO's rollouts; in SFT and DPO answers to the "
+            "first held-out rows, if the run has as many steps."
         },
     )
     project_name: str | None = field(
@@ -526,6 +534,7 @@ class RMConfig(VLConfig):
     """Reward model: a scalar head trained to rank responses (Bradley-Terry)."""
 
     title: ClassVar[str] = "Reward model"
+    refused: ClassVar[dict[str, str]] = REFUSED | REFUSED_IN_COMPARISONS | REFUSED_IN_RM
     learning_rate: float = field(
         default=1e-5, metadata={"help": "Peak learning rate; with LoRA 10 times this is usual."}
     )
@@ -704,9 +713,6 @@ class PPOConfig(VLConfig):
         metadata={
             "help": "ZeRO-3: gather all weights once per rollout. False needs less memory and is slower: layer by layer, for every token."
         },
-    )
-    num_sample_generations: int = field(
-        default=10, metadata={"help": "How many tables of samples a run writes to its folder; 0 for none."}
     )
     value_adapter: Literal["separate", "shared"] | None = field(
         default=None,

@@ -144,6 +144,7 @@ class VLPPOTrainer(UpdateLoop):
         # 7. metrics
         self.log_metrics(rollouts, sums)
         self._write_samples(rollouts)
+        self._tokens_seen = self._tokens_seen + sum((r.batch["segment_ids"] >= 0).sum() for r in rollouts)
         self.unscored.forget()
 
     # -- 1. rollout ----------------------------------------------------------------------------------------------------

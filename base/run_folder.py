@@ -44,7 +44,7 @@ _NEUTRAL_PREFIXES = ("logging_", "save_", "eval_", "dataloader_", "push_to_hub",
 # What a run writes to its folder. Anything else that lies there is the user's.
 _OF_A_RUN = (
     "checkpoint-[0-9]* .incomplete *.safetensors *.safetensors.index.json adapter_config.json config.json generation_config.json "
-    "run.json trainer_state.json training_args.bin bad_rows.jsonl unscored_answers*.json samples* calibration*.png merged_base "
+    "run.json trainer_state.json training_args.bin bad_rows.jsonl unscored_answers*.json samples* calibration*.png index.html curves.png merged_base "
     "value_function reward_[0-9]* README.md tokenizer* special_tokens_map.json added_tokens.json vocab.* merges.txt *processor_config.json "
     "chat_template.*"
 ).split()

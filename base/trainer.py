@@ -35,6 +35,7 @@ from base.preference_inputs import (
 from base.reference_cache import COLUMN, ReferenceCache, default_folder
 from base.reference_pass import ReferencePass, about_reference, weights_as
 from base.rm_trainer import VLRMTrainer
+from base.samples import AnswerSamples
 from base.vl_trainer import VLHeadTrainer, VLTrainer, disable_dropout, sum_and_count
 from common.errors import InputError
 from losses import (
@@ -55,6 +56,10 @@ class VLSFTTrainer(VLTrainer):
     """Cross-entropy of the assistant's tokens, averaged over all of them in the global batch."""
 
     args: SFTConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(AnswerSamples(self))
 
     def compute_loss(
         self,
@@ -145,6 +150,7 @@ class VLDPOTrainer(VLTrainer):
         super().__init__(model, args, *rest, **kwargs)
         self.model_accepts_loss_kwargs = True  # `compute_loss` divides by the pairs of the whole step
         self.add_callback(SetEpoch(self.data_collator))
+        self.add_callback(AnswerSamples(self))
         if "running_delta" in self.needs:
             self.add_callback(RunningDelta())
         self.ref_model = self._prepare_reference(ref_model)

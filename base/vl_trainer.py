@@ -2,7 +2,7 @@
 
 import functools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from base.features import pooled_features
 from base.model import CompletionOutput, VLModelMixin
 from base.packing import scatter_to_responses
 from base.processor import VLProcessor
+from base.run_page import RunPage
+from base.samples import asked_and_told
+from base.sampling import end_token_ids, plain_generation_config
 from base.self_check import SelfCheck
 from common.errors import InputError
 from common.tensors import to_device
@@ -112,11 +115,24 @@ class VLTrainer(SafeCheckpoints):
             eval_dataset=eval_dataset,
             **kwargs,
         )
+        self._tokens_seen: Tensor | int = 0
         self.add_callback(SelfCheck(self))
+        self.add_callback(RunPage(self))
         if self.eval_dataset is not None:
             self.add_callback(EvaluateAtEnd())
         # Sums and counts, (2,), or (2, 2) for the sum of two means
         self._metrics: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens that this process has trained on or (PPO) sampled and read, padding left out."""
+        return int(self._tokens_seen)
+
+    def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
+        """As Trainer's; counts the tokens."""
+        mask = inputs["segment_ids"] >= 0 if "segment_ids" in inputs else inputs["attention_mask"]
+        self._tokens_seen = self._tokens_seen + mask.sum()  # stays on the device: no step waits for it
+        return super().training_step(model, inputs, *args, **kwargs)
 
     # -- the model's view of a batch -------------------------------------------------------------------------------------
 
@@ -165,6 +181,33 @@ class VLTrainer(SafeCheckpoints):
     def dummy_images(self) -> Batch:
         """Image inputs of one grey picture, for rows without images."""
         return self.processing_class.dummy_images()
+
+    @torch.no_grad()
+    def greedy_answers(self, rows: Sequence[dict[str, Any]], max_new_tokens: int = 64) -> list[str]:
+        """The model's likeliest answers to the prompts of rows, one at a time, on this process alone. No random number is drawn."""
+        core, processor = self.base_model(self.model), self.processing_class
+        ends, training, answers = end_token_ids(processor, core), self.model.training, []
+        self.model.eval()
+        with plain_generation_config(core), self.accelerator.autocast():
+            for row in rows:
+                prompt, _ = asked_and_told(row)
+                (ids,), img_inputs = processor.encode_conversations([prompt], [row["images"]])
+                images = self._prepare_images(processor.pad_img_inputs(img_inputs))
+                inputs = torch.tensor([ids], device=self.args.device)
+                out = core.generate(
+                    input_ids=inputs,
+                    attention_mask=torch.ones_like(inputs),
+                    **images,
+                    do_sample=False,
+                    max_new_tokens=max_new_tokens,
+                    eos_token_id=ends,
+                    pad_token_id=processor.tokenizer.pad_token_id,
+                )[0]
+                if len(out) >= len(ids) and out[: len(ids)].tolist() == ids:
+                    out = out[len(ids) :]  # else only new tokens are there
+                answers.append(processor.decode_response(out.tolist()))
+        self.model.train(training)
+        return answers
 
     def completion_outputs(
         self, model: nn.Module, batch: Batch, image_inputs: dict[str, Any], with_entropy: bool = False

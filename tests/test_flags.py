@@ -49,6 +49,7 @@ OTHER_VALUES = {
     "per_device_eval_batch_size": "3",
     "train_sampling_strategy": "sequential",
     "data_seed": "3",
+    "num_sample_generations": "3",
     "torch_empty_cache_steps": "2",
     "include_num_input_tokens_seen": "True",
 }
