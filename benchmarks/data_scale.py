@@ -25,13 +25,14 @@ import datasets
 from PIL import Image
 
 from args import DataArguments
+from common.flags import FlagParser
 from data import load_train_eval
 from data.stream import Streaming
 
 
 def main() -> None:
     """Make the set, then read it in processes of their own."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--pictures", type=int, default=40_000)
     parser.add_argument("--dataset_num_proc", type=int, default=2)

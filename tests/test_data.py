@@ -592,7 +592,7 @@ def test_eval_data_path_takes_its_rows_out_of_training(folder: Path) -> None:
     splits = load(arguments(folder, "plain_dpo", "d.json", eval_data_path=str(folder / "e.json")))
     assert [row["prompt"][0]["content"] for row in splits.eval] == ["<image>What is 1?", "<image>What is 77?"]
     assert len(splits.train) == 5 and splits.info["sets"][0]["left_out_as_in_eval_data"] == 1
-    with pytest.raises(InputError, match="all of them are evaluation rows"):
+    with pytest.raises(InputError, match="all usable ones are evaluation rows"):
         load(arguments(folder, "plain_dpo", "d.json", eval_data_path=str(folder / "d.json")))
     with pytest.raises(InputError, match="give one of them"):
         load(arguments(folder, "plain_dpo", "d.json", eval_data_path=str(folder / "e.json"), eval_ratio=0.5))
