@@ -82,9 +82,10 @@ HEADLINES: dict[str, list[Metric]] = {
     "mmvet": [Metric("MM-Vet", "total")],
     "vlrewardbench": [Metric("VL-RB", "overall"), Metric("VL-RB macro", "macro")],
     "mmrb": [_percent("MM-RB", "all")],
+    "plain": [_percent("own questions", "accuracy"), Metric("words", "words")],
     "mmrlhf": [_percent("MM-RLHF-RB", "overall/accuracy"), _percent("MM-RLHF-RB+", "overall/acc_plus")],
 }
-NO_AXIS = ("POPE yes",)  # neither high nor low is better
+NO_AXIS = ("POPE yes", "words")  # neither high nor low is better
 
 
 @dataclass

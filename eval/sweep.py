@@ -24,7 +24,7 @@ import yaml
 from args import run
 from common.errors import InputError
 from common.flags import FlagParser
-from eval import chair, choice, judged, mathvista, report, reward, reward_benchmarks, yesno
+from eval import chair, choice, judged, mathvista, own, report, reward, reward_benchmarks, yesno
 from eval.benchmark_files import read_task
 from eval.files import read_text
 from eval.generate import Answerer, add_generation_arguments, answer_rows, barrier, ranks, rendering_of
@@ -42,6 +42,7 @@ SCORERS = {
     "objhal": [chair.main],
     "mmhal": [judged.main],
     "mmvet": [judged.main],
+    "plain": [own.main],
     "refomb": [judged.main],
     **{task: [reward.main] for task in reward_benchmarks.SCORERS},
 }
