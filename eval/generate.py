@@ -122,12 +122,15 @@ class EncodedBatches(torch.utils.data.Dataset):
 
     def encode(self, row: Row) -> dict:
         """Token ids, image inputs of this row alone, and a digest of everything that its image features depend on."""
-        processor, images = self.collator.processor, row["images"]
-        messages = [{"role": "user", "content": with_image_marks(row["prompt"], len(images))}]
+        messages = [{"role": "user", "content": with_image_marks(row["prompt"], len(row["images"]))}]
         try:
-            batch = self.collator([{"images": images, "prompt": messages}])
+            return self.encode_messages(messages, row["images"])
         except InputError as error:
             raise InputError(f"row '{row['id']}': {error}") from error
+
+    def encode_messages(self, messages: list[dict], images: list) -> dict:
+        """As `encode`, of a conversation that ends with a question."""
+        processor, batch = self.collator.processor, self.collator([{"images": images, "prompt": messages}])
         (ids,), inputs = batch["prompts"], batch["img_input_dict"]
         # InstructBLIP's features depend on the question, too: what is equal in all inputs of the tower is shared, no more
         digest = hashlib.sha1()

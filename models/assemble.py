@@ -240,7 +240,8 @@ def add_lora(model: torch.nn.Module, lora_args: LoraArguments, gradient_checkpoi
         peft_model = get_peft_model(model, config)
     except ValueError as error:  # the regular expression matches nothing, or a module that LoRA cannot adapt
         raise InputError(f"--lora_target_modules: {' '.join(str(error).split())[:300]}") from error
-    config.base_model_name_or_path = without_cwd(config.base_model_name_or_path)  # goes to adapter_config.json
+    if config.base_model_name_or_path:  # None of a model that was never saved
+        config.base_model_name_or_path = without_cwd(config.base_model_name_or_path)  # goes to adapter_config.json
     return peft_model
 
 
