@@ -523,6 +523,7 @@ class TestFamily:
     def test_packing_matters(self, it: SimpleNamespace):
         """Control: with an ordinary causal mask the second response sees the first, and the test above would fail."""
         batch = collate(it, [row(1)], share_prefix=True)
+        assert it.model.packs == (it.name not in zoo.ONE_ROW_PER_RESPONSE)
         if not it.model.packs:
             with pytest.raises(InputError, match="--share_prefix False"):
                 response_logps(it.model, batch, batch["img_input_dict"])
@@ -531,47 +532,6 @@ class TestFamily:
             packed = response_logps(it.model, batch, batch["img_input_dict"])
             causal = response_logps(it.model, batch | {"packed": False}, batch["img_input_dict"])
         assert (packed - causal).abs().max() > 1e-3
-
-    def test_packed_rewards_equal_single_rows(self, it: SimpleNamespace):
-        """A scalar head reads the last token of every response, wherever it stands."""
-        torch.manual_seed(0)
-        if not it.model.packs:
-            pytest.skip("one row per response")
-        reward_model = it.adapter.reward_model(load_model(it.path)).eval()
-        rewards = []
-        for share_prefix in (True, False):
-            batch = it.adapter.reward_collator(it.processor, share_prefix=share_prefix)(rows(it, 4))
-            inputs = it.model.packed_inputs(
-                batch["input_ids"], batch["segment_ids"], batch["img_input_dict"], batch["packed"]
-            )
-            with torch.no_grad():
-                rewards.append(reward_model(**inputs, completion_index=last_token_positions(batch["segment_ids"])))
-        assert rewards[0].std() > 1e-3
-        torch.testing.assert_close(*rewards, atol=1e-5, rtol=0)
-
-    @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
-    @pytest.mark.parametrize("responses", [2, 4])
-    def test_packed_rows_give_the_gradients_of_single_rows(
-        self, it: SimpleNamespace, responses: int, checkpointing: bool
-    ):
-        if not it.model.packs:
-            pytest.skip("one row per response")
-        model = lora_model(it).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        gradients = []
-        for share_prefix in (True, False):
-            batch = collate(it, rows(it, responses), share_prefix)
-            with torch.no_grad():
-                images = model.get_base_model().encode_images(batch["img_input_dict"])
-            logps = response_logps(model, batch, images)
-            weights = torch.linspace(-1, 1, len(logps))  # every token has its own weight, as in a loss
-            model.zero_grad()
-            (logps * weights).sum().backward()
-            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
-        packed, plain = gradients
-        assert plain.norm() > 0
-        assert (packed - plain).norm() / plain.norm() < 1e-4
 
     def test_tower_runs_once_per_step(self, it: SimpleNamespace, tmp_path: Path):
         """A DPO step of a LoRA policy: reference and policy share the features of one call."""
@@ -698,6 +658,46 @@ class TestFamily:
         assert listed == it.native._supports_flash_attn
         with pytest.raises(InputError, match="FlashAttention-2 is not available" if listed else "does not support"):
             load_model(it.path, use_flash_attention_2=True)
+
+
+@pytest.mark.parametrize("it", [name for name in NAMES if name not in zoo.ONE_ROW_PER_RESPONSE], indirect=True)
+class TestPackedRows:
+    def test_packed_rewards_equal_single_rows(self, it: SimpleNamespace):
+        """A scalar head reads the last token of every response, wherever it stands."""
+        torch.manual_seed(0)
+        reward_model = it.adapter.reward_model(load_model(it.path)).eval()
+        rewards = []
+        for share_prefix in (True, False):
+            batch = it.adapter.reward_collator(it.processor, share_prefix=share_prefix)(rows(it, 4))
+            inputs = it.model.packed_inputs(
+                batch["input_ids"], batch["segment_ids"], batch["img_input_dict"], batch["packed"]
+            )
+            with torch.no_grad():
+                rewards.append(reward_model(**inputs, completion_index=last_token_positions(batch["segment_ids"])))
+        assert rewards[0].std() > 1e-3
+        torch.testing.assert_close(*rewards, atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+    @pytest.mark.parametrize("responses", [2, 4])
+    def test_packed_rows_give_the_gradients_of_single_rows(
+        self, it: SimpleNamespace, responses: int, checkpointing: bool
+    ):
+        model = lora_model(it).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        gradients = []
+        for share_prefix in (True, False):
+            batch = collate(it, rows(it, responses), share_prefix)
+            with torch.no_grad():
+                images = model.get_base_model().encode_images(batch["img_input_dict"])
+            logps = response_logps(model, batch, images)
+            weights = torch.linspace(-1, 1, len(logps))  # every token has its own weight, as in a loss
+            model.zero_grad()
+            (logps * weights).sum().backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+        packed, plain = gradients
+        assert plain.norm() > 0
+        assert (packed - plain).norm() / plain.norm() < 1e-4
 
 
 def test_gemma3_beyond_its_window():

@@ -43,6 +43,7 @@ SQUARE = {"height": 28, "width": 28}
 
 Parts = tuple[tf.PreTrainedModel, tf.ProcessorMixin]
 BUILDERS: dict[str, Callable[[], Parts]] = {}
+ONE_ROW_PER_RESPONSE = {"qwen3_5", "lfm2_vl"}  # their linear layers would mix the responses of a packed row
 
 
 def family(build: Callable[[], Parts]) -> Callable[[], Parts]:
