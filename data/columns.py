@@ -77,7 +77,7 @@ _LABELS = (
 _SYSTEM_WORDS = {"system", "sys", "prompt", "message", "msg", "instruction", "instructions", "text"}
 # Keys of messages, their parts and ranked answers that some format reads; others are listed.
 _KEYS_READ = {
-    "role", "from", "content", "value", "human", "assistant", "loss", "weight", "loss_weight", "type", "text", "image",
+    "role", "from", "content", "value", "human", "assistant", "loss", "weight", "loss_weight", "train", "trainable", "type", "text", "image",
     "image_url", "path", "url", "bytes", "response", "answer", "rank", "score", "annotations",
 }  # fmt: skip
 

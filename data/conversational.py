@@ -124,7 +124,7 @@ def _conversation(record: dict) -> Row:
     if answer is None:
         answer = "completion" if _asked_in(record) else "messages"
         require(record, answer)
-    content = {"role": "assistant", "content": _answer(record[answer], answer)}
+    content = Message(role="assistant", content=_answer(record[answer], answer))
     return {"messages": [*asked(record), content]}
 
 
@@ -186,7 +186,7 @@ def asked(record: dict) -> list[Message]:
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise BadRow("has a `history` that is not a list of pairs of a question and an answer")
     earlier = [
-        {"role": role, "content": text_of(text, f"history[{i}]")}
+        Message(role=role, content=text_of(text, f"history[{i}]"))
         for i, pair in enumerate(history)
         for role, text in zip(("user", "assistant"), pair, strict=True)
     ]

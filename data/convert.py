@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from data.columns import Record, own_columns, renamed, system_of, unread_keys
-from data.rows import BadRow, Kind, Row, SkippedRow, check_row, features_of, normal_path, text_of, type_name
+from data.rows import BadRow, Kind, Message, Row, SkippedRow, check_row, features_of, normal_path, text_of, type_name
 
 # Columns of a table whose cells may hold JSON or numbers; all other cells are texts.
 _STRUCTURED = {"image", "images", "messages", "conversations", "responses", "completions", "ranks", "scores", "history"}
@@ -159,7 +159,7 @@ def _use_system(record: Record, row: Row, kind: Kind) -> None:
             if text.strip() and messages[0]["content"].strip() != text.strip():
                 raise BadRow(f"has a `{name}` and another system message: keep one of them")
         elif text.strip():
-            messages.insert(0, {"role": "system", "content": text})
+            messages.insert(0, Message(role="system", content=text))
 
 
 def _use_images_of_parts(row: Row, kind: Kind) -> None:

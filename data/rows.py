@@ -26,7 +26,11 @@ from data.media import is_base64, medium_of
 
 Kind = Literal["conversation", "preference", "prompt"]
 Row = dict[str, object]
-Message = dict[str, Any]
+
+
+class Message(dict[str, Any]):
+    """{"role", "content"} as `messages_of` has read it, and `images` where its parts name pictures."""
+
 
 IMAGE_MARK = "<image>"
 # Longer than any context: a text like this is a broken file, and tokenising it would take minutes.
@@ -169,6 +173,8 @@ def messages_of(value: object, name: str = "messages") -> list[Message]:
 
     A content is a text, or a list of text and image parts; pictures that parts name stand in the message's `images`.
     """
+    if isinstance(value, list) and value and all(isinstance(message, Message) for message in value):
+        return value
     value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, list) or not value:
         raise BadRow(
@@ -182,7 +188,7 @@ def messages_of(value: object, name: str = "messages") -> list[Message]:
         if message.get("human") is not None and message.get("assistant") is not None:
             for role in ("user", "assistant"):
                 text = text_of(message["human" if role == "user" else role], f"{here}.{role}")
-                messages.append({"role": role, "content": text})
+                messages.append(Message(role=role, content=text))
             continue
         role_key, text_key = ("from", "value") if message.get("from") is not None else ("role", "content")
         require({f"{here}.{key}": v for key, v in message.items()}, f"{here}.{role_key}", f"{here}.{text_key}")
@@ -195,14 +201,14 @@ def messages_of(value: object, name: str = "messages") -> list[Message]:
         if isinstance(content, list):
             content = "".join(_part_text(part, f"{here}.{text_key}[{j}]", images) for j, part in enumerate(content))
         text = text_of(content, f"{here}.{text_key}")
-        messages.append({"role": ROLES[role], "content": text} | ({"images": images} if images else {}))
+        messages.append(Message(role=ROLES[role], content=text, **({"images": images} if images else {})))
     return messages
 
 
 def _refuse_extras(extras: Mapping[str, object], name: str) -> None:
     """Raises BadRow for what a message holds beside its text and would lose."""
     for key, value in extras.items():
-        if key in ("loss", "weight", "loss_weight") and value is not None and not value:
+        if key in ("loss", "weight", "loss_weight", "train", "trainable") and value is not None and not value:
             raise BadRow(f"its {name} has {key} {value}: all answers are trained, or with --train_on last the last one")
         if value and key in ("tool_calls", "function_call", "reasoning_content", "thinking"):
             raise BadRow(f"its {name} has `{key}`, which is not supported: take the row out")
@@ -246,7 +252,7 @@ def _part_text(part: object, name: str, images: list[object]) -> str:
                 raise BadRow(f"its {name} is an image part with `{odd[0]}`: name its file in `image`")
             if picture is not None:
                 (picture,) = images_of(picture, name)
-                images.append(picture.removeprefix("file://") if isinstance(picture, str) else picture)
+                images.append(picture)
             return IMAGE_MARK
         case other:
             raise BadRow(f"its {name} has the type {shorten(repr(other))}: only text and image parts are supported")
@@ -282,7 +288,7 @@ def question(prompt: object, name: str = "prompt") -> list[Message]:
     """A prompt: one user's text, or messages with earlier turns and a system prompt."""
     if isinstance(prompt, list):
         return messages_of(prompt, name)
-    return [{"role": "user", "content": text_of(prompt, f"`{name}`")}]
+    return [Message(role="user", content=text_of(prompt, f"`{name}`"))]
 
 
 def preference(record: Mapping[str, object], prompt: object, responses: list[object], ranks: Sequence[float]) -> Row:
@@ -401,6 +407,7 @@ def _check_responses(responses: Sequence[object], ranks: Sequence[float]) -> Non
 
 def normal_path(name: str, image_root: str, allow_outside: bool) -> str:
     """Absolute path of an image name. Raises BadRow for URLs and names that leave `image_root`; looks at no file."""
+    name = name.removeprefix("file://")
     if is_base64(name):
         raise BadRow(f"holds an image as base64 text ({shorten(name, 40)}): write it to a file and name that")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|data:", name):

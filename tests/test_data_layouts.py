@@ -468,6 +468,32 @@ def test_other_names_are_refused_by_name(tmp_path: Path, case: str) -> None:
         load(tmp_path / "x.json", "conversation" if "messages" in record else "preference")
 
 
+def test_parts_of_a_prompt_name_the_pictures_of_a_pair(tmp_path: Path) -> None:
+    """In every place where a prompt may stand, as file names and with file:// before an absolute one."""
+    red = {"type": "image", "image": "red.png"}
+    asked = [{"role": "user", "content": [red, {"type": "text", "text": Q}]}]
+    answers = [[{"role": "assistant", "content": text}] for text in ("A red disc.", "A dog.")]
+    blue = f"file://{LAYOUTS / 'images' / 'blue.png'}"
+    records = {
+        "prompt": {"prompt": asked, "chosen": answers[0], "rejected": answers[1]},
+        "conversation": {"messages": asked, "chosen": answers[0], "rejected": answers[1]},
+        "implicit": {"chosen": asked + answers[0], "rejected": asked + answers[1]},
+        "rejected_response": {"messages": asked + answers[0], "rejected_response": "A dog."},
+        "rejected_messages": {"messages": asked + answers[0], "rejected_messages": asked + answers[1]},
+        "history": {"query": asked, "history": [], "response": "A red disc.", "rejected_response": "A dog."},
+        "ranked": {"prompt": asked, "responses": ["A red disc.", "A dog."], "ranks": [1, 2]},
+        "column": A_PAIR | {"image": blue},
+    }
+    for name, record in records.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps([record]))
+        row = load(tmp_path / f"{name}.json", "preference").train[0]
+        assert (turns(row), images(row), row["responses"]) == (
+            [f"user: <image>{Q}"],
+            ["blue.png" if name == "column" else "red.png"],
+            ["A red disc.", "A dog."],
+        ), name
+
+
 @pytest.mark.parametrize("name", ["sys", "system_message", "systemPrompt", "system_instruction"])
 def test_system_prompt_under_any_name(tmp_path: Path, name: str) -> None:
     (tmp_path / "x.json").write_text(json.dumps([A_PAIR | {"image": "red.png", name: "Be kind.", "system_id": "s1"}]))
