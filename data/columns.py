@@ -75,6 +75,8 @@ _LABELS = (
 )
 # A column whose name has no words but these, and one of the first two, is the system prompt.
 _SYSTEM_WORDS = {"system", "sys", "prompt", "message", "msg", "instruction", "instructions", "text"}
+# What tells messages and ranked answers from other objects.
+_KEYS_OF_ITEMS = {"role", "from", "human", "response", "score", "rank"}
 # Keys of messages, their parts and ranked answers that some format reads; others are listed.
 _KEYS_READ = {
     "role", "from", "content", "value", "human", "assistant", "loss", "weight", "loss_weight", "train", "trainable", "type", "text", "image",
@@ -247,7 +249,7 @@ def unread_keys(record: Record) -> set[str]:
     for name in record.read & record.present().keys():
         value = dict.__getitem__(record, name)
         for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, Mapping):
+            if isinstance(item, Mapping) and item.keys() & _KEYS_OF_ITEMS:
                 found |= {f"{name}[].{key}" for key in _unknown(item)}
                 parts = item.get("content")
                 for part in parts if isinstance(parts, list) else ():

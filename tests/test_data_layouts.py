@@ -520,6 +520,10 @@ def test_unknown_keys_of_messages_parts_and_answers_are_listed(tmp_path: Path) -
     answers = [{"response": "A disc.", "score": 2, "model": "a"}, {"response": "A dog.", "score": 1, "model": "b"}]
     (tmp_path / "y.json").write_text(json.dumps([{"image": "red.png", "prompt": Q, "completions": answers}]))
     assert {*load(tmp_path / "y.json", "preference").info["sets"][0]["columns_left_out"]} == {"completions[].model"}
+    (tmp_path / "z.json").write_text(
+        json.dumps([{"image": "red.png", "text": {"question": Q, "chosen": "A", "rejected": "B"}}])
+    )
+    assert not load(tmp_path / "z.json", "preference", "rlhfv").info["sets"][0]["columns_left_out"]  # it reads them all
 
 
 def test_scores_written_as_texts_are_scores(tmp_path: Path) -> None:
