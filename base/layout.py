@@ -95,6 +95,18 @@ def model_config(model_name_or_path: str) -> PreTrainedConfig | None:
     return AutoConfig.from_pretrained(path)
 
 
+def stop_tokens(model_name_or_path: str) -> list[int]:
+    """The tokens at which a checkpoint, or an adapter's base, stops generating: `eos_token_id` of generation_config.json."""
+    file = cached_file(
+        base_model_path(model_name_or_path), "generation_config.json", _raise_exceptions_for_missing_entries=False
+    )
+    try:
+        stops = json.loads(Path(file).read_text()).get("eos_token_id") if file else None
+    except ValueError as error:
+        raise InputError(f"{file} is damaged ({error}): copy or download the file again.") from error
+    return stops if isinstance(stops, list) else [stops] * (stops is not None)
+
+
 def complete_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
     """Fill in what a processor of an older checkpoint lacks; transformers would fail, or count an image token too few."""
     for name, read in PROCESSOR_FIELDS.items():

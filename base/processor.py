@@ -17,7 +17,7 @@ from transformers import AutoProcessor, BatchFeature, PreTrainedConfig, PreTrain
 
 from base.image_tokens import ImageTokenCounter
 from base.images import ImageSource, load_image, refuse_images
-from base.layout import complete_processor, damaged_file, model_config, processor_path
+from base.layout import complete_processor, damaged_file, model_config, processor_path, stop_tokens
 from base.template import ChatTemplate, Messages
 from common.errors import InputError
 from data.rows import IMAGE_MARK
@@ -88,7 +88,7 @@ class VLProcessor:
         Raises:
             InputError: the checkpoint has no processor, or no chat template and the family has no default.
         """
-        config = model_config(model_name_or_path)
+        config, stops = model_config(model_name_or_path), stop_tokens(model_name_or_path)
         model_name_or_path = processor_path(model_name_or_path)
         try:
             self.processor = AutoProcessor.from_pretrained(model_name_or_path, **kwargs)
@@ -119,7 +119,9 @@ class VLProcessor:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.unk_token or self.tokenizer.eos_token
         self._native_image_processor = self.processor.image_processor
-        self.template = ChatTemplate(self.processor, self.tokenizer, enable_thinking=enable_thinking, date=date)
+        self.template = ChatTemplate(
+            self.processor, self.tokenizer, enable_thinking=enable_thinking, date=date, stops=stops
+        )
         self.image_token, self.image_placeholder = self.template.image_token, self.template.image_placeholder
         self.answer_end = self.template.answer_end
         self._beyond = self._tokens_beyond(config, model_name_or_path) if config is not None else frozenset()

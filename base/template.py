@@ -6,7 +6,7 @@ labels cover the answers exactly.
 
 import datetime
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -18,7 +18,7 @@ from data.rows import IMAGE_MARK
 Messages = list[dict[str, Any]]
 
 # Stand for a user's and an assistant's text while a template is rendered. No string literal holds them as they are.
-_QUESTION, _ANSWER = "\N{WORD JOINER}QUESTION\N{WORD JOINER}", "\N{WORD JOINER}ANSWER\N{WORD JOINER}"
+_QUESTION, _ANSWER = (f'\N{WORD JOINER}{word}"\N{WORD JOINER}' for word in ("QUESTION", "ANSWER"))
 # Names under which templates read whether to think, and the date
 _THINKING, _DATE = "enable_thinking", "strftime_now"
 # What templates do to the white space around an answer
@@ -50,12 +50,14 @@ class ChatTemplate:
         *,
         enable_thinking: bool = False,
         date: datetime.date | None = None,
+        stops: Collection[int] = (),
     ) -> None:
         """
         Args:
             native: the checkpoint's transformers processor, which renders the template.
             enable_thinking: for templates with that switch, whether prompts let the model think before it answers.
             date: for templates that print the day's date; today by default.
+            stops: ids of the tokens at which the checkpoint stops generating.
 
         Raises:
             InputError: the template has no such switch, prints no question, or changes answers.
@@ -73,7 +75,8 @@ class ChatTemplate:
         self.facts: dict[str, Any] = {_THINKING: enable_thinking} if _THINKING in source else {}
         self.facts |= {"date": day.date().isoformat()} if _DATE in source else {}
         self._as_strings: set[str] = set()
-        self._as_strings = {role for role in ("user", "system", "assistant") if self._wants_string(role)}
+        for role in ("user", "system", "assistant"):  # one after the other: a template may want strings everywhere
+            self._as_strings |= {role} if self._wants_string(role) else set()
 
         self.image_token = str(getattr(native, "image_token", None) or IMAGE_MARK)  # InstructBLIP has an AddedToken
         plain, prompt = self._apply([_USER]), self._apply([_USER], add_generation_prompt=True)
@@ -90,7 +93,7 @@ class ChatTemplate:
         self._thinks = enable_thinking
         self._thoughts = self._read_thoughts()
 
-        end = self._read_end(after)
+        end = self._read_end(after) or self._read_next_turn(stops)
         # A template without an end token (LLaVA-1.5) gets the EOS token in place of the white space at the end.
         self._writes_end = bool(end)
         self._answer_tail = "" if end else after  # LLaVA-NeXT's template once misprinted its end token
@@ -109,7 +112,7 @@ class ChatTemplate:
     def _wants_string(self, role: str) -> bool:
         """Whether the template prints the text of a message only where its content is a string.
 
-        Given parts, such a template prints them as Python source, in which the probe's characters are escaped.
+        Given parts, such a template prints them as Python source or JSON, in which the probe's characters are escaped.
         """
         probe = _text(_QUESTION)
         messages = {
@@ -162,7 +165,13 @@ class ChatTemplate:
             return self._apply([{"role": "user", "content": [{"type": "image"}] * images + [_text(_QUESTION)]}])
 
         # Some templates write more than the placeholder for the first image, or less without one.
-        one = question(1)
+        try:
+            one = question(1)
+        except InputError as error:
+            raise InputError(
+                "The chat template takes no images, as those of text models: put the template of the model's family into "
+                "chat_template.jinja."
+            ) from error
         return _inserted(plain, one, self.image_token) or _inserted(one, question(2), self.image_token) or IMAGE_MARK
 
     def _read_end(self, after: str) -> list[str]:
@@ -180,6 +189,19 @@ class ChatTemplate:
         while tokens and tokens[-1] not in special:
             tokens.pop()
         return tokens
+
+    def _read_next_turn(self, stops: Collection[int]) -> list[str]:
+        """The token that the next turn begins with, if the checkpoint stops there: `<|user|>` of GLM-4.1V.
+
+        Molmo2's template writes the end of an answer with the next question.
+        """
+        try:
+            behind = self._apply([_USER, _assistant(_ANSWER), _USER]).split(_ANSWER)[-1]
+        except InputError:  # PaliGemma's conversations have one turn
+            return []
+        first = self._read_end(behind)[:1]
+        stops = {*stops, self._tokenizer.eos_token_id}
+        return [token for token in first if self._tokenizer.convert_tokens_to_ids(token) in stops]
 
     # -- rendering -----------------------------------------------------------------------------------------------------
 
@@ -199,7 +221,10 @@ class ChatTemplate:
                 tokenize=False,
                 **self._variables | variables,
             )
-        except TemplateError as error:  # what a template says of roles or images that its model does not take
+        except (
+            TemplateError,
+            TypeError,
+        ) as error:  # of roles or images that its model does not take, or of a wrong type
             raise InputError(f"The chat template refuses a conversation: {error}.") from error
 
     def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 
 import models.assemble
 import train_dpo
+from base.loading import load_model
 from base.processor import IGNORE_INDEX, VLProcessor
+from base.sampling import end_token_ids
 from base.template import Messages
 from common.errors import InputError
 from eval.generate import rendering_of
@@ -92,8 +94,17 @@ STRINGS = (  # a template that wants strings, as some of Gemma 4 are for the sys
 )
 
 
-def test_contents_are_strings_where_the_template_prints_no_parts(tmp_path: Path):
-    processor = tiny_processor(tmp_path / "it", "gemma4", STRINGS)
+@pytest.mark.parametrize(
+    "system",
+    [
+        "messages[0]['content'] | trim",  # of parts Python source
+        "messages[0]['content'] if messages[0]['content'] is string else messages[0]['content'] | tojson",
+    ],
+    ids=["trim", "tojson"],
+)
+def test_contents_are_strings_where_the_template_prints_no_parts(system: str, tmp_path: Path):
+    template = STRINGS.replace("messages[0]['content'] | trim", system)
+    processor = tiny_processor(tmp_path / "it", "gemma4", template)
     text = processor.render([SYSTEM, *TALK[:3]], add_generation_prompt=True, images=1)
     assert text == (
         "<bos><|turn>system\nYou are terse.<turn|>\n<|turn>user\n<|image|>What is this?<turn|>\n<|turn>assistant\nA red square.<turn|>\n"
@@ -112,6 +123,9 @@ def test_a_message_that_the_template_leaves_out_is_refused(tmp_path: Path):
         processor.render([SYSTEM, *TALK], images=1)
     with pytest.raises(InputError, match="does not print a question and its answer"):
         tiny_processor(tmp_path / "it", "gemma4", "{{ messages[0]['content'][0]['text'] }}")
+    of_text = "{% for m in messages %}{{ '<|turn>' + m['role'] + '\n' + m['content'] + '<turn|>\n' }}{% endfor %}"
+    with pytest.raises(InputError, match="takes no images, as those of text models"):
+        tiny_processor(tmp_path / "it", "gemma4", of_text)
     with pytest.raises(InputError, match="changes the text of answers"):
         tiny_processor(tmp_path / "it", "gemma4", zoo.GEMMA4_TEMPLATE.replace("| trim", "| replace(' ', '')"))
 
@@ -127,6 +141,29 @@ def test_pixtral_says_the_system_message_in_every_row():
         processor.render([SYSTEM, *TALK[:2]], images=1)
         == "<s>[INST]You are terse.\n\n[IMG]What is this?[/INST]A red square.</s>"
     )
+
+
+@pytest.mark.parametrize("family, end", [("glm4v", "<|user|>"), ("glm46v", "<|user|>"), ("molmo2", "<|im_end|>")])
+def test_a_history_is_the_templates_where_an_answer_ends_in_the_next_turn(family: str, end: str, tmp_path: Path):
+    """GLM stops at `<|user|>`, which stands behind earlier answers in its template; it is trained as their end."""
+    folder = str(shutil.copytree(zoo.checkpoint(family), tmp_path / "it"))
+    processor = core_mapper_for(folder).processor(folder)
+    assert processor.answer_end == end
+    assert set(processor.template.answer_end_ids) <= set(end_token_ids(processor, load_model(folder)))
+    for k in (1, 3, 5):
+        assert processor.render(TALK[:k], True, images=1) == rendered(processor, TALK[:k], False)
+    answers = [message["content"] for message in TALK if message["role"] == "assistant"]
+    assert [text.removesuffix(end) for text in trained(processor, TALK)] == answers
+
+
+def test_glm_ends_in_eos_where_the_checkpoint_does_not_stop_at_the_next_turn(tmp_path: Path):
+    folder = shutil.copytree(zoo.checkpoint("glm4v"), tmp_path / "it")
+    eos = core_mapper_for(str(folder)).processor(str(folder)).tokenizer.eos_token_id
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    assert core_mapper_for(str(folder)).processor(str(folder)).answer_end == "<|endoftext|>"
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"generation_config\.json is damaged"):
+        core_mapper_for(str(folder)).processor(str(folder))
 
 
 # -- thinking ------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ class Glm46VForRL(MRopeMixin, VLModelMixin, Glm46VForConditionalGeneration):
 
 
 class Glm46VProcessor(VLProcessor):
-    """`[gMASK]<sop><|user|>\\n...<|assistant|>\\n`; an answer ends in `<|endoftext|>`."""
+    """`[gMASK]<sop><|user|>\\n...<|assistant|>\\n`; an answer ends where the next turn begins, in `<|user|>`."""
 
 
 core_mapper = ModelCoreMapper(model=Glm46VForRL, processor=Glm46VProcessor)

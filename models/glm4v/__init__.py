@@ -16,7 +16,7 @@ class Glm4vForRL(MRopeMixin, VLModelMixin, Glm4vForConditionalGeneration):
 
 
 class Glm4vProcessor(VLProcessor):
-    """`[gMASK]<sop><|user|>\\n...<|assistant|>\\n`; an answer ends in `<|endoftext|>`."""
+    """`[gMASK]<sop><|user|>\\n...<|assistant|>\\n`; an answer ends where the next turn begins, in `<|user|>`."""
 
 
 core_mapper = ModelCoreMapper(model=Glm4vForRL, processor=Glm4vProcessor)
