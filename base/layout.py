@@ -37,7 +37,13 @@ def base_model_path(model_name_or_path: str) -> str:
         raise InputError(
             f"{adapter} names no base_model_name_or_path: add the checkpoint that the adapter was trained on."
         )
-    return _where_base_lies(base, adapter.parent.absolute())
+    base = _where_base_lies(base, adapter.parent.absolute())
+    if (Path(base) / ADAPTER_CONFIG).is_file() and not (Path(base) / "config.json").is_file():
+        raise InputError(
+            f"{adapter} names {base} as its base, which is an adapter itself: merge that one with merge_lora.py, and name the "
+            "merged checkpoint there."
+        )
+    return base
 
 
 def without_cwd(model_name_or_path: str) -> str:

@@ -1,6 +1,7 @@
 """The one way to load a checkpoint, as its family's adapter class."""
 
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel, prepare_model_for_kbit_training, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, prepare_model_for_kbit_training, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import load_peft_weights
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -43,7 +45,7 @@ def architecture_of(model_name_or_path: str) -> str:
     """The class name in the checkpoint's config.json.
 
     Raises:
-        InputError: the folder or hub id has no config.json, or the config names no architecture.
+        InputError: the folder or hub id has no config.json, or the config names no architecture or an encoder-decoder.
     """
     path = base_model_path(model_name_or_path)
     try:
@@ -61,13 +63,19 @@ def architecture_of(model_name_or_path: str) -> str:
             f"{path} has no config.json: give the folder of a checkpoint, or of a LoRA adapter with its {ADAPTER_CONFIG}."
         )
     try:
-        architectures = json.loads(Path(config_file).read_text()).get("architectures") or []
+        config = json.loads(Path(config_file).read_text())
     except json.JSONDecodeError as error:
         raise InputError(
             f"{config_file} is not valid JSON (line {error.lineno}, column {error.colno}): download it again."
         ) from error
+    architectures = config.get("architectures") or []
     if len(architectures) != 1:
         raise InputError(f"{config_file} must name one class under `architectures`, not {architectures}.")
+    if config.get("is_encoder_decoder") or config.get("use_decoder_only_language_model") is False:
+        raise InputError(
+            f"{path} is an encoder-decoder ({architectures[0]}): a row here is one sequence, in which the answer follows the "
+            "prompt. Give a checkpoint with a decoder alone; of BLIP-2 and InstructBLIP those with OPT and Vicuna."
+        )
     return architectures[0]
 
 
@@ -165,17 +173,26 @@ def load_adapter(
     """Add the LoRA adapter in `folder` to a model, or to one that has adapters already. The only way to load an adapter.
 
     Raises:
-        InputError: the adapter's modules are not in the model, are of another size, or some of its weights are missing.
-            peft itself only warns, and such an adapter would compute what the base computes.
+        InputError: it is an adapter of another kind; its modules are not in the model, are of another size, or some of
+            its weights are missing. peft itself only warns, and such an adapter would compute what the base computes.
     """
     with _must_fit(model, folder) as renames:
+        config = _with_names_of_today(_core(model), folder) if renames else None
         if isinstance(model, PeftModel):
+            if config is not None:
+                config.inference_mode = not is_trainable
+                model.add_adapter(adapter_name, config)
             model.load_adapter(folder, adapter_name=adapter_name, is_trainable=is_trainable, key_mapping=renames)
         else:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
                 model = PeftModel.from_pretrained(
-                    model, folder, adapter_name=adapter_name, is_trainable=is_trainable, key_mapping=renames
+                    model,
+                    folder,
+                    adapter_name=adapter_name,
+                    is_trainable=is_trainable,
+                    config=config,
+                    key_mapping=renames,
                 )
     _set_adapter_weights(model, folder, adapter_name)
     if (Path(folder) / ADAPTER_CONFIG).is_file():
@@ -196,12 +213,57 @@ def _set_adapter_weights(model: PeftModel, folder: str, adapter_name: str) -> No
                 raise ValueError(f"{min(names)} {what} ({len(names)} such weights, {len(weights)} in the folder).")
 
 
+def _core(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _modules(core: nn.Module) -> dict[str, nn.Module]:
+    """What adapters can adapt, by name."""
+    return {
+        name: module
+        for name, module in core.named_modules()
+        if not re.search(r"\.(base_layer|lora_|modules_to_save)", name)
+    }
+
+
+def _renames(core: nn.Module, folder: str) -> dict[str, str]:
+    """Of the family's `adapter_renames` those that an adapter needs, as peft takes them: regular expressions and what they become."""
+    known = _modules(core)
+    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
+        named = {re.split(r"\.lora_", key.removeprefix("base_model.model."))[0] for key in file.keys()}  # noqa: SIM118
+    foreign = [name for name in named if name not in known]
+    renames: dict[str, str] = getattr(core, "adapter_renames", {})
+    return {rf"^{re.escape(old)}": new for old, new in renames.items() if any(n.startswith(old) for n in foreign)}
+
+
+def _with_names_of_today(core: nn.Module, folder: str) -> PeftConfig:
+    """The configuration of an adapter whose targets are written in older names of modules: those modules by their names."""
+    config = PeftConfig.from_pretrained(folder)
+
+    def older(name: str) -> str:
+        return next((o + name.removeprefix(n) for o, n in core.adapter_renames.items() if name.startswith(n)), name)
+
+    layers = (nn.Linear, nn.Embedding, BaseTunerLayer)
+    config.target_modules = {
+        name
+        for name, module in _modules(core).items()
+        if isinstance(module, layers) and check_target_module_exists(config, older(name))
+    }
+    return config
+
+
 @contextmanager
 def _must_fit(model: nn.Module, folder: str) -> Iterator[dict[str, str]]:
-    """One sentence for what peft says of an adapter that does not fit; yields the renames of the model's family."""
-    core = model.get_base_model() if isinstance(model, PeftModel) else model
+    """One sentence for what peft says of an adapter that does not fit; yields `_renames`."""
+    core = _core(model)
     if damaged := damaged_file(folder):
         raise InputError(f"{damaged}: take another checkpoint, or copy the file again.")
+    config = Path(folder) / ADAPTER_CONFIG
+    if config.is_file() and (kind := json.loads(config.read_text()).get("peft_type", "LORA")) != "LORA":
+        raise InputError(
+            f"{folder} is an adapter of the kind {kind}, and only LoRA's are supported: merge it into its base with peft, or train "
+            "a LoRA adapter."
+        )
     if not [*Path(folder).glob("adapter_model.*")] and Path(folder).is_dir():
         raise InputError(f"{folder} has no adapter_model.safetensors: take another checkpoint, or copy the file again.")
     if (Path(folder) / "adapter_model.bin").is_file() and not (Path(folder) / "adapter_model.safetensors").is_file():
@@ -210,9 +272,11 @@ def _must_fit(model: nn.Module, folder: str) -> Iterator[dict[str, str]]:
             "with peft once."
         )
     try:
-        yield getattr(core, "adapter_renames", {})
+        yield _renames(core, folder) if Path(folder).is_dir() else {}
     except (ValueError, RuntimeError, KeyError) as error:  # target modules are missing, or of another size
         reason = " ".join(str(error).split())[:300]
+        if isinstance(error, KeyError):
+            reason = f"{error.args[0]} is not in the folder."
         raise InputError(f"The adapter in {folder} does not fit {core.config.name_or_path}: {reason}") from error
 
 

@@ -60,8 +60,13 @@ class VLModelMixin:
     # Names of linear layers in released recipes -> ours, where a port has split or renamed them.
     renamed_lora_targets: ClassVar[dict[str, list[str]]] = {}
 
-    # Regular expressions over module names, and what they become: for adapters saved when the class named its modules differently.
-    adapter_renames: ClassVar[dict[str, str]] = {}
+    # Beginnings of module names in adapters saved with transformers up to 4.51, and what the class calls them now
+    adapter_renames: ClassVar[dict[str, str]] = {
+        "language_model.model.": "model.language_model.",
+        "language_model.lm_head": "lm_head",
+        "vision_tower.": "model.vision_tower.",
+        "multi_modal_projector.": "model.multi_modal_projector.",
+    }
 
     # Whether responses can share a row. Not if layers mix a row's tokens whatever the mask says (convolutions, linear attention).
     packs: ClassVar[bool] = True

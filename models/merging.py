@@ -48,7 +48,10 @@ def merge(base: str, adapter: str, bits: int | None = None, dtype: torch.dtype |
     if bits is not None:
         model = model.dequantize()
     model = load_adapter(model, adapter)
-    return model.merge_and_unload(safe_merge=True)
+    try:
+        return model.merge_and_unload(safe_merge=True)
+    except (RuntimeError, ValueError) as error:  # a trained bias where the layer has none, a sum that is not finite
+        raise InputError(f"The adapter in {adapter} cannot be merged: {' '.join(str(error).split())[:300]}") from error
 
 
 def merge_to(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -21,6 +22,7 @@ from common.errors import InputError
 from eval.generate import Answerer
 from models import core_mapper_for
 from models.assemble import add_lora
+from models.merging import merge
 from tests import zoo
 
 WEIGHTS = "adapter_model.safetensors"
@@ -49,26 +51,53 @@ def lora_b(model: torch.nn.Module) -> list[torch.Tensor]:
     return [weight for name, weight in model.named_parameters() if "lora_B" in name]
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-@pytest.mark.parametrize(
-    "targets", [["q_proj", "v_proj"], r"^(?!.*visual).*(?:q_proj|v_proj).*"], ids=["names", "regex"]
-)
-def test_names_of_older_transformers_are_read(family: str, targets: list[str] | str, tmp_path: Path):
-    """Up to 4.51 the decoder of Qwen2-VL was `model`, and adapters were saved under that name."""
-    base = zoo.checkpoint(family)
-    expected = lora_b(load_model(str(save_adapter(base, tmp_path, ["q_proj", "v_proj"]))))
+# The decoder's layers in transformers up to 4.51
+OLD_DECODER = {
+    "qwen2_vl": "model.",
+    "qwen2_5_vl": "model.",
+    "llava": "language_model.model.",
+    "llava_next": "language_model.model.",
+    "gemma3": "language_model.model.",
+    "paligemma": "language_model.model.",
+}
+# How trainers name their targets, given the beginning of the old names
+TARGETS: dict[str, Callable[[str], list[str] | str]] = {
+    "names": lambda old: ["q_proj", "gate_proj"],
+    "not in the tower": lambda old: r"^(?!.*(?:visual|vision_tower|multi_modal_projector)).*(?:q_proj|gate_proj).*",
+    "from the root": lambda old: rf"^({old.split('.')[0]}(?=\.).*\.(q_proj|gate_proj))$",
+    "in full": lambda old: [
+        f"{old}layers.{n}.{part}" for n in range(2) for part in ("self_attn.q_proj", "mlp.gate_proj")
+    ],
+}
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("family", OLD_DECODER)
+def test_names_of_older_transformers_are_read(family: str, targets: str, tmp_path: Path):
+    """Weights and targets alike: today the tower's names begin as the decoder's did (`model.`)."""
+    old_decoder, base = OLD_DECODER[family], zoo.checkpoint(family)
+    if targets == "names" and family != "qwen2_vl":
+        pytest.skip("bare names hit the tower as well, whose weights such an adapter has")
+    expected = lora_b(load_model(str(save_adapter(base, tmp_path, ["q_proj", "gate_proj"]))))
 
     def old(weights: dict) -> dict:
-        return {name.replace(".model.language_model.", ".model."): tensor for name, tensor in weights.items()}
+        return {name.replace(".model.language_model.", f".{old_decoder}"): tensor for name, tensor in weights.items()}
 
-    change(tmp_path, old, target_modules=targets)
-    assert all("language_model" not in name for name in load_file(tmp_path / WEIGHTS))
+    change(tmp_path, old, target_modules=TARGETS[targets](old_decoder))
+    assert all(f".{old_decoder}layers" in name for name in load_file(tmp_path / WEIGHTS))
     found = lora_b(load_model(str(tmp_path)))
     assert len(found) == len(expected) == 4
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    continued = load_adapter(load_model(str(tmp_path)), str(tmp_path), "second")
-    second = [weight for name, weight in continued.named_parameters() if "lora_B.second" in name]
-    assert all(torch.equal(a, b) for a, b in zip(second, expected, strict=True))
+    continued = load_adapter(load_model(str(tmp_path), is_trainable=True), str(tmp_path), "second")
+    second = {name: weight for name, weight in continued.named_parameters() if "lora_B.second" in name}
+    assert all(torch.equal(a, b) for a, b in zip(second.values(), expected, strict=True))
+    assert not any(weight.requires_grad for weight in second.values())
+    continued.save_pretrained(tmp_path / "again")
+    again = lora_b(load_model(str(tmp_path / "again")))
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+    change(tmp_path, DAMAGE["half"])
+    with pytest.raises(InputError, match="does not fit"):
+        load_model(str(tmp_path))
 
 
 DAMAGE = {
@@ -120,6 +149,37 @@ def test_a_base_that_has_moved_is_named_with_the_file_that_names_it(llava: str, 
     folder = change(save_adapter(llava, tmp_path), base_model_name_or_path="/nowhere/llava")
     with pytest.raises(InputError, match=r"/nowhere/llava is neither .*adapter_config\.json names it"):
         load_model(str(folder))
+
+
+def test_other_adapters_are_refused(llava: str, tmp_path: Path):
+    """Prompt tuning and others would be asked for log-probs that their prompts take no part in."""
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    get_peft_model(load_model(llava), config).save_pretrained(tmp_path)
+    for load in (load_model, lambda folder: load_adapter(load_model(llava), folder), lambda f: merge(llava, f)):
+        with pytest.raises(InputError, match="adapter of the kind PROMPT_TUNING, and only LoRA's are supported"):
+            load(str(tmp_path))
+
+
+def test_an_adapter_of_an_adapter_is_refused(llava: str, tmp_path: Path):
+    first = save_adapter(llava, tmp_path / "first")
+    second = change(save_adapter(llava, tmp_path / "second"), base_model_name_or_path=str(first))
+    with pytest.raises(InputError, match=r"names .*first as its base, which is an adapter itself: merge that one"):
+        load_model(str(second))
+
+
+def test_modules_that_an_adapter_saves_must_be_there(llava: str, tmp_path: Path):
+    model = add_lora(load_model(llava), LoraArguments(use_lora=True, lora_r=4, modules_to_save=["lm_head"]))
+    model.save_pretrained(tmp_path)
+    change(tmp_path, lambda weights: {name: tensor for name, tensor in weights.items() if "lora_" in name})
+    with pytest.raises(InputError, match=r"lm_head\.weight is not in the folder\.$"):
+        load_model(str(tmp_path))
+
+
+def test_an_adapter_that_cannot_be_merged_is_one_sentence(llava: str, tmp_path: Path):
+    config = LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj", lora_bias=True)
+    get_peft_model(load_model(llava), config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"adapter in .* cannot be merged: .*lora_bias"):
+        merge(llava, str(tmp_path))
 
 
 def test_pickled_weights_are_refused(llava: str, tmp_path: Path):

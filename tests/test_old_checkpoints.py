@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForImageTextToText, T5Config
 
 import train_dpo
 from base.loading import load_model
@@ -112,3 +113,35 @@ def test_a_checkpoint_without_a_head_is_an_embedding_model(copy_of):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="do not fit"):
         load_model(str(folder))
+
+
+@pytest.mark.parametrize("family", ["blip_2", "instructblip"])
+def test_encoder_decoders_are_refused(family: str, copy_of):
+    """Variants with T5 have the class of those with OPT or Vicuna."""
+    folder = copy_of(family)
+    config = AutoConfig.from_pretrained(folder).to_dict()
+    text = T5Config(
+        d_model=32, d_ff=64, d_kv=8, num_layers=2, num_heads=4, vocab_size=config["text_config"]["vocab_size"]
+    )
+    kind = type(AutoConfig.from_pretrained(folder))
+    with_t5 = kind(**config | {"text_config": text.to_dict()})
+    with_t5.architectures = config["architectures"]
+    with_t5.save_pretrained(folder)
+    with pytest.raises(InputError, match=r"is an encoder-decoder .*the answer follows the prompt"):
+        core_mapper_for(str(folder))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_embeddings_larger_than_the_tokenizer(family: str, copy_of, command, tmp_path: Path):
+    """Most released checkpoints pad their vocabulary: nothing changes but the number of rows."""
+    folder = copy_of(family)
+    model = load_model(str(folder))
+    rows = model.get_input_embeddings().weight.shape[0] + 60
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    model.save_pretrained(folder)
+    processor = core_mapper_for(str(folder)).processor(str(folder))
+    assert rows > len(processor.tokenizer) and not processor._beyond
+    train_dpo.main(command("dpo", "--max_steps 1", model=str(folder)))
+    trained = load_model(str(tmp_path / "dpo"))
+    assert trained.get_input_embeddings().weight.shape[0] == trained.get_output_embeddings().weight.shape[0] == rows
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "dpo").config.get_text_config().vocab_size == rows

@@ -33,8 +33,7 @@ class MRopeMixin:
 class Qwen2VLForRL(MRopeMixin, VLModelMixin, Qwen2VLForConditionalGeneration):
     """Qwen2-VL with the project's model methods."""
 
-    # Of adapters saved with transformers up to 4.51; peft renames those of other families itself.
-    adapter_renames = {r"^visual\.": "model.visual.", r"^model\.(?!language_model|visual)": "model.language_model."}
+    adapter_renames = {"visual.": "model.visual.", "model.": "model.language_model."}
 
 
 class Qwen2VLProcessor(VLProcessor):
