@@ -6,9 +6,12 @@ labels are right by construction.
 """
 
 import datetime
+import functools
+import inspect
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -45,18 +48,38 @@ def answer_start(labels: Sequence[int]) -> int:
 
 
 class _ImageProcessor:
-    """An image processor of transformers that takes an empty list, too: a batch without images has no pixels."""
+    """An image processor that takes an empty list, too: a batch without images has no pixels.
 
-    def __init__(self, native: Any) -> None:
-        self._native = native
+    Args:
+        native: of transformers; what it knows beside pixels (sizes, patches) is asked of it.
+        call: what makes the pixels, if not `native`.
+    """
+
+    def __init__(self, native: Any, call: Callable[..., Any] | None = None) -> None:
+        self._native, self._call = native, call or native
 
     def __call__(self, images: Any = None, **kwargs: Any) -> Any:
         if isinstance(images, list | tuple) and not images:
             return BatchFeature({"pixel_values": None})
-        return self._native(images=images, **kwargs)
+        return self._call(images=images, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["_native"], name) if "_native" in vars(self) else object.__getattribute__(self, name)
+
+
+def _with_rendering(init: Callable[..., None]) -> Callable[..., None]:
+    """Let a family's `__init__` take the path alone: what it has no name for goes to that of the base class."""
+    named = inspect.signature(init).parameters
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in named.values())
+
+    @functools.wraps(init)
+    def wrapped(self: "VLProcessor", *args: Any, **kwargs: Any) -> None:
+        if not takes_all:
+            left = {"enable_thinking", "date"} & kwargs.keys() - named.keys()
+            self._rendering = {**self._rendering, **{name: kwargs.pop(name) for name in left}}
+        init(self, *args, **kwargs)
+
+    return wrapped
 
 
 class VLProcessor:
@@ -70,6 +93,14 @@ class VLProcessor:
     # Outputs of the native processor with one entry per token, and what a response's tokens get
     # (None: the value of the token before).
     per_token_keys: ClassVar[dict[str, int | None]] = {"token_type_ids": 0, "mm_token_type_ids": 0}
+
+    # What a family's `__init__` did not take of the scripts' arguments
+    _rendering: Mapping[str, Any] = MappingProxyType({})
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = _with_rendering(cls.__init__)  # type: ignore[method-assign]
 
     def __init__(
         self,
@@ -119,9 +150,8 @@ class VLProcessor:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.unk_token or self.tokenizer.eos_token
         self._native_image_processor = self.processor.image_processor
-        self.template = ChatTemplate(
-            self.processor, self.tokenizer, enable_thinking=enable_thinking, date=date, stops=stops
-        )
+        rendering = {"enable_thinking": enable_thinking, "date": date} | dict(self._rendering)
+        self.template = ChatTemplate(self.processor, self.tokenizer, **rendering, stops=stops)
         self.image_token, self.image_placeholder = self.template.image_token, self.template.image_placeholder
         self.answer_end = self.template.answer_end
         self._beyond = self._tokens_beyond(config, model_name_or_path) if config is not None else frozenset()
@@ -307,7 +337,7 @@ class VLProcessor:
         rows = [list(i) if isinstance(i, list | tuple) else [i] for i in images or [[]] * len(texts or convs or [])]
         labels = None
         if convs is not None and self.mode == "train":
-            encoded = self.process_batch_conv(convs, rows, train_on)
+            encoded = self._talks(convs, rows, train_on)
             input_ids, labels, img_inputs = encoded["input_ids"], encoded["labels"], encoded["img_input_dict"]
         elif convs is not None:
             input_ids, img_inputs = self._encode_questions(convs, rows)
@@ -341,6 +371,7 @@ class VLProcessor:
         """`as_parts`, in which `format_multimodal_prompt` puts the placeholders where no turn has one."""
         if not (self._has_own("format_multimodal_prompt") or self._has_own("is_multimodal_prompt_valid")):
             return self.as_parts(messages, images)  # which does the same
+        messages = self._without_default_marks(messages, images)
         asked = [m["content"] for m in messages if m["role"] != "assistant"]
         plain = all(isinstance(text, str) for text in asked)
         # A mark of the data counts, whatever a family's own check looks for
@@ -354,6 +385,18 @@ class VLProcessor:
                 )
             messages = [*messages[:first], messages[first] | {"content": text}, *messages[first + 1 :]]
         return self.as_parts(messages, images)
+
+    @staticmethod
+    def _without_default_marks(messages: Messages, images: int | None) -> Messages:
+        """Rows as their file has them: those without marks got theirs right in front of the first question (data/rows.py)."""
+        first = next((n for n, m in enumerate(messages) if m["role"] == "user"), None)
+        marks = IMAGE_MARK * (images or 0)
+        if not marks or first is None or not isinstance(text := messages[first]["content"], str):
+            return messages
+        rest = text.removeprefix(marks)
+        if rest == text or rest[:1].isspace() or IMAGE_MARK in rest:  # written by hand
+            return messages
+        return [*messages[:first], messages[first] | {"content": rest}, *messages[first + 1 :]]
 
     def as_parts(self, messages: Messages, images: int | None) -> Messages:
         """Hook: messages with contents as parts, image marks as image parts. See `ChatTemplate.as_parts`."""
@@ -382,7 +425,7 @@ class VLProcessor:
             return [self.encode_response(response, end) for response, end in zip(responses, ends, strict=True)]
         convs = [[*prompt, {"role": "assistant", "content": response}] for response in responses]
         with self.lengths_only():  # the images do not matter here
-            encoded = self.process_batch_conv(convs, [images] * len(convs), "last")
+            encoded = self._talks(convs, [images] * len(convs), "last")
         answers = [
             ids[answer_start(labels) :] for ids, labels in zip(encoded["input_ids"], encoded["labels"], strict=True)
         ]
@@ -400,7 +443,8 @@ class VLProcessor:
         training = self.mode == "train"
         self.infer()
         try:
-            encoded = dict(self(convs=convs, images=[list(row) for row in images]))
+            returned = self(convs=convs, images=[list(row) for row in images])
+            encoded = self._whole("__call__", returned, "input_ids", "attention_mask")
         finally:
             if training:
                 self.train()
@@ -411,7 +455,8 @@ class VLProcessor:
     ) -> tuple[list[list[int]], list[list[int]], dict[str, Any]]:
         """Whole conversations through `__call__` as well: token ids, labels, image inputs, all as `process_batch_conv` makes them."""
         which = {} if train_on == "all" else {"train_on": train_on}
-        encoded = dict(self(convs=convs, images=[list(row) for row in images], **which))
+        returned = self(convs=convs, images=[list(row) for row in images], **which)
+        encoded = self._whole("__call__", returned, "input_ids", "attention_mask", "labels")
         labels, mask = encoded.pop("labels"), encoded["attention_mask"].bool()
         ids, img_inputs = self._unpadded(encoded)
         return ids, [row[real].tolist() for row, real in zip(labels, mask, strict=True)], img_inputs
@@ -426,7 +471,7 @@ class VLProcessor:
         open_ends = [conv[-1]["role"] != "assistant" for conv in convs]
         empty = {"role": "assistant", "content": ""}
         asked = [[*conv, empty] if end else conv for conv, end in zip(convs, open_ends, strict=True)]
-        encoded = self.process_batch_conv(asked, images, "last")
+        encoded = self._talks(asked, images, "last")
         ids = [
             ids[: answer_start(labels)] if end else ids
             for ids, labels, end in zip(encoded["input_ids"], encoded["labels"], open_ends, strict=True)
@@ -439,6 +484,27 @@ class VLProcessor:
 
     def _has_own(self, method: str) -> bool:
         return getattr(type(self), method) is not getattr(VLProcessor, method)
+
+    def _talks(
+        self, convs: Sequence[Messages], images: Sequence[Sequence[ImageSource]], train_on: str
+    ) -> dict[str, Any]:
+        """What `process_batch_conv` returns, which a family may override."""
+        return self._whole(
+            "process_batch_conv",
+            self.process_batch_conv(convs, images, train_on),
+            "input_ids",
+            "labels",
+            "img_input_dict",
+        )
+
+    def _whole(self, method: str, returned: Any, *names: str) -> dict[str, Any]:
+        """What a family's method returned, if all that others read of it is there."""
+        if missing := [name for name in names if name not in returned]:
+            raise InputError(
+                f"{method} of {type(self).__name__} returns no {' and no '.join(missing)}: docs/CustomizedModel.md says what it "
+                "returns."
+            )
+        return dict(returned)
 
     def encode_prompts(
         self, texts: Sequence[str], images: Sequence[Sequence[ImageSource]]
@@ -465,7 +531,9 @@ class VLProcessor:
         own = self.image_processor
         try:
             if self._has_own("image_processor"):
-                self.processor.image_processor = own
+                # A function knows nothing of what native processors ask theirs
+                whole = hasattr(own, "fetch_images")
+                self.processor.image_processor = own if whole else _ImageProcessor(self._native_image_processor, own)
             encoded = self.call_native(list(texts), pictures)
         except ValueError:
             refuse_images(own, images, pictures)

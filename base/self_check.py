@@ -73,7 +73,9 @@ def check_log_probs(model: VLModelMixin, processor: VLProcessor, share_prefix: b
         if found <= tolerance:
             return
         if not difference(padded, padded["img_input_dict"]) <= tolerance:
-            hook = "last_hidden_state, so that lm_head makes the logits of forward out of it"
+            hook = (
+                "last_hidden_state (or get_output_embeddings), so that the head makes the logits of forward out of it"
+            )
         elif not difference(padded, model.encode_images(padded["img_input_dict"])) <= tolerance:
             hook = "encode_images, whose features must stand for the pixels"
         else:
@@ -129,12 +131,13 @@ def _native_logps(model: VLModelMixin, batch: ResponseBatch) -> Tensor:
     row, column = torch.div(index, length, rounding_mode="floor"), index % length
     first = int(column.min())
     keep = {"logits_to_keep": length - first} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    logits = model(
+    output = model(
         input_ids=batch["input_ids"],
         attention_mask=(batch["segment_ids"] >= 0).long(),
         use_cache=False,
         **batch["img_input_dict"],
         **keep,
-    ).logits
+    )
+    logits = output[0] if isinstance(output, tuple) else output.logits
     column = column - (length - logits.shape[1])
     return logits[row, column].float().log_softmax(-1).gather(1, batch["completion_ids"][mask][:, None])[:, 0]

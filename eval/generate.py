@@ -233,6 +233,8 @@ class Answerer:
             settings = settings | {"custom_generate": answers_of_one_prefill, "num_answers": num_samples}
         elif (beams := settings.get("num_beams") or 1) > 1 and not settings.get("do_sample"):
             settings = settings | {"custom_generate": beams_of_one_prefill, "beams": beams, "num_beams": 1}
+        if settings.get("stop_strings"):
+            settings = settings | {"tokenizer": self.processor.tokenizer}
         torch.manual_seed(seed)
         out = self.model.generate(
             input_ids=prompts,
@@ -291,13 +293,34 @@ def processor_for(model: str, adapter: str | None = None, **rendering: Any) -> V
     return core_mapper_for(model).processor(saved, **rendering)
 
 
+# What evaluation decides, whatever a family says: one answer to a prompt, as token ids, its own batches
+DECIDED = {"num_return_sequences": 1, "return_dict_in_generate": False, "generation_config": None}
+
+
+def family_settings(model: torch.nn.Module) -> dict[str, Any]:
+    """What a family's `prepare_default_generation_kwargs` says, without what evaluation decides.
+
+    Raises:
+        InputError: it asks for something else than evaluation decides.
+    """
+    settings = dict(model.prepare_default_generation_kwargs())
+    settings.pop("pad_token_id", None)  # of the tokenizer, with which the batches are padded
+    for name, decided in DECIDED.items():
+        if (said := settings.pop(name, decided)) not in (decided, None):
+            raise InputError(
+                f"prepare_default_generation_kwargs of {type(model).__name__} says {name}={said}, which evaluation decides: leave "
+                "it out (--num_samples writes several answers; settings stand in the dictionary itself)."
+            )
+    return settings
+
+
 def generation_settings(args: argparse.Namespace, answerer: Answerer) -> tuple[dict, dict]:
     """Keyword arguments of generate, and what is recorded of them.
 
     Flags come first, then the checkpoint's generation_config.json if --checkpoint_settings asks for it, then what the
     family's `prepare_default_generation_kwargs` says, then greedy search.
     """
-    settings = answerer.core.prepare_default_generation_kwargs()
+    settings = family_settings(answerer.core)
     if args.checkpoint_settings:
         settings |= answerer.checkpoint_settings
     names = ("max_new_tokens", "num_beams", "temperature", "top_p")
@@ -312,7 +335,8 @@ def generation_settings(args: argparse.Namespace, answerer: Answerer) -> tuple[d
         raise InputError("--top_p belongs to sampling: add --temperature, above 0.")
     else:  # what belongs to sampling has no part in greedy search
         settings |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    recorded = {k: v for k, v in settings.items() if v is not None}
+    said = {k: v for k, v in settings.items() if v is not None}
+    recorded = json.loads(json.dumps(said, default=lambda value: type(value).__name__))  # objects by their class
     if samples:
         recorded["seed"] = args.seed
     if args.num_samples < 1 or (args.num_samples > 1 and (not samples or settings.get("num_beams", 1) > 1)):

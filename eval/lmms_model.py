@@ -9,7 +9,7 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from common.errors import InputError
-from eval.generate import Answerer, EncodedBatches, chunks
+from eval.generate import Answerer, EncodedBatches, chunks, family_settings
 
 GENERATION = ("max_new_tokens", "num_beams", "temperature", "top_p", "do_sample")
 
@@ -67,7 +67,7 @@ class LmmsModel(lmms):
             rows.append(self._row(context, list(doc_to_visual(self.task_dict[task][split][doc_id]) or [])))
         asked = dict(requests[0].args[1])
         until = asked.get("until") or []
-        settings = self.answerer.core.prepare_default_generation_kwargs()
+        settings = family_settings(self.answerer.core)
         settings |= {k: asked[k] for k in GENERATION if asked.get(k) is not None}
         if not settings.get("temperature") or settings.get("do_sample") is False:
             settings |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

@@ -1,6 +1,7 @@
 """docs/CustomizedModel.md, followed to the letter: twelve classes, a collator that makes the pixels, one map line."""
 
 import copy
+import datetime
 import io
 import json
 import sys
@@ -19,6 +20,7 @@ import train_dpo
 import train_ppo
 import train_rm
 import train_sft
+from args import DataArguments, DPOConfig, LoraArguments, ModelArguments, parse
 from base.batch import DPOBatch, PPOBatch, ResponseBatch, RMBatch, SFTBatch
 from base.collator import (
     VLDPODataCollatorWithPadding,
@@ -217,6 +219,16 @@ class OwnImages(VLProcessor):
         return native
 
 
+class OwnFunction(VLProcessor):
+    """A function makes the pixels; sizes and patches are the native processor's."""
+
+    @property
+    def image_processor(self):
+        return lambda images, return_tensors="pt", **kwargs: {
+            "pixel_values": torch.full((len(images), 3, 28, 28), -9.0)
+        }
+
+
 class OwnCall(VLProcessor):
     def __call__(self, *args, **kwargs):
         batch = super().__call__(*args, **kwargs)
@@ -225,7 +237,7 @@ class OwnCall(VLProcessor):
         return batch
 
 
-@pytest.mark.parametrize("own", [OwnTemplate, OwnFormat, OwnConversations, OwnCheck, OwnImages, OwnCall])
+@pytest.mark.parametrize("own", [OwnTemplate, OwnFormat, OwnConversations, OwnCheck, OwnImages, OwnFunction, OwnCall])
 def test_an_overridden_method_counts_in_training_and_evaluation(llava, preference_rows, as_folder, own: type):
     """Texts begin with HELLO, or pixels are far below what the native processor gives: in every batch and in evaluation."""
     as_folder(ModelCoreMapper(model=LlavaForRL, processor=own))
@@ -248,13 +260,71 @@ def test_an_overridden_method_counts_in_training_and_evaluation(llava, preferenc
     seen |= {"ppo": (ppo["prompts"][0], ppo["img_input_dict"]), "eval": (evaluated["ids"], evaluated["inputs"])}
     seen["dummy"] = (None, processor.dummy_images())
     for name, (ids, images) in seen.items():
-        if own in (OwnImages, OwnCall):
+        if own in (OwnImages, OwnFunction, OwnCall):
             assert images["pixel_values"].max() < -4, name
         elif ids is not None:
             assert "HELLO" in processor.tokenizer.decode(ids), name
             assert images["pixel_values"].shape[1:] == (3, 28, 28)
     answer = dpo["completion_ids"][0][dpo["completion_mask"][0]].tolist()
     assert answer == processor.encode_response(rows[0]["responses"][0])
+
+
+@pytest.mark.parametrize("own", [OwnFormat, OwnCheck])
+def test_an_own_format_counts_for_the_rows_of_a_file(command, as_folder, own: type):
+    """Reading a file puts `<image>` in front of questions without one, which says as much as no mark; by hand it stays."""
+    as_folder(ModelCoreMapper(model=LlavaForRL, processor=own))
+    trainer, _ = train_dpo.build(*parse(ModelArguments, DataArguments, LoraArguments, DPOConfig, argv=command("dpo")))
+    row, processor = trainer.train_dataset[0], trainer.processing_class
+    assert row["prompt"][0]["content"].startswith("<image>What")
+    ids = trainer.data_collator([row])["input_ids"][0]
+    assert "HELLO" in processor.tokenizer.decode(ids)
+    for text in ("<image>\nWhat?", "What <image>?"):
+        assert "HELLO" not in processor.render([{"role": "user", "content": text}], images=1)
+    marked = [{"role": "user", "content": "<image><image>Which?"}]
+    assert processor.render(marked, images=2).count("HELLO") == 1
+
+
+def test_an_own_init_takes_the_path_alone(llava):
+    """As the guide says; what the scripts tell every processor goes to the base class."""
+
+    class OwnInit(VLProcessor):
+        def __init__(self, model_name_or_path):
+            super().__init__(model_name_or_path)
+            self.processor.chat_template = "{{ strftime_now('%Y') }}" + self.processor.chat_template
+
+    class Dated(OwnInit):
+        def __init__(self, path):
+            super().__init__(path)
+
+        @property
+        def chat_template(self):
+            return "{{ strftime_now('%Y') }}" + super().chat_template
+
+    day = datetime.date(1999, 2, 3)
+    assert OwnInit(llava, enable_thinking=False, date=day).template.facts == {}
+    processor = Dated(llava, enable_thinking=False, date=day)
+    assert processor.template.facts == {"date": "1999-02-03"}
+    assert processor.render([{"role": "user", "content": "Hi"}]).startswith("1999")
+    with pytest.raises(InputError, match="enable_thinking does nothing here"):
+        OwnInit(llava, enable_thinking=True)
+    assert Dated(llava).template.facts == {"date": datetime.datetime.now().date().isoformat()}
+
+
+@pytest.mark.parametrize(
+    "method, lacking",
+    [("__call__", "attention_mask"), ("__call__", "labels"), ("process_batch_conv", "img_input_dict")],
+)
+def test_what_a_method_must_return(llava, preference_rows, method: str, lacking: str):
+    def without(self, *args, **kwargs):
+        returned = getattr(VLProcessor, method)(self, *args, **kwargs)
+        return {name: value for name, value in returned.items() if name != lacking}
+
+    own = type("Lacking", (VLProcessor,), {method: without})
+    talk = preference_rows[0] | {
+        "messages": [*preference_rows[0]["prompt"], {"role": "assistant", "content": "A star."}]
+    }
+    with pytest.raises(InputError, match=f"{method} of Lacking returns no {lacking}: docs/CustomizedModel"):
+        VLSFTDataCollatorWithPadding(own(llava))([talk])
 
 
 def test_an_own_template_is_saved(llava, tmp_path):
@@ -303,6 +373,36 @@ class Scaling(LlavaForRL):
         return output
 
 
+class AddsToLogits(LlavaForRL):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        if kwargs.get("completion_index") is None:
+            output.logits = output.logits + torch.arange(output.logits.shape[-1]) / 200
+        return output
+
+
+class ReturnsTuple(Scaling):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        return output.to_tuple() if kwargs.get("completion_index") is None else output
+
+
+class ReadsFurtherInput(LlavaForRL):
+    """Its own forward reads `shade`, which the collator below makes; nothing else does."""
+
+    def forward(self, *args, shade=None, **kwargs):
+        if kwargs.get("completion_index") is None and shade is not None:
+            kwargs["pixel_values"] = kwargs["pixel_values"] * shade[:, None, None, None]
+        return super().forward(*args, **kwargs)
+
+
+class MakesShade(VLDPODataCollatorWithPadding):
+    def __call__(self, features):
+        batch = super().__call__(features)
+        batch["img_input_dict"]["shade"] = torch.full((len(batch["img_path"]),), 5.0)
+        return batch
+
+
 class BlindAfterwards(LlavaForRL):
     def encode_images(self, img_inputs):
         features = super().encode_images(img_inputs)
@@ -317,17 +417,24 @@ class SeesOtherAnswers(LlavaForRL):
 
 
 @pytest.mark.parametrize(
-    "model, hook",
+    "model, hook, flags",
     [
-        (Scaling, "last_hidden_state"),
-        (BlindAfterwards, "encode_images"),
-        (SeesOtherAnswers, "packed_attention_mask or packed_position_ids"),
+        (Scaling, "last_hidden_state", ""),
+        (Scaling, "last_hidden_state", "--q_lora True"),
+        (AddsToLogits, r"last_hidden_state \(or get_output_embeddings\)", ""),
+        (ReturnsTuple, "last_hidden_state", ""),
+        (ReadsFurtherInput, "last_hidden_state", ""),
+        (BlindAfterwards, "encode_images", ""),
+        (SeesOtherAnswers, "packed_attention_mask or packed_position_ids", ""),
     ],
 )
-def test_training_stops_when_log_probs_are_not_those_of_the_class(command, as_folder, model: type, hook: str):
-    as_folder(ModelCoreMapper(model=model, processor=LlavaProcessor))
+def test_training_stops_when_log_probs_are_not_those_of_the_class(
+    command, as_folder, model: type, hook: str, flags: str
+):
+    collator = MakesShade if model is ReadsFurtherInput else VLDPODataCollatorWithPadding
+    as_folder(ModelCoreMapper(model=model, processor=LlavaProcessor, dpo_collator=collator))
     with pytest.raises(InputError, match=f"LlavaForConditionalGeneration by .* nats a token.* override {hook}"):
-        train_dpo.main(command("dpo", "--use_lora True"))
+        train_dpo.main(command("dpo", f"--use_lora True {flags}"))
 
 
 def test_every_field_has_a_class(llava):

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import CompileConfig, GenerationConfig
 
+import models
 from args import LoraArguments
 from base.loading import load_model
 from common.errors import InputError
@@ -249,6 +250,34 @@ def test_flags_come_before_the_family_before_greedy_search(settings_of) -> None:
     assert (recorded["temperature"], recorded["top_p"], recorded["repetition_penalty"]) == (0.2, 0.9, 1.3)
     with pytest.raises(InputError, match="--top_p belongs to sampling"):
         settings_of({}, top_p=0.5)
+
+
+def test_what_evaluation_decides_a_family_cannot(settings_of) -> None:
+    """What was common in such dictionaries says what is done anyway; another number of answers or another type is refused."""
+    harmless = {
+        "num_return_sequences": 1,
+        "return_dict_in_generate": False,
+        "pad_token_id": 0,
+        "generation_config": None,
+    }
+    settings, recorded, _ = settings_of(harmless | {"compile_config": CompileConfig()})
+    assert not settings.keys() & harmless.keys()
+    assert recorded["compile_config"] == "CompileConfig"
+    for name, value in {"num_return_sequences": 2, "return_dict_in_generate": True, "generation_config": {}}.items():
+        with pytest.raises(InputError, match=f"LlavaForConditionalGeneration says {name}=.*, which evaluation decides"):
+            settings_of({name: value})
+
+
+def test_a_family_may_stop_at_a_text(monkeypatch, questions: Path, tmp_path: Path, llava: str) -> None:
+    core = models.core_mapper_for(llava).model
+    greedy = {"max_new_tokens": 8, "do_sample": False}
+    texts = []
+    for own in (greedy, greedy | {"stop_strings": [chr(code) for code in range(97, 123)]}):
+        monkeypatch.setattr(core, "prepare_default_generation_kwargs", classmethod(lambda cls, own=own: own))
+        output = tmp_path / f"{len(texts)}.jsonl"
+        run(arguments(questions, output, llava, limit=2, max_new_tokens=None))
+        texts.append([json.loads(line)["answer"] for line in output.read_text().splitlines()])
+    assert all(long.startswith(short) and len(short) < len(long) for long, short in zip(*texts, strict=True))
 
 
 def test_a_checkpoints_settings_reach_generation_when_asked_for(settings_of) -> None:
