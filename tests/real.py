@@ -29,6 +29,8 @@ FAMILY_OF = {
     "pdfme-Qwen3-VL-adapter": "qwen3_vl",
     "medgemma-27b-it": "gemma3",
     "llava-1.5-adapter-t5": "llava",
+    "paligemma-3b": "paligemma",
+    "Llama-3.2-11B-Vision-Instruct": "mllama",
 }
 # Published templates that the package trl holds
 TRL_TEMPLATES = {
@@ -49,12 +51,12 @@ TRL_TEMPLATES = {
 }
 
 
-def template_of(checkpoint: str) -> str:
-    """The chat template of a published checkpoint."""
-    jinja = FOLDER / checkpoint / "chat_template.jinja"
+def template_of(checkpoint: str) -> str | None:
+    """The chat template of a published checkpoint; None if it is not among the files (PaliGemma has none)."""
+    jinja, in_json = (FOLDER / checkpoint / f"chat_template.{kind}" for kind in ("jinja", "json"))
     if jinja.is_file():
         return jinja.read_text()
-    return json.loads((FOLDER / checkpoint / "chat_template.json").read_text())["chat_template"]
+    return json.loads(in_json.read_text())["chat_template"] if in_json.is_file() else None
 
 
 @cache
@@ -63,7 +65,7 @@ def templates() -> dict[str, tuple[str, str]]:
     folder = Path(find_spec("trl").origin).parent / "chat_templates"
     found = {name: (family, (folder / f"{name}.jinja").read_text()) for name, family in TRL_TEMPLATES.items()}
     if FOLDER.is_dir():
-        found |= {name: (family, template_of(name)) for name, family in FAMILY_OF.items()}
+        found |= {name: (family, template) for name, family in FAMILY_OF.items() if (template := template_of(name))}
     return found
 
 

@@ -16,7 +16,7 @@ import torch
 from peft import PeftConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoProcessor
 
 import base.loading
 from args import LoraArguments
@@ -38,13 +38,17 @@ class Facts:
 
     Attributes:
         layers: of the language model; LoRA `auto` adapts seven modules in each.
-        tensors: in its index.
+        tensors: in its index; without one, of its parts: the layers' weights and biases, embeddings, norms, projector.
         head: whether it can write text.
+        tied: whether the head is the embeddings, and not stored.
+        levels: beginnings of its tensors' names, where no index is at hand.
     """
 
     layers: int
     tensors: int
     head: bool = True
+    tied: bool = False
+    levels: tuple[str, ...] = ()
 
 
 FACTS = {
@@ -54,9 +58,16 @@ FACTS = {
     "Qwen2.5-VL-7B-Instruct": Facts(28, 729),
     "Cosmos-Reason2-Qwen3-VL": Facts(36, 750),
     "Qwen3-VL-Embedding": Facts(36, 749, head=False),
-    "medgemma-27b-it": Facts(62, 1247),
+    "medgemma-27b-it": Facts(62, 1247, tied=True),
+    # SigLIP: 27 x 16 + 5, projector: 2, Gemma: 18 x 9 + 2
+    "paligemma-3b": Facts(
+        18,
+        603,
+        tied=True,
+        levels=("language_model.model.", "multi_modal_projector.linear.", "vision_tower.vision_model."),
+    ),
 }
-EXPECTED = [*FACTS, "llava-v1.6-mistral-7b-hf"]  # those with an expected.json
+EXPECTED = [*(name for name in FACTS if name != "paligemma-3b"), "llava-v1.6-mistral-7b-hf"]  # with an expected.json
 WIDTHS = {
     "hidden_size": 32,
     "embed_dim": 32,
@@ -112,12 +123,22 @@ def folder_of(name: str, folder: Path) -> Path:
         shutil.copy(tiny / file, folder)
     if not (folder / "config.json").is_file():
         shutil.copy(tiny / "config.json", folder)
-    (folder / "chat_template.jinja").write_text(template_of(name))
+    if (template := template_of(name)) is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    elif (tiny / "chat_template.jinja").is_file():  # Llama's is not among the files
+        shutil.copy(tiny / "chat_template.jinja", folder)
     return folder
 
 
-def index_of(name: str) -> set[str]:
-    return set(json.loads((FOLDER / name / "model.safetensors.index.json").read_text())["weight_map"])
+def check_names(name: str, names: set[str]) -> None:
+    """Names of tensors are those of the published index; without one, as many, with the hub's beginnings."""
+    facts, index = FACTS[name], FOLDER / name / "model.safetensors.index.json"
+    if index.is_file():
+        assert names == set(json.loads(index.read_text())["weight_map"])
+    else:
+        assert {level for level in facts.levels for n in names if n.startswith(level)} == set(facts.levels)
+        assert all(n.startswith(facts.levels) for n in names)
+    assert len(names) == facts.tensors
 
 
 @pytest.fixture(scope="module", params=FACTS)
@@ -144,19 +165,18 @@ def it(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
 
 def test_names_are_those_of_the_index_and_stay_so(it: tuple[str, Path], tmp_path: Path):
     name, folder = it
-    published, facts = index_of(name), FACTS[name]
-    assert len(published) == facts.tensors
     weights = load_file(folder / "model.safetensors")
-    assert weights.keys() == published
-    if not facts.head:
+    check_names(name, set(weights))
+    if not FACTS[name].head:
         with pytest.raises(InputError, match=r"has no lm_head\.weight.*embedding models"):
             load_model(str(folder))
         return
     model = load_model(str(folder))
     model.save_pretrained(tmp_path)
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == FACTS[name].tied
     again = load_file(tmp_path / "model.safetensors")
-    assert again.keys() == published
-    assert all(torch.equal(again[n], weights[n].to(again[n].dtype)) for n in published)  # in the published dtype
+    assert again.keys() == weights.keys()
+    assert all(torch.equal(again[n], weights[n].to(again[n].dtype)) for n in weights)  # in the published dtype
     for a, b in zip(load_model(str(tmp_path)).parameters(), model.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -248,6 +268,32 @@ def test_saved_processors_load_again(seen: tuple[dict, VLProcessor], tmp_path: P
     picture = [[zoo.image(0, 300, 200)]]
     (ours, pixels), (theirs, same) = (p.encode_conversations([messages], picture) for p in (processor, again))
     assert ours == theirs and torch.equal(pixels["pixel_values"], same["pixel_values"])
+
+
+def test_paligemmas_prompt_is_plain_transformers(tmp_path: Path):
+    """1,024 image tokens of a picture of any size, the beginning of the text, the question and a line break."""
+    folder = folder_of("paligemma-3b", tmp_path / "it")
+    native, processor = AutoProcessor.from_pretrained(folder), core_mapper_for(str(folder)).processor(str(folder))
+    for size in ((448, 448), (37, 900)):
+        picture = Image.new("RGB", size, "red")
+        messages = [{"role": "user", "content": "<image>\nWhat is this?"}]
+        (ids,), pixels = processor.encode_conversations([messages], [[picture]])
+        expected = native(text="<image>What is this?", images=picture, return_tensors="pt")
+        assert ids == expected["input_ids"][0].tolist()
+        assert ids[:1025] == [native.image_token_id] * 1024 + [native.tokenizer.bos_token_id]
+        assert torch.equal(pixels["pixel_values"], expected["pixel_values"])
+
+
+def test_tiles_of_llama(tmp_path: Path):
+    """One token stands for a picture; up to four tiles of 560 are the smallest canvas that need not shrink it."""
+    folder = folder_of("Llama-3.2-11B-Vision-Instruct", tmp_path / "it")
+    processor = core_mapper_for(str(folder)).processor(str(folder))
+    for size, tiles in {(560, 560): 1, (400, 300): 1, (1120, 560): 2, (500, 1000): 2, (1000, 1000): 4}.items():
+        messages = [{"role": "user", "content": "<image>\nWhat is this?"}]
+        (ids,), inputs = processor.encode_conversations([messages], [[Image.new("RGB", size)]])
+        assert ids.count(processor.tokenizer.convert_tokens_to_ids("<|image|>")) == 1
+        assert inputs["aspect_ratio_mask"].sum() == tiles, size
+        assert inputs["pixel_values"].shape == (1, 1, 4, 3, 560, 560)
 
 
 # -- adapters --------------------------------------------------------------------------------------------------------------
