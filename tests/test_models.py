@@ -168,7 +168,7 @@ FAMILIES = {
     "cohere2_vision": Family(
         "<BOS_TOKEN><|START_OF_TURN_TOKEN|><|USER_TOKEN|><|IMG_PATCH|>What is this?<|END_OF_TURN_TOKEN|>"
         "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>",
-        "Aya Vision's, not checked against CohereLabs/command-a-vision-07-2025",
+        "turns of Cohere 2's template in the package trl, which is of text; not checked against CohereLabs/command-a-vision-07-2025",
     ),
     "glm46v": Family(
         "[gMASK]<sop><|user|>\n<|begin_of_image|><|image|><|end_of_image|>What is this?<|assistant|>\n",
