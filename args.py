@@ -62,7 +62,10 @@ class ModelArguments:
         metadata={"help": "Hub id, checkpoint folder or LoRA adapter folder to start from."}
     )
     use_flash_attention_2: bool = field(
-        default=False, metadata={"help": "FlashAttention-2. Packed rows need a 4-D mask and use sdpa whatever is set."}
+        default=False,
+        metadata={
+            "help": "FlashAttention-2. Packed rows use the kernel of it that torch brings, with and without this flag."
+        },
     )
     torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",

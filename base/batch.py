@@ -12,6 +12,8 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
+from base.segments import Layout
+
 # Keyword arguments of the model: pixel_values and what else the family's processor returns
 ImageInputs = dict[str, Any]
 
@@ -29,6 +31,7 @@ class SFTBatch(ImageBatch, total=False):
 
     input_ids: Tensor  # (B, L) long
     attention_mask: Tensor  # (B, L) long
+    layout: Layout  # one segment a row
     labels: Tensor  # (B, L) long, -100 where nothing is trained
     completion_index: Tensor  # (N,) long, flat position b * L + t whose hidden state predicts a trained token
     completion_ids: Tensor  # (N,) long, the trained tokens
@@ -44,10 +47,13 @@ class PackedBatch(TypedDict, total=False):
     )
     completion_ids: Tensor  # (R, T) long, the tokens of each response; 0 where padded
     completion_mask: Tensor  # (R, T) bool, True on real tokens, of which there are N
+    completion_places: Tensor  # (N,) long, flat positions r * T + t of the real tokens, response after response
+    last_tokens: Tensor  # (R,) long, flat position b * L + t of each response's last token
     # Where responses begin alike, so that what they share goes through lm_head once
-    scored: Tensor  # (N,) bool, True at the first of equal tokens
-    scored_as: Tensor  # (N,) long, which of the True ones each token is
+    scored: Tensor  # (S,) long, which of the N tokens come first among equal ones
+    scored_as: Tensor  # (N,) long, which of the S each token is
     packed: bool  # whether any row holds several responses
+    layout: Layout  # where the segments lie, as numbers of Python: whoever reads them does not wait for the device
 
 
 class ResponseBatch(PackedBatch, ImageBatch, total=False):

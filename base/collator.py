@@ -26,6 +26,7 @@ from base.corruption import Corruption, diffuse
 from base.images import IMAGE_STATES, image_states, openable
 from base.packing import common_beginning, pack_rows, packed_length
 from base.processor import IGNORE_INDEX, VLProcessor, answer_start
+from base.segments import Layout
 from base.views import Pairs, Places, Row, View
 from common.errors import InputError
 from common.seeds import stable_seed
@@ -172,9 +173,11 @@ class VLSFTDataCollatorWithPadding(VLDataCollator):
         }
         padded_labels = processor.pad(labels, IGNORE_INDEX)
         is_trained = (padded_labels != IGNORE_INDEX).flatten()
+        attention_mask = processor.pad([[1] * len(i) for i in input_ids], 0)
         return {
             "input_ids": processor.pad(input_ids, processor.tokenizer.pad_token_id),
-            "attention_mask": processor.pad([[1] * len(i) for i in input_ids], 0),
+            "attention_mask": attention_mask,
+            "layout": Layout(attention_mask - 1),
             "labels": padded_labels,
             # The first token of a row is never trained, so the position before a trained token is in the same row.
             "completion_index": is_trained.nonzero()[:, 0] - 1,
@@ -484,7 +487,6 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
         ]
         return {
             **pack_rows(prompts, responses, processor.tokenizer.pad_token_id, shared),
-            "packed": any(len(row) > 1 for row in responses),
             "rows": rows,
             "img_path": self.image_files(features),
             "img_input_dict": processor.pad_img_inputs(processor.follow_tokens(img_inputs, sources)),
@@ -569,6 +571,5 @@ class VLPPODataCollator(VLDataCollator):
         ]
         return {
             **pack_rows(prompts, responses, self.processor.tokenizer.pad_token_id),
-            "packed": any(len(row) > 1 for row in responses),
             "img_input_dict": self.processor.pad_img_inputs(self.processor.follow_tokens(per_token, sources)),
         }

@@ -23,10 +23,12 @@ from transformers.utils import ModelOutput
 from base import packing
 from base.features import pooled_features, sum_of_tensors
 from base.logps import token_logps
-from base.packed_attention import attend_by_segments
+from base.packed_attention import REPLACED, attend_by_segments, layout_of, segment_mask, with_layout
+from base.segments import Layout
 from common.errors import InputError
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache")
+TOKEN_INPUTS = ("input_ids", "position_ids", "token_type_ids", "mm_token_type_ids")  # (B, L), positions also (3, B, L)
 
 
 @dataclass
@@ -70,6 +72,10 @@ class VLModelMixin:
 
     # Whether responses can share a row. Not if layers mix a row's tokens whatever the mask says (convolutions, linear attention).
     packs: ClassVar[bool] = True
+
+    # Whether rows of a batch can lie end to end in one row, each with positions and attention of its own. Not if layers read something else by
+    # row (states of images, a rotary base that depends on the row's length).
+    end_to_end: ClassVar[bool] = True
 
     # Whether rollouts, whose length is bounded, can use a static cache (base/rollout_cache.py).
     static_rollout_cache: ClassVar[bool] = True
@@ -137,6 +143,11 @@ class VLModelMixin:
         text = {id(p) for m in (self.get_decoder(), self.get_output_embeddings()) for p in m.parameters()}
         return {name: p for name, p in self.named_parameters() if id(p) not in text}
 
+    def vision_modules(self) -> list[nn.Module]:
+        """Every module outside the language model, but not those that contain it."""
+        text = {id(m) for part in (self.get_decoder(), self.get_output_embeddings()) for m in part.modules()}
+        return [m for m in self.modules() if not any(id(inner) in text for inner in m.modules())]
+
     def freeze_unused(self) -> None:
         """Stop gradients into audio towers, which neither text nor images reach: they would take optimizer states."""
         for name, parameter in self.vision_parameters().items():
@@ -184,12 +195,18 @@ class VLModelMixin:
         kinds = set(getattr(text, "layer_types", None) or ())
         windows = kinds - {"full_attention"} if kinds else getattr(text, "sliding_window", None)
         ordinary = type(self).packed_attention_mask is VLModelMixin.packed_attention_mask
-        return self.packs and ordinary and not windows and self.static_rollout_cache
+        sdpa = self.get_decoder().config._attn_implementation == "sdpa"  # FlashAttention takes no 4-D mask
+        return self.packs and ordinary and not windows and self.static_rollout_cache and sdpa
 
     # -- packed rows ---------------------------------------------------------------------------------------------------
 
     def packed_inputs(
-        self, input_ids: torch.Tensor, segment_ids: torch.Tensor, img_inputs: dict[str, Any], packed: bool = True
+        self,
+        input_ids: torch.Tensor,
+        segment_ids: torch.Tensor,
+        img_inputs: dict[str, Any],
+        packed: bool = True,
+        layout: Layout | None = None,
     ) -> dict[str, Any]:
         """Keyword arguments of forward for rows of `packing.pack_rows`.
 
@@ -197,21 +214,47 @@ class VLModelMixin:
             input_ids, segment_ids: (B, L).
             img_inputs: the collator's `img_input_dict`.
             packed: False when no row has more than one response; then an ordinary (B, L) mask serves, and flash attention can be used.
-                True switches attention by segments on for the process, see base/packed_attention.py.
+                Rows of packed batches, and of padded ones, lie end to end in the forward, which switches attention by segments on for the
+                process, see base/packed_attention.py; `completion_index` keeps counting padded rows.
+            layout: the batch's; made from `segment_ids`, which waits for the device, if it is not given.
         """
+        layout = layout or Layout(segment_ids)
         inputs = {"input_ids": input_ids, "use_cache": False, **img_inputs}
-        if packed:
-            if not self.packs:
-                raise InputError(
-                    f"Layers of {type(self).__name__} would mix a row's responses: add --share_prefix False."
-                )
+        if packed and not self.packs:
+            raise InputError(f"Layers of {type(self).__name__} would mix a row's responses: add --share_prefix False.")
+        # Padded rows of one response each are ordinary rows, which gain by leaving the padding out, and by that alone.
+        if packed or (self.lays_end_to_end and layout.padded and not layout.several):
             attend_by_segments()
-            inputs["attention_mask"] = self.packed_attention_mask(input_ids, segment_ids, img_inputs)
-            inputs["position_ids"] = self.packed_position_ids(input_ids, segment_ids, img_inputs)
+            inputs["attention_mask"] = self._masks(input_ids, segment_ids, img_inputs, layout)
+            inputs["position_ids"] = self._positions(input_ids, segment_ids, img_inputs, layout)
             inputs.pop("token_type_ids", None)  # the mask says already which token sees which
-        else:
-            inputs["attention_mask"] = (segment_ids >= 0).long()
+            return inputs
+        inputs["attention_mask"] = (segment_ids >= 0).long()
+        if type(self).packed_position_ids is not VLModelMixin.packed_position_ids:
+            # The class would count them in every pass, and wait for the device at every image.
+            inputs["position_ids"] = self._positions(input_ids, segment_ids, img_inputs, layout)
         return inputs
+
+    def _masks(
+        self, input_ids: torch.Tensor, segment_ids: torch.Tensor, img_inputs: dict[str, Any], layout: Layout
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """`packed_attention_mask` with the layout; an empty one where the layout alone says which token sees which."""
+        ordinary = type(self).packed_attention_mask is VLModelMixin.packed_attention_mask
+        hides_nothing = self._window is None or layout.shape[1] <= self._window
+        if ordinary and hides_nothing and self._replaced_attention:
+            return self._by_kind(segment_mask(layout, input_ids.device))
+        masks = self.packed_attention_mask(input_ids, segment_ids, img_inputs)
+        for mask in masks.values() if isinstance(masks, dict) else [masks]:
+            with_layout(mask, layout)
+        return masks
+
+    def _positions(
+        self, input_ids: torch.Tensor, segment_ids: torch.Tensor, img_inputs: dict[str, Any], layout: Layout
+    ) -> torch.Tensor:
+        """`packed_position_ids`, once for all passes over a batch."""
+        return layout.keep(
+            ("positions", type(self)), lambda: self.packed_position_ids(input_ids, segment_ids, img_inputs)
+        )
 
     def packed_attention_mask(
         self, input_ids: torch.Tensor, segment_ids: torch.Tensor, img_inputs: dict[str, Any]
@@ -220,16 +263,40 @@ class VLModelMixin:
 
         A sliding window is measured in positions: in a packed row they differ from the columns.
         """
-        mask = packing.packed_mask(segment_ids)
-        text = self.config.get_text_config()
-        window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
-        if window is None or (kinds and "sliding_attention" not in kinds):
-            return mask
-        if segment_ids.shape[1] <= window:  # it hides nothing
-            return dict.fromkeys(("full_attention", "sliding_attention"), mask) if kinds else mask
+        mask, window = packing.packed_mask(segment_ids), self._window
+        if window is None or segment_ids.shape[1] <= window:  # it hides nothing
+            return self._by_kind(mask)
         position = packing.packed_positions(segment_ids)
         near = mask & (position[:, :, None] - position[:, None, :] < window)[:, None]
-        return {"full_attention": mask, "sliding_attention": near} if kinds else near
+        return self._by_kind(mask, near)
+
+    @property
+    def _window(self) -> int | None:
+        """Tokens of the sliding window of some layers, or of all; None without one."""
+        text = self.config.get_text_config()
+        kinds = getattr(text, "layer_types", None)
+        return None if kinds and "sliding_attention" not in kinds else getattr(text, "sliding_window", None)
+
+    def _by_kind(self, mask: torch.Tensor, near: torch.Tensor | None = None) -> torch.Tensor | dict[str, torch.Tensor]:
+        """The masks of full and of sliding attention, as the class takes them; both are the same without `near`."""
+        near = mask if near is None else near
+        if self._window is None or not getattr(self.config.get_text_config(), "layer_types", None):
+            return near
+        return {"full_attention": mask, "sliding_attention": near}
+
+    @property
+    def _replaced_attention(self) -> bool:
+        return self.get_decoder().config._attn_implementation in REPLACED
+
+    @property
+    def lays_end_to_end(self) -> bool:
+        """Whether `forward` leaves the padding between rows out."""
+        return self.packs and self.end_to_end and self._replaced_attention
+
+    def _end_to_end(self, inputs: dict[str, Any], layout: Layout) -> dict[str, Any]:
+        """What `packed_inputs` returned, with entries per token (..., B, L) as (..., 1, N)."""
+        of_tokens = {k: inputs[k] for k in TOKEN_INPUTS if inputs.get(k) is not None}
+        return inputs | {k: layout.end_to_end(v, 1 if v.ndim == 3 else 0) for k, v in of_tokens.items()}
 
     def packed_position_ids(
         self, input_ids: torch.Tensor, segment_ids: torch.Tensor, img_inputs: dict[str, Any]
@@ -272,6 +339,9 @@ def _with_completions(native_forward: Callable[..., Any]) -> Callable[..., Any]:
             text = {k: kwargs.pop(k) for k in TEXT_INPUTS if k in kwargs}
             kwargs = text | self.encode_images(kwargs)
             nothing = 0.0 * sum_of_tensors(pooled_features(self.encode_images(dummy_images)))
+        layout = layout_of(kwargs.get("attention_mask"))
+        if layout is not None and self.lays_end_to_end:
+            kwargs, completion_index = self._end_to_end(kwargs, layout), layout.places(completion_index)
         hidden = self.last_hidden_state(*args, **kwargs).flatten(0, 1)[completion_index]  # (N, D)
         if dummy_images:
             hidden = hidden + nothing.to(hidden.dtype)

@@ -4,34 +4,68 @@ A mask of K responses hides most of the square: responses from each other, and t
 same. Segment 0 attends causally to itself, and each response to segment 0 and itself; put together that is exactly the masked attention, on
 the pairs that the mask lets through (but half of each response's own small square).
 
-transformers hands a 4-D mask to its attention function unchanged, so `packing.packed_mask` attaches the layout to the mask it builds, and
-`packed_sdpa` looks for it. A mask that a family changed (windows, bidirectional spans) is another tensor, and is used as it is.
+Rows of a batch lie end to end, one (1, N) row without padding, as long as a pass goes through the model (`VLModelMixin.packed_inputs`); each
+still attends to itself alone.
 
-`packed_sdpa` takes the place of transformers' "sdpa", for the whole process, when the first row is packed (`VLModelMixin.packed_inputs`): never with
-`--share_prefix False`. Masks without a layout (other models, vision towers, generation) go on to transformers' function with unchanged arguments. It
-has no name of its own because transformers compares the name: under another one Gemma 4's layers with shared keys, for instance, attend to
-the empty part of a static cache in generation, without an error.
+transformers hands a 4-D mask to its attention function unchanged, so packed rows bring a mask with two attributes:
+
+    packed_layout   base.segments.Layout, of which the mask is made. Masks without it (other models, vision towers, generation) go on to
+                    transformers' own function with unchanged arguments.
+    by_segments     True: the mask is empty, and the layout says all. False: a family's own mask (windows, spans in both directions),
+                    (B, 1, L, L), read row by row.
+
+`packed_sdpa` takes the place of transformers' "sdpa" and "flash_attention_2", for the whole process, when the first row is packed or laid end to
+end. It has no name of its own because transformers compares the name: under another one Gemma 4's layers with shared keys, for instance, attend
+to the empty part of a static cache in generation, without an error.
 """
 
+import functools
 import logging
+from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from base.packing import Layout
+from base.segments import Layout
 
 logger = logging.getLogger(__name__)
 
+REPLACED = ("sdpa", "flash_attention_2")
+
 
 def attend_by_segments() -> None:
-    """Let transformers' "sdpa" compute packed rows by segments, in this process from now on. Called again it does nothing."""
-    if ALL_ATTENTION_FUNCTIONS["sdpa"] is not packed_sdpa:
-        ALL_ATTENTION_FUNCTIONS.register("sdpa", packed_sdpa)
-        logger.info('Packed rows: "sdpa" of transformers is now base.packed_attention.packed_sdpa.')
+    """Let transformers' attention compute packed rows by segments, in this process from now on. Called again it does nothing."""
+    for name in REPLACED:
+        own = ALL_ATTENTION_FUNCTIONS[name]
+        if getattr(own, "func", None) is not packed_sdpa:
+            ALL_ATTENTION_FUNCTIONS.register(name, functools.partial(packed_sdpa, own=own))
+            logger.info('Packed rows: "%s" of transformers is now base.packed_attention.packed_sdpa.', name)
+
+
+def segment_mask(layout: Layout, device: torch.device) -> Tensor:
+    """The mask that says: attend by segments. It has no entries, so that nobody computes with it by mistake."""
+    mask = torch.zeros((1, 1, 0, 0), dtype=torch.bool, device=device)
+    mask.by_segments = True  # type: ignore[attr-defined]
+    return with_layout(mask, layout)
+
+
+def with_layout(mask: Tensor, layout: Layout) -> Tensor:
+    """The mask, with the attributes that `packed_sdpa` looks for; `by_segments` as it is, else False."""
+    mask.packed_layout, mask.by_segments = layout, getattr(mask, "by_segments", False)  # type: ignore[attr-defined]
+    return mask
+
+
+def layout_of(mask: Any) -> Layout | None:
+    """The layout of a mask, or of a dict of masks by kind of layer; None if it has none."""
+    if isinstance(mask, dict):
+        mask = next(iter(mask.values()), None)
+    return getattr(mask, "packed_layout", None)
 
 
 def packed_sdpa(
@@ -42,32 +76,108 @@ def packed_sdpa(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    own: Callable[..., Any] = sdpa_attention_forward,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' "sdpa", and the same by segments where the mask carries a layout.
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention, and the same by segments where the mask carries a layout.
 
     Args:
-        query: (B, H, L, D). key, value: (B, H or fewer, L, D).
+        query: (B, H, L, D) of padded rows, or (1, H, N, D) of rows end to end. key, value: the same with H or fewer heads.
+        own: transformers' function of this name.
 
     Returns:
-        (B, L, H, D), zero at padding, and no attention weights.
+        (B, L, H, D) or (1, N, H, D), zero at padding, and no attention weights.
     """
-    layout: Layout | None = getattr(attention_mask, "packed_layout", None)
-    if layout is None or dropout or key.shape[2] != layout.length or kwargs.get("position_bias") is not None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    layout = layout_of(attention_mask)
+    if layout is None:
+        return own(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    one_row = query.shape[0] == 1 and query.shape[2] == layout.tokens
+    by_segments = attention_mask.by_segments
+    if by_segments and one_row and not dropout and takes_kernel(query, key, value):
+        return _by_kernel(query, key, value, layout, scaling), None
+    heads = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    if heads and not query.is_cpu:  # on CUDA no kernel takes fewer heads and a mask
+        groups = query.shape[1] // key.shape[1]
+        key, value, heads = repeat_kv(key, groups), repeat_kv(value, groups), {}
+    kernel = functools.partial(scaled_dot_product_attention, dropout_p=dropout, scale=scaling, **heads)
+    if not by_segments:
+        out = (
+            _by_rows(query, key, value, layout, attention_mask, kernel)
+            if one_row
+            else kernel(query, key, value, attention_mask)
         )
-    groups = query.shape[1] // key.shape[1]
-    outputs = []
-    rows = zip(query.unbind(0), repeat_kv(key, groups).unbind(0), repeat_kv(value, groups).unbind(0), strict=True)
-    for sizes, (q, k, v) in zip(layout.sizes, rows, strict=True):
-        # split, not slices: its gradient is one concatenation
-        qs, ks, vs = (t.unsqueeze(0).split(sizes, dim=2) for t in (q, k, v))
-        parts = [scaled_dot_product_attention(qs[0], ks[0], vs[0], is_causal=True, scale=scaling)]
-        for own_q, own_k, own_v in zip(qs[1:-1], ks[1:-1], vs[1:-1], strict=True):
-            mask = layout.response_mask(sizes[0], own_q.shape[2], query.device)
-            keys, values = torch.cat([ks[0], own_k], dim=2), torch.cat([vs[0], own_v], dim=2)
-            parts.append(scaled_dot_product_attention(own_q, keys, values, attn_mask=mask, scale=scaling))
-        parts.append(torch.zeros_like(qs[-1]))
-        outputs.append(torch.cat(parts, dim=2))
-    return torch.cat(outputs).transpose(1, 2).contiguous(), None
+    elif one_row:
+        out = _by_segments(query, key, value, layout, layout.rows, kernel)
+    else:
+        rows = zip(query.split(1), key.split(1), value.split(1), layout.rows, strict=True)
+        out = torch.cat([_by_segments(q, k, v, layout, [row], kernel) for q, k, v, row in rows])
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _by_segments(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, rows: list[list[int]], kernel: Callable[..., Tensor]
+) -> Tensor:
+    """These rows of the layout, which lie end to end in (1, H, S, D), maybe with padding behind them; the same shape."""
+    rows = [row if len(row) > 2 else [sum(row)] for row in rows]  # with one response it is an ordinary causal row
+    sizes = [*chain(*rows)]
+    sizes.append(query.shape[2] - sum(sizes))
+    # split, not slices: its gradient is one concatenation
+    segments = zip(*(t.split(sizes, dim=2) for t in (query, key, value)), strict=True)
+    parts = []
+    for _, *own in rows:
+        q, shared_k, shared_v = next(segments)
+        parts.append(kernel(q, shared_k, shared_v, is_causal=True))
+        for _ in own:
+            q, k, v = next(segments)
+            mask = layout.response_mask(shared_k.shape[2], q.shape[2], q.device)
+            keys, values = torch.cat([shared_k, k], dim=2), torch.cat([shared_v, v], dim=2)
+            parts.append(kernel(q, keys, values, attn_mask=mask))
+    padding, _, _ = next(segments)
+    return torch.cat([*parts, torch.zeros_like(padding)], dim=2)
+
+
+def _by_rows(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, mask: Tensor, kernel: Callable[..., Tensor]
+) -> Tensor:
+    """Rows end to end, each under its part of a family's mask (B, 1, L, L)."""
+    sizes = [sum(row) for row in layout.rows]
+    rows = zip(*(t.split(sizes, dim=2) for t in (query, key, value)), sizes, strict=True)
+    return torch.cat(
+        [kernel(q, k, v, attn_mask=mask[b, None, :, :n, :n]) for b, (q, k, v, n) in enumerate(rows)], dim=2
+    )
+
+
+def takes_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether FlashAttention's kernel for sequences of any length, which torch brings, can take these."""
+    half = query.dtype == key.dtype == value.dtype and query.dtype in (torch.float16, torch.bfloat16)
+    return (
+        half
+        and query.is_cuda
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and query.shape[3] % 8 == 0
+        and query.shape[3] <= 256
+        and value.shape[3] == query.shape[3]
+    )
+
+
+def _by_kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float | None) -> Tensor:
+    """All segments of all rows in one call, (1, H, N, D) -> (1, N, H, D).
+
+    Every response is a sequence of queries whose keys are what is shared and its own. The kernel aligns the causal mask to the last query
+    and the last key, which is just what a response sees.
+    """
+    s = layout.sequences(query.device)
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (N, H, D)
+    out = varlen_attn(
+        q,
+        k.index_select(0, s.keys),
+        v.index_select(0, s.keys),
+        s.starts,
+        s.key_starts,
+        s.longest,
+        s.longest_keys,
+        scale=scaling,
+        window_size=(-1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out[None]

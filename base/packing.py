@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import torch
 
 from base.batch import PackedBatch
+from base.segments import Layout
 
 
 def common_beginning(responses: Sequence[Sequence[int]]) -> int:
@@ -48,7 +49,7 @@ def pack_rows(
         shared: for each row how many first tokens its responses have in common, to be laid out once; none by default.
 
     Returns:
-        The fields of base.batch.PackedBatch but `packed`; `scored` and `scored_as` with shared tokens only.
+        The fields of base.batch.PackedBatch; `scored` and `scored_as` with shared tokens only.
     """
     shared = shared if shared is not None else [0] * len(prompts)
     B, L = len(prompts), max(map(packed_length, prompts, responses, shared))
@@ -82,6 +83,10 @@ def pack_rows(
         "completion_index": index,
         "completion_ids": ids,
         "completion_mask": mask,
+        "completion_places": mask.flatten().nonzero()[:, 0],
+        "last_tokens": last_token_positions(segment_ids),
+        "packed": any(len(row) > 1 for row in responses),
+        "layout": Layout(segment_ids),
     }
     if any(shared):
         packed["scored"], packed["scored_as"] = _scored_once(responses, shared)
@@ -92,17 +97,18 @@ def _scored_once(
     responses: Sequence[Sequence[Sequence[int]]], shared: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`scored` and `scored_as` of PackedBatch: what responses share is scored with the first of their row."""
-    scored: list[bool] = []
+    scored: list[int] = []
     scored_as: list[int] = []
-    count = 0
+    count = token = 0
     for row, S in zip(responses, shared, strict=True):
         first = count
         for k, response in enumerate(row):
             again = S if k else 0
             fresh = len(response) - again
-            scored += [False] * again + [True] * fresh
+            scored += range(token + again, token + len(response))
             scored_as += [*range(first, first + again), *range(count, count + fresh)]
             count += fresh
+            token += len(response)
     return torch.tensor(scored), torch.tensor(scored_as)
 
 
@@ -120,32 +126,9 @@ def packed_mask(segment_ids: torch.Tensor) -> torch.Tensor:
     L = segment_ids.shape[1]
     causal = torch.ones((L, L), dtype=torch.bool, device=segment_ids.device).tril()
     mask = (causal & ((key == 0) | (key == query)))[:, None]
-    # A mask that a family derives from this one has no layout.
-    mask.packed_layout = Layout(segment_ids)  # type: ignore[attr-defined]
+    # What attention by segments computes (base/packed_attention.py); a mask that a family derives from this one is not.
+    mask.by_segments = True  # type: ignore[attr-defined]
     return mask
-
-
-class Layout:
-    """The segments of packed rows as base/packed_attention.py needs them; an attribute of their mask."""
-
-    def __init__(self, segment_ids: torch.Tensor) -> None:
-        """
-        Args:
-            segment_ids: (B, L).
-        """
-        self.length = segment_ids.shape[1]
-        self.sizes: list[list[int]] = []  # of each row: what is shared, every response, padding
-        for row in segment_ids.cpu():
-            of_segment = torch.unique_consecutive(row, return_counts=True)[1].tolist()
-            self.sizes.append(of_segment if row[-1] < 0 else [*of_segment, 0])
-        self._masks: dict[tuple[int, int], torch.Tensor] = {}
-
-    def response_mask(self, shared: int, own: int, device: torch.device) -> torch.Tensor:
-        """What `own` tokens of a response see of what is shared and of themselves: (own, shared + own) bool."""
-        if (shared, own) not in self._masks:
-            mask = torch.ones((own, shared + own), dtype=torch.bool, device=device)
-            self._masks[shared, own] = mask.tril(diagonal=shared)
-        return self._masks[shared, own]
 
 
 def same_span(inside: torch.Tensor) -> torch.Tensor:

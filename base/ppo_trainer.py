@@ -51,7 +51,7 @@ from base.adapters import Role, adapter_active
 from base.batch import ImageInputs, PPOBatch
 from base.dynamic_sampling import choose, groups_of, micro_batch_of
 from base.features import pooled_features
-from base.packing import last_token_positions, scatter_to_responses
+from base.packing import scatter_to_responses
 from base.ppo_batches import PromptBatches, mini_batches
 from base.ppo_metrics import (
     group_metrics,
@@ -303,7 +303,7 @@ class VLPPOTrainer(UpdateLoop):
                 return self._values_of_function(reward, sampled)
             for r in sampled:
                 if isinstance(reward, AdapterReward):
-                    last = last_token_positions(r.batch["segment_ids"])
+                    last = r.batch["last_tokens"]
                     value = self.model_wrapped(**self._inputs(r, reward.role), completion_index=last, role=reward.role)
                 else:
                     dummy_images = reward.dummy_images if self.args.world_size > 1 else None
@@ -388,8 +388,8 @@ class VLPPOTrainer(UpdateLoop):
 
     def _tokens(self, r: Sampled) -> dict[str, Any]:
         return {
-            "completion_index": r.batch["completion_index"][r.mask],
-            "completion_ids": r.batch["completion_ids"][r.mask],
+            "completion_index": r.batch["completion_index"].flatten()[r.batch["completion_places"]],
+            "completion_ids": r.batch["completion_ids"].flatten()[r.batch["completion_places"]],
             "temperature": self.args.temperature,
         }
 
@@ -398,7 +398,7 @@ class VLPPOTrainer(UpdateLoop):
         batch = r.batch
         images = {**r.images.get(role, r.images[Role.POLICY]), **batch["img_input_dict"]}
         core = self.base_model(self.model)
-        return core.packed_inputs(batch["input_ids"], batch["segment_ids"], images, batch["packed"])
+        return core.packed_inputs(batch["input_ids"], batch["segment_ids"], images, batch["packed"], batch["layout"])
 
     # -- 4. token rewards, 5. advantages -------------------------------------------------------------------------------
 

@@ -80,7 +80,7 @@ def preference_batch(
 def pairs_and_chosen_tokens(batch: Batch) -> Tensor:
     """Number of pairs, and of the tokens of their chosen answers, (2,) long."""
     tokens = batch["completion_mask"].sum(1)[batch["chosen"]].sum()
-    return torch.stack([tokens.new_tensor(len(batch["chosen"])), tokens])
+    return torch.stack([tokens.new_full((), len(batch["chosen"])), tokens])
 
 
 def _pair_logps(model: ModelPass, batch: Batch, needs: Collection[str]) -> PairLogps:
@@ -107,7 +107,7 @@ def _pair_logps(model: ModelPass, batch: Batch, needs: Collection[str]) -> PairL
 def _logit_shift(model: ModelPass, batch: Batch) -> Tensor:
     """logit(y_t|v) - logit(y_t|v′) of each response's own tokens, (R, T); zero for responses that v′ does not repeat."""
     mask, corrupted = batch["completion_mask"], batch["corrupted_of"]
-    logits = token_logits(model.head, model.hidden, batch["completion_ids"][mask])
+    logits = token_logits(model.head, model.hidden, batch["completion_ids"].flatten()[batch["completion_places"]])
     logits = scatter_to_responses(logits, mask)  # (R, T)
     return torch.where((corrupted >= 0)[:, None], logits - logits[corrupted.clamp(min=0)], 0)
 
@@ -129,5 +129,5 @@ def with_negatives(batch: Batch, tokens: Tensor) -> Batch:
     ids = batch["completion_ids"].clone()
     ids[negatives, : said.shape[1]] = torch.where(mask, said, ids[negatives, : said.shape[1]])
     # Response tokens stand in a row, and rows in the batch, in the order of the responses.
-    input_ids = batch["input_ids"].masked_scatter(batch["segment_ids"] > 0, ids[batch["completion_mask"]])
+    input_ids = batch["input_ids"].masked_scatter(batch["segment_ids"] > 0, ids.flatten()[batch["completion_places"]])
     return batch | {"completion_ids": ids, "input_ids": input_ids}

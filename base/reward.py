@@ -1,6 +1,6 @@
 """Reward models: any family's backbone with a scalar head.
 
-rewards = VLRewardModel.from_pretrained("runs/rm")(**inputs, completion_index=last_token_positions(segment_ids))  # (R,)
+rewards = VLRewardModel.from_pretrained("runs/rm")(**inputs, completion_index=batch["last_tokens"])  # (R,)
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from base.collator import VLRMDataCollatorWithPadding
 from base.heads import REWARD_HEAD, HeadModel, freeze_lm_head
 from base.loading import core_mapper_for
-from base.packing import last_token_positions
 from base.processor import VLProcessor
 from common.errors import InputError
 from common.tensors import to_device
@@ -33,7 +32,7 @@ class VLRewardModel(HeadModel):
         """Rewards (N,) float32 at flat positions b * L + t.
 
         Args:
-            completion_index: (N,), see `last_token_positions`.
+            completion_index: (N,), `last_tokens` of the batch.
             inputs: what `packed_inputs` of the backbone returns.
         """
         return self.apply_head(self.head, self.backbone(**inputs, completion_index=completion_index).hidden)
@@ -72,10 +71,8 @@ def score_rows(
         image_inputs = model.core.encode_images(to_device(batch["img_input_dict"], model.device))
         if dummy_images is not None and batch["img_input_dict"].get("pixel_values") is None:
             model.core.encode_images(to_device(dummy_images, model.device))
-        segment_ids = batch["segment_ids"].to(model.device)
-        inputs = model.core.packed_inputs(
-            batch["input_ids"].to(model.device), segment_ids, image_inputs, batch["packed"]
-        )
-        rewards = iter(model(**inputs, completion_index=last_token_positions(segment_ids)).tolist())
+        ids, segments, last = (to_device(batch[k], model.device) for k in ("input_ids", "segment_ids", "last_tokens"))
+        inputs = model.core.packed_inputs(ids, segments, image_inputs, batch["packed"], batch["layout"])
+        rewards = iter(model(**inputs, completion_index=last).tolist())
         scores += [[next(rewards) for _ in row["responses"]] for row in chunk]
     return scores

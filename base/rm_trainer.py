@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from args import RMConfig
 from base.batch import Batch
 from base.calibration import draw_calibration
-from base.packing import last_token_positions
 from base.reward import VLRewardModel
 from base.vl_trainer import VLHeadTrainer, disable_dropout
 from losses import bradley_terry, row_mean, sample_mean
@@ -45,9 +44,13 @@ class VLRMTrainer(VLHeadTrainer):
         """Reward of every response, (R,) float32."""
         core = self.base_model(model)
         inputs = core.packed_inputs(
-            batch["input_ids"], batch["segment_ids"], self.image_inputs(model, batch), batch["packed"]
+            batch["input_ids"],
+            batch["segment_ids"],
+            self.image_inputs(model, batch),
+            batch["packed"],
+            batch["layout"],
         )
-        return model(**inputs, completion_index=last_token_positions(batch["segment_ids"]))
+        return model(**inputs, completion_index=batch["last_tokens"])
 
     def response_scores(self, model: nn.Module, batch: Batch) -> Tensor:
         """The rewards, (R,): they should depend on the image."""

@@ -79,7 +79,7 @@ def check_log_probs(model: VLModelMixin, processor: VLProcessor, share_prefix: b
         elif not difference(padded, model.encode_images(padded["img_input_dict"])) <= tolerance:
             hook = "encode_images, whose features must stand for the pixels"
         else:
-            hook = "packed_attention_mask or packed_position_ids (or set packs = False)"
+            hook = "packed_attention_mask or packed_position_ids (or set end_to_end or packs = False)"
     finally:
         model.train(training)
     raise InputError(
@@ -117,7 +117,7 @@ def _logps(model: VLModelMixin, batch: ResponseBatch, images: dict[str, Any]) ->
     """Log-probs (N,) of all response tokens, response after response, as the trainers compute them."""
     mask = batch["completion_mask"]
     return model(
-        **model.packed_inputs(batch["input_ids"], batch["segment_ids"], images, batch["packed"]),
+        **model.packed_inputs(batch["input_ids"], batch["segment_ids"], images, batch["packed"], batch["layout"]),
         completion_index=batch["completion_index"][mask],
         completion_ids=batch["completion_ids"][mask],
     ).logps

@@ -86,14 +86,14 @@ class VLSFTTrainer(VLTrainer):
 
     def completions(self, model: nn.Module, batch: Batch) -> CompletionOutput:
         """Log-probs of the N trained tokens."""
-        return model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            use_cache=False,
-            **self.image_inputs(model, batch),
-            completion_index=batch["completion_index"],
-            completion_ids=batch["completion_ids"],
+        inputs = self.base_model(model).packed_inputs(
+            batch["input_ids"],
+            batch["attention_mask"] - 1,  # one segment, and padding
+            self.image_inputs(model, batch),
+            packed=False,
+            layout=batch["layout"],
         )
+        return model(**inputs, completion_index=batch["completion_index"], completion_ids=batch["completion_ids"])
 
     def response_scores(self, model: nn.Module, batch: Batch) -> Tensor:
         """Log-prob of each conversation's trained tokens, (B,)."""

@@ -1,9 +1,11 @@
 """What the trainers share: images encoded once per step, log-probs of packed rows, metrics over steps and ranks."""
 
 import functools
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from datasets import Dataset
@@ -46,7 +48,7 @@ def disable_dropout(model: nn.Module) -> None:
 def sum_and_count(values: Tensor) -> Tensor:
     """Any shape -> (2,) float32. Two numbers per step instead of the values; a NaN stays visible."""
     values = values.detach().float().flatten()
-    return torch.stack([values.sum(), values.new_tensor(values.numel())])
+    return torch.stack([values.sum(), values.new_full((), values.numel())])
 
 
 class FilledUp(torch.utils.data.Dataset):
@@ -116,10 +118,14 @@ class VLTrainer(SafeCheckpoints):
             **kwargs,
         )
         self._tokens_seen: Tensor | int = 0
+        # The way of pinned batches to the device is not waited for
+        self.accelerator.dataloader_config.non_blocking = args.dataloader_pin_memory
         self.add_callback(SelfCheck(self))
         self.add_callback(RunPage(self))
         if self.eval_dataset is not None:
             self.add_callback(EvaluateAtEnd())
+        # Parameters and modules of the vision side: finding them walks the whole tree, which every step would pay for
+        self._vision: WeakKeyDictionary[nn.Module, tuple[list[nn.Parameter], list[nn.Module]]] = WeakKeyDictionary()
         # Sums and counts, (2,), or (2, 2) for the sum of two means
         self._metrics: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
 
@@ -161,20 +167,23 @@ class VLTrainer(SafeCheckpoints):
         which DDP and DeepSpeed watch, and each pass with other vision weights computes its own features.
         """
         core = self.base_model(model)
+        if core not in self._vision:
+            self._vision[core] = [*core.vision_parameters().values()], core.vision_modules()
+        parameters, modules = self._vision[core]
         images = batch["img_input_dict"]
         # A rank whose rows have no image runs the tower all the same: else ZeRO-3 would wait for it, and DDP for its gradients. So does a single
         # process whose tower trains: Adam moves a parameter whose gradient is 0 and skips one whose gradient is None.
-        several, text_only, trains = self.args.world_size > 1, images.get("pixel_values") is None, core.vision_trains()
+        several, text_only = self.args.world_size > 1, images.get("pixel_values") is None
+        trains = any(p.requires_grad for p in parameters)
         dummy = self._prepare_images(self.dummy_images) if text_only and (several or trains) else None
         if trains:
             return images | {"dummy_images": dummy or {}} if several or text_only else images
-        training = core.training
-        core.eval()  # no dropout in a frozen encoder (InstructBLIP's Q-Former has some)
+        for module in modules:  # no dropout in a frozen encoder (InstructBLIP's Q-Former has some)
+            module.training = False
         with torch.no_grad(), self.accelerator.autocast():
             features = core.encode_images(images)
             if dummy is not None:
                 core.encode_images(dummy)
-        core.train(training)
         return pooled_features(features)
 
     @functools.cached_property
@@ -213,13 +222,14 @@ class VLTrainer(SafeCheckpoints):
         self, model: nn.Module, batch: Batch, image_inputs: dict[str, Any], with_entropy: bool = False
     ) -> CompletionOutput:
         """Log-probs (N,) and hidden states (N, D) of the N response tokens of a packed batch, response after response."""
-        mask = batch["completion_mask"]
-        core = self.base_model(model)
-        index, ids = batch["completion_index"][mask], batch["completion_ids"][mask]
+        core, places = self.base_model(model), batch["completion_places"]
+        index, ids = batch["completion_index"].flatten()[places], batch["completion_ids"].flatten()[places]
         if "scored" in batch:  # what responses share goes through lm_head once
             index, ids = index[batch["scored"]], ids[batch["scored"]]
         outputs = model(
-            **core.packed_inputs(batch["input_ids"], batch["segment_ids"], image_inputs, batch["packed"]),
+            **core.packed_inputs(
+                batch["input_ids"], batch["segment_ids"], image_inputs, batch["packed"], batch["layout"]
+            ),
             completion_index=index,
             completion_ids=ids,
             **({"with_entropy": True} if with_entropy else {}),
@@ -261,9 +271,12 @@ class VLTrainer(SafeCheckpoints):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As Trainer's, with the stored metrics averaged over samples, steps and ranks."""
         mode = "eval" if any(name.startswith("eval_") for name in logs) else "train"
-        for name, sums in self._metrics[mode].items():
-            means = self.accelerator.reduce(torch.stack(sums).sum(0), reduction="sum").view(-1, 2).tolist()
-            means = [total / count for total, count in means if count]
+        sums = {name: torch.stack(values).sum(0).view(-1, 2) for name, values in self._metrics[mode].items()}
+        # One reduction and one read for all of them
+        totals = self.accelerator.reduce(torch.cat([*sums.values()]), reduction="sum").tolist() if sums else []
+        read = iter(totals)
+        for name, of_metric in sums.items():
+            means = [total / count for total, count in itertools.islice(read, len(of_metric)) if count]
             if means:  # else a data source without a pair since the last log
                 logs[name if mode == "train" else f"eval_{name}"] = sum(means)
         self._metrics[mode].clear()

@@ -231,7 +231,7 @@ def _facts(case: Case, side: Side) -> dict[str, Any]:
     shared = (batch["segment_ids"] == 0).sum(1).tolist()
     own = [[int((row == k).sum()) for k in range(1, case.responses + 1)] for row in batch["segment_ids"]]
     packed = [floor.Row(s, tuple(n)) for s, n in zip(shared, own, strict=True)]
-    scored = int(batch["scored"].sum() if "scored" in batch else batch["completion_mask"].sum())
+    scored = len(batch["scored"] if "scored" in batch else batch["completion_places"])
     tower = floor.tower_macs(core, trainer._prepare_inputs(batch)["img_input_dict"])
     macs = {
         name: floor.step_macs(

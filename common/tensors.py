@@ -10,9 +10,13 @@ Nested = TypeVar("Nested")  # a tensor, or dicts, lists and tuples of such
 
 
 def to_device(value: Nested, device: torch.device, dtype: torch.dtype | None = None) -> Nested:
-    """Move the tensors of nested dicts and lists; those of floating point become `dtype`, if it is given."""
+    """Move the tensors of nested dicts and lists; those of floating point become `dtype`, if it is given.
+
+    The way to a GPU is not waited for: what is computed there next comes behind it.
+    """
     if isinstance(value, torch.Tensor):
-        return value.to(device, dtype if value.is_floating_point() else None)
+        to_gpu = value.device.type == "cpu" and torch.device(device).type != "cpu"
+        return value.to(device, dtype if value.is_floating_point() else None, non_blocking=to_gpu)
     if isinstance(value, ModelOutput):
         return type(value)(**{k: to_device(v, device, dtype) for k, v in value.items()})
     if isinstance(value, dict):

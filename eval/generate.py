@@ -267,7 +267,9 @@ class Answerer:
         index = batch["completion_index"][batch["completion_mask"]].to(self.device)
         images = core.encode_images(self.to_device(batch["img_input_dict"]))
         inputs = self.to_device({k: batch[k] for k in ("input_ids", "segment_ids")})
-        packed = core.packed_inputs(inputs["input_ids"], inputs["segment_ids"], images, batch["packed"])
+        packed = core.packed_inputs(
+            inputs["input_ids"], inputs["segment_ids"], images, batch["packed"], batch["layout"]
+        )
         return self.model(**packed, completion_index=index, **kwargs)
 
 

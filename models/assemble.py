@@ -74,16 +74,12 @@ class LoadPlan:
         if share_prefix and not core_mapper_for(checkpoint).model.packs:
             logger.warning("Layers of this model would mix a row's responses: --share_prefix is switched off.")
             share_prefix = False
-        flash = model_args.use_flash_attention_2
-        if flash and share_prefix:
-            logger.warning("Packed rows need a 4-D mask: using sdpa. --share_prefix False uses FlashAttention-2.")
-            flash = False
         base = base_model_path(checkpoint)
         plan = cls(
             checkpoint=checkpoint,
             base=base,
             dtype=dtype,
-            attention="flash_attention_2" if flash else "sdpa",
+            attention="flash_attention_2" if model_args.use_flash_attention_2 else "sdpa",
             share_prefix=share_prefix,
             fast_lora=lora_args.fast_lora and (lora_args.use_lora or checkpoint != base),
             bits=model_args.bits if model_args.q_lora else None,

@@ -7,7 +7,7 @@ import datasets
 import pytest
 import transformers as tf
 
-from benchmarks import data_scale, data_wait, dpo_vs_trl, floor, grpo_vs_trl, ppo_reuse, rm_vs_plain
+from benchmarks import data_scale, data_wait, dpo_vs_trl, floor, grpo_vs_trl, padding, ppo_reuse, rm_vs_plain
 from benchmarks.models import FAMILIES
 
 
@@ -92,3 +92,8 @@ def test_the_large_set_is_read_whole_and_streamed(tmp_path, capsys, monkeypatch)
     said = capsys.readouterr().out
     assert "60 rows, bad 0" in said and "first row: " in said and "of the main process: " in said
     datasets.enable_progress_bars()
+
+
+def test_padded_rows_and_rows_end_to_end_agree():
+    for case in padding.main("--size tiny --steps 1".split()):
+        assert case["largest_loss_difference"] < 1e-5 and 0 < case["real share"] < 1

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ import args
 import train_dpo
 import train_rm
 import train_sft
+from base.model import VLModelMixin
+from base.segments import Layout
 from data import DataSplits
+from tests import zoo
 from tests.processes import history
 from tests.test_distributed import launch
 
@@ -118,6 +122,50 @@ def test_accumulated_micro_batches_are_one_large_batch(llava, image_dir, tmp_pat
         for name, value in whole.items():
             assert parts[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
         assert (moved_in_parts - moved).norm() <= 1e-4 * moved.norm(), script
+
+
+@pytest.mark.parametrize(
+    ("script", "family", "flags"),
+    [
+        ("sft", "llava", ""),
+        ("rm", "llava", LORA),
+        ("dpo", "llava", LORA),
+        ("dpo", "llava", f"{LORA} --gradient_checkpointing True --share_prefix False"),
+        ("dpo", "llava", f"{LORA} --loss_type mdpo"),
+        ("sft", "qwen2_5_vl", f"{LORA} --gradient_checkpointing True"),
+        ("dpo", "qwen2_5_vl", f"{LORA} --gradient_checkpointing True"),
+        ("dpo", "gemma3", LORA),  # windows, images that see themselves both ways
+    ],
+)
+def test_rows_end_to_end_are_padded_rows(image_dir, tmp_path, monkeypatch, script: str, family: str, flags: str):
+    """Loss, metrics and gradient of a step on rows whose padding is left out."""
+    rows, checkpoint = ragged_rows(image_dir), zoo.checkpoint(family)
+    flags += " --freeze_vision_tower True --per_device_train_batch_size 4 --gradient_accumulation_steps 2"
+    found = []
+    for end_to_end in (True, False):
+        monkeypatch.setattr(VLModelMixin, "end_to_end", end_to_end)
+        found.append(one_step(script, checkpoint, rows, tmp_path, flags))
+    (metrics, moved), (padded_metrics, padded_moved) = found
+    assert metrics.keys() == padded_metrics.keys()
+    for name, value in padded_metrics.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+    assert (moved - padded_moved).norm() <= 1e-5 * padded_moved.norm() > 0
+
+
+def test_a_batch_is_looked_at_once(image_dir, tmp_path, monkeypatch):
+    """Image positions are computed once for all passes of a step, and layouts by the collator, not from what is on the device."""
+    for family in ("qwen2_5_vl", "qwen3_5"):
+        trainer = trainer_of(
+            "dpo", zoo.checkpoint(family), ragged_rows(image_dir, 3), tmp_path, f"{LORA} --freeze_vision_tower True"
+        )
+        batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(3)]))
+        core = trainer.base_model(trainer.model).model
+        calls = mock.Mock(side_effect=core.get_rope_index)
+        monkeypatch.setattr(core, "get_rope_index", calls)
+        with monkeypatch.context() as context:
+            context.setattr(Layout, "__init__", lambda *_: pytest.fail("made anew"))
+            trainer.compute_loss(trainer.model, batch).backward()
+        assert calls.call_count == 1, family
 
 
 def test_the_loss_of_ragged_rows_by_hand(llava, image_dir, tmp_path):

@@ -1,10 +1,14 @@
 """What saves time changes no number: shared beginnings of answers, cached references, batches of equal length."""
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from base.loading import load_model
 from base.packing import common_beginning, pack_rows, packed_mask, packed_positions
+from base.segments import Layout
 from models import core_mapper_for
 from tests import zoo
 from tests.test_dpo import LORA, dpo_trainer
@@ -35,7 +39,7 @@ def test_layout_of_a_shared_beginning_by_hand():
     assert packed_positions(packed["segment_ids"])[0].tolist() == [0, 1, 2, 3, 4, 5, 4]
     assert packed_mask(packed["segment_ids"])[0, 0, 6].tolist() == [True, True, True, True, False, False, True]
     # Ten response tokens, of which the second response's first two are the first's
-    assert packed["scored"].tolist() == [True] * 4 + [False, False, True, True, True]
+    assert packed["scored"].tolist() == [0, 1, 2, 3, 6, 7, 8]
     assert packed["scored_as"].tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6]
 
 
@@ -126,7 +130,7 @@ def test_edited_answers_give_the_same_gradients(llava, preference_rows, tmp_path
         loss = trainer.compute_loss(trainer.model, batch)
         loss.backward()
         tokens = int(batch["completion_mask"].sum())
-        assert seen[-1] == int(batch["scored"].sum()) < tokens if share else seen[-1] == tokens
+        assert seen[-1] == len(batch["scored"]) < tokens if share else seen[-1] == tokens
         found[share] = loss, {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
     torch.testing.assert_close(found[True][0], found[False][0], atol=1e-6, rtol=0)
     for name, gradient in found[False][1].items():
@@ -300,31 +304,94 @@ def test_batches_are_grouped_by_packed_length(llava, preference_rows, tmp_path, 
 # -- attention by segments -----------------------------------------------------------------------------------------------
 
 
-def test_attention_by_segments_equals_the_masked_one():
-    """Outputs and gradients; rows of different layout, padding, fewer key heads than query heads."""
+SEGMENTS = torch.tensor(
+    [[0] * 5 + [1] * 3 + [2] * 4, [0] * 4 + [1] * 2 + [2] + [3] * 2 + [-1] * 3, [0] * 3 + [1] * 2 + [-1] * 7]
+)
+
+
+def test_attention_by_segments_equals_the_masked_one(monkeypatch):
+    """Outputs and gradients; rows of different layout, padding, fewer key heads than query heads; what a CUDA kernel is asked for."""
     from types import SimpleNamespace
 
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    from base.packed_attention import packed_sdpa
+    from base import packed_attention
+    from base.packed_attention import packed_sdpa, segment_mask, with_layout
 
-    segments = torch.tensor([[0] * 5 + [1] * 3 + [2] * 4, [0] * 4 + [1] * 2 + [2] + [3] * 2 + [-1] * 3])
-    mask = packed_mask(segments)
-    assert mask.packed_layout.sizes == [[5, 3, 4, 0], [4, 2, 1, 2, 3]]
-    module, found = SimpleNamespace(num_key_value_groups=2), []
-    real = (segments >= 0)[:, :, None, None]
-    for function, given in ((packed_sdpa, mask), (sdpa_attention_forward, mask.clone())):
-        torch.manual_seed(0)
-        q, k, v = (torch.randn(2, heads, 12, 8, requires_grad=True) for heads in (4, 2, 2))
-        out = function(module, q, k, v, given, scaling=0.3)[0] * real
-        (out * torch.randn(out.shape)).sum().backward()
-        found.append((out.detach(), q.grad, k.grad, v.grad))
-    for by_segments, masked in zip(*found, strict=True):
-        torch.testing.assert_close(by_segments, masked, atol=1e-6, rtol=1e-5)
+    layout = Layout(SEGMENTS)
+    module, found = SimpleNamespace(num_key_value_groups=2), {}
+    real = (SEGMENTS >= 0)[:, :, None, None]
+    torch.manual_seed(0)
+    values = [torch.randn(3, heads, 12, 8) for heads in (4, 2, 2)]
+    weights = torch.randn(3, 12, 4, 8)
+
+    def attention(function: Callable, mask: torch.Tensor, end_to_end: bool = False) -> list[torch.Tensor]:
+        """Output and gradients, (B, L, ...) each."""
+        q, k, v = leaves = [x.clone().requires_grad_() for x in values]
+        if end_to_end:
+            q, k, v = (layout.end_to_end(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v))
+        out = function(module, q, k, v, mask, scaling=0.3)[0]
+        if end_to_end:
+            out = (
+                torch.zeros(36, 4, 8).index_copy(0, (SEGMENTS.flatten() >= 0).nonzero()[:, 0], out[0]).view(3, 12, 4, 8)
+            )
+        out = out * real
+        (out * weights).sum().backward()
+        return [out.detach(), *(x.grad for x in leaves)]
+
+    masked = attention(sdpa_attention_forward, packed_mask(SEGMENTS))
+    own = with_layout(packed_mask(SEGMENTS).clone(), layout)  # as a family's own
+    found = {
+        "padded": attention(packed_sdpa, segment_mask(layout, SEGMENTS.device)),
+        "end to end": attention(packed_sdpa, segment_mask(layout, SEGMENTS.device), end_to_end=True),
+        "own mask": attention(packed_sdpa, own),
+        "own mask, end to end": attention(packed_sdpa, own, end_to_end=True),
+    }
+    monkeypatch.setattr(packed_attention, "takes_kernel", lambda *_: True)
+    monkeypatch.setattr(packed_attention, "varlen_attn", plain_varlen_attention)
+    found["kernel"] = attention(packed_sdpa, segment_mask(layout, SEGMENTS.device), end_to_end=True)
+    for name, tensors in found.items():
+        for one, other in zip(tensors, masked, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def plain_varlen_attention(
+    query, key, value, starts, key_starts, longest, longest_keys, *, scale, window_size, enable_gqa
+) -> torch.Tensor:
+    """What `torch.nn.attention.varlen.varlen_attn` documents, sequence by sequence: a causal mask that ends with the last query and key."""
+    assert window_size == (-1, 0) and enable_gqa and query.shape[1] == 2 * key.shape[1]
+    assert starts.dtype == key_starts.dtype == torch.int32
+    assert longest == starts.diff().max() and longest_keys == key_starts.diff().max()
+    out = []
+    for i in range(len(starts) - 1):
+        q, k, v = (
+            t[a[i] : a[i + 1]].transpose(0, 1) for t, a in ((query, starts), (key, key_starts), (value, key_starts))
+        )
+        scores = scale * q @ k.repeat_interleave(2, 0).transpose(1, 2)  # (H, queries, keys)
+        future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + scores.shape[2] - scores.shape[1])
+        out.append((scores.masked_fill(future, -math.inf).softmax(-1) @ v.repeat_interleave(2, 0)).transpose(0, 1))
+    return torch.cat(out)
+
+
+def test_layout_of_segments_by_hand():
+    layout = Layout(torch.tensor([[0, 0, 1, 2, 2], [0, 0, 0, 1, -1], [0, -1, -1, -1, -1]]))
+    assert layout.rows == [[2, 1, 2], [3, 1], [1]]
+    assert (layout.tokens, layout.padded, layout.several) == (10, True, True)
+    tokens = torch.arange(15).view(3, 5)
+    assert layout.end_to_end(tokens).tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 8, 10]]
+    assert layout.end_to_end(torch.stack([tokens, -tokens]), 1)[1].tolist() == [
+        [0, -1, -2, -3, -4, -5, -6, -7, -8, -10]
+    ]
+    assert layout.places(torch.tensor([0, 8, 10])).tolist() == [0, 8, 9]
+    starts, key_starts, keys, longest, longest_keys = layout.sequences(torch.device("cpu"))
+    assert starts.tolist() == [0, 2, 3, 5, 9, 10]  # what is shared, two responses, two ordinary rows
+    assert key_starts.tolist() == [0, 2, 5, 9, 13, 14]
+    assert keys.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4, 5, 6, 7, 8, 9]
+    assert (longest, longest_keys) == (4, 4)
 
 
 def test_sdpa_of_transformers_is_replaced_by_the_first_packed_row_alone():
-    """Loading, plain rows and generation leave transformers as it is; masks without a layout reach its own function."""
+    """Loading, plain rows without padding and generation leave transformers as it is; masks without a layout reach its own function."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -337,13 +404,13 @@ def test_sdpa_of_transformers_is_replaced_by_the_first_packed_row_alone():
     model.packed_inputs(ids, torch.zeros_like(ids), {}, packed=False)
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
     model.packed_inputs(ids, torch.tensor([[0] * 6 + [1] * 2 + [2] * 2]), {}, packed=True)
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is packed_sdpa
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"].func is packed_sdpa
     assert torch.equal(model(input_ids=ids).logits, before)
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "mistral3"])
 def test_attention_by_segments_is_what_runs(family: str, monkeypatch):
-    """No layer of these families falls back to the full mask, which would be correct but slow."""
+    """In every layer of these families, and without a mask that could be used instead."""
     from base import packed_attention
 
     path = zoo.checkpoint(family)
@@ -360,11 +427,70 @@ def test_attention_by_segments_is_what_runs(family: str, monkeypatch):
         ]
     )
     images = model.encode_images(batch["img_input_dict"])  # the tower has no packed rows
-    monkeypatch.setattr(
-        packed_attention, "sdpa_attention_forward", lambda *_, **__: pytest.fail("the mask's layout was lost")
-    )
+    layers, compute = [], packed_attention._by_segments
+    monkeypatch.setattr(packed_attention, "_by_segments", lambda *args: layers.append(1) or compute(*args))
+    inputs = model.packed_inputs(batch["input_ids"], batch["segment_ids"], images, batch["packed"])
+    masks = inputs["attention_mask"]
+    assert all(mask.numel() == 0 for mask in (masks.values() if isinstance(masks, dict) else [masks]))
     with torch.no_grad():
-        model(
-            **model.packed_inputs(batch["input_ids"], batch["segment_ids"], images, batch["packed"]),
-            completion_index=batch["completion_index"][batch["completion_mask"]],
-        )
+        model(**inputs, completion_index=batch["completion_index"][batch["completion_mask"]])
+    assert len(layers) == model.config.get_text_config().num_hidden_layers
+
+
+# -- rows end to end -----------------------------------------------------------------------------------------------------
+
+
+def ragged_rows(family: str) -> list[dict]:
+    """Rows of different lengths, two or three answers, with two images in one of them where the family takes several."""
+    several = family not in ("blip_2", "instructblip")
+    return [
+        {
+            "images": [zoo.image(seed + i) for i in range(1 + (seed == 1 and several))],
+            "prompt": [{"role": "user", "content": question}],
+            "responses": [*EDITED, EDITED[0] + " no"][: 2 + seed % 2],
+            "ranks": [0.0, 1.0, 2.0][: 2 + seed % 2],
+        }
+        for seed, question in enumerate(("What is in this image?", "Describe the photo, yes or no. " * 3, "What"))
+    ]
+
+
+@pytest.mark.parametrize("family", sorted(zoo.BUILDERS))
+def test_rows_end_to_end_are_the_padded_ones_on_every_family(family: str, monkeypatch):
+    """Log-probs and gradients of packed and of plain rows; the model sees one row without padding."""
+    path = zoo.checkpoint(family)
+    adapter = core_mapper_for(path)
+    collator, model = adapter.dpo_collator(adapter.processor(path)), load_model(path, dtype=torch.float32).eval()
+    for share in (True, False) if model.packs else (False,):
+        collator.share_prefix, found = share, []
+        for end_to_end in (True, False):
+            monkeypatch.setattr(type(model), "end_to_end", end_to_end and type(model).end_to_end)
+            batch = collator(ragged_rows(family))
+            model.zero_grad()
+            shapes = []
+            seen = model.get_decoder().register_forward_pre_hook(
+                lambda _, args, kwargs, shapes=shapes: shapes.append(_shape(args, kwargs)), with_kwargs=True
+            )
+            places = batch["completion_places"]
+            logps = model(
+                **model.packed_inputs(
+                    batch["input_ids"], batch["segment_ids"], batch["img_input_dict"], batch["packed"], batch["layout"]
+                ),
+                completion_index=batch["completion_index"].flatten()[places],
+                completion_ids=batch["completion_ids"].flatten()[places],
+            ).logps
+            seen.remove()
+            (logps * torch.linspace(-1, 1, len(logps))).sum().backward()
+            gradient = torch.cat([p.grad.flatten() for p in model.get_decoder().parameters() if p.grad is not None])
+            found.append((logps.detach(), gradient))
+            layout = batch["layout"]
+            assert layout.padded
+            assert shapes == [(1, layout.tokens) if model.lays_end_to_end else layout.shape]
+        monkeypatch.undo()
+        assert model.lays_end_to_end == (family not in ("mllama", "qwen_vl", "qwen3_5", "lfm2_vl"))
+        torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=0)
+        assert (found[0][1] - found[1][1]).norm() <= 1e-5 * found[1][1].norm()
+
+
+def _shape(args: tuple, kwargs: dict) -> tuple[int, ...]:
+    given = [kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args]
+    return tuple(next(x for x in given if x is not None).shape[:2])

@@ -33,6 +33,7 @@ BASE = [
         "packing",
         "processor",
         "row_checks",
+        "segments",
         "template",
         "views",
     },

@@ -12,7 +12,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,7 +38,7 @@ from base.trainer import disable_dropout
 from common.errors import InputError
 from common.tensors import to_device
 from models import FLASH_ATTN_MODELS, MODEL_NICKNAME_MAP, core_mapper_for
-from models.assemble import LoadPlan, add_lora, load_policy
+from models.assemble import LoadPlan, add_lora
 from models.internlm_xcomposer2.processing import SYSTEM
 from tests import zoo
 
@@ -713,22 +713,17 @@ def test_gemma3_beyond_its_window():
         assert (response_logps(model, batch, batch["img_input_dict"]) - logps).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    "name, flag, warning", [("llava", "--use_flash_attention_2", "using sdpa"), ("qwen3_5", "--bf16", "switched off")]
-)
-def test_what_packed_rows_cannot_have_is_switched_off_with_a_warning(
-    name: str, flag: str, warning: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
-    """FlashAttention-2 does not take a 4-D mask; linear attention does not take any mask."""
-    argv = ["--model_name_or_path", zoo.checkpoint(name), "--dataset_name", "shapes", "--output_dir", str(tmp_path)]
-    parsed = parse(
-        ModelArguments, DataArguments, LoraArguments, DPOConfig, argv=[*argv, "--use_cpu", "True", flag, "True"]
+def test_packed_rows_are_switched_off_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Linear attention does not take any mask."""
+    argv = (
+        f"--model_name_or_path {zoo.checkpoint('qwen3_5')} --dataset_name shapes --output_dir {tmp_path} --use_cpu True"
     )
+    parsed = parse(ModelArguments, DataArguments, LoraArguments, DPOConfig, argv=argv.split())
     plan = LoadPlan.of(parsed[0], parsed[2], parsed[3])
-    model = load_policy(plan, parsed[2], parsed[3])
-    assert warning in caplog.text
-    assert model.config._attn_implementation == "sdpa"
-    assert plan.share_prefix == (name == "llava")
+    assert "switched off" in caplog.text and not plan.share_prefix
+    flags = replace(parsed[0], use_flash_attention_2=True, model_name_or_path=zoo.checkpoint("llava"))
+    plan = LoadPlan.of(flags, parsed[2], parsed[3])
+    assert (plan.attention, plan.share_prefix) == ("flash_attention_2", True)
 
 
 def test_the_guide_taken_literally(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

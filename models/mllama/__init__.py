@@ -18,6 +18,7 @@ TOWER_INPUTS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 class MllamaForRL(VLModelMixin, MllamaForConditionalGeneration):
     """Llama 3.2 Vision with the project's model methods."""
 
+    end_to_end = False  # a row reads the states of its images
     static_rollout_cache = False  # it has no room for the image's keys
 
     def __init__(self, config: MllamaConfig) -> None:

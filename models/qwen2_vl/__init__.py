@@ -8,6 +8,7 @@ from transformers import Qwen2VLForConditionalGeneration
 from base import packing
 from base.model import VLModelMixin
 from base.processor import VLProcessor
+from common.tensors import to_device
 from models.core_mapper import ModelCoreMapper
 
 
@@ -19,13 +20,17 @@ class MRopeMixin:
     ) -> torch.Tensor:
         """Positions (3, B, L): those of the model for the prompt; every response continues from the prompt's
         largest one."""
-        prompt = segment_ids == 0  # (B, L)
+        prompt, grid = segment_ids == 0, img_inputs.get("image_grid_thw")
+        # The class reads token after token and image after image: on a device it would wait for each of them.
+        of_token = torch.stack([input_ids, img_inputs["mm_token_type_ids"].long(), prompt.long()])  # (3, B, L)
+        ids, kinds, in_prompt = of_token.cpu()
         positions, _ = self.model.get_rope_index(
-            input_ids,
-            mm_token_type_ids=img_inputs["mm_token_type_ids"],
-            image_grid_thw=img_inputs.get("image_grid_thw"),
-            attention_mask=prompt.long(),
+            ids,
+            mm_token_type_ids=kinds,
+            image_grid_thw=None if grid is None else grid.cpu(),
+            attention_mask=in_prompt,
         )
+        positions = to_device(positions, input_ids.device)
         after_prompt = positions.amax(dim=(0, 2))[:, None] + 1  # (B, 1): an image spans fewer positions than tokens
         return torch.where(prompt, positions, after_prompt + packing.offset_in_segment(segment_ids))
 
