@@ -64,19 +64,19 @@ def check_log_probs(model: VLModelMixin, processor: VLProcessor, share_prefix: b
     try:
         expected = _native_logps(model, padded)
 
-        def difference(batch: ResponseBatch, images: dict[str, Any]) -> float:
-            return (_logps(model, batch, images) - expected).abs().mean().item()
+        def difference(batch: ResponseBatch, images: dict[str, Any], plain: bool = False) -> float:
+            return (_logps(model, batch, images, plain) - expected).abs().mean().item()
 
         tolerance = TOLERANCE[_precision(model)]
         batch = prepare(collator(processor, share_prefix=True).responses_only(_rows())) if share_prefix else padded
         found = difference(batch, model.encode_images(batch["img_input_dict"]))
         if found <= tolerance:
             return
-        if not difference(padded, padded["img_input_dict"]) <= tolerance:
+        if not difference(padded, padded["img_input_dict"], plain=True) <= tolerance:
             hook = (
                 "last_hidden_state (or get_output_embeddings), so that the head makes the logits of forward out of it"
             )
-        elif not difference(padded, model.encode_images(padded["img_input_dict"])) <= tolerance:
+        elif not difference(padded, model.encode_images(padded["img_input_dict"]), plain=True) <= tolerance:
             hook = "encode_images, whose features must stand for the pixels"
         else:
             hook = "packed_attention_mask or packed_position_ids (or set end_to_end or packs = False)"
@@ -113,11 +113,15 @@ def _precision(model: VLModelMixin) -> torch.dtype:
     return torch.float16 if torch.float16 in types else torch.float32
 
 
-def _logps(model: VLModelMixin, batch: ResponseBatch, images: dict[str, Any]) -> Tensor:
-    """Log-probs (N,) of all response tokens, response after response, as the trainers compute them."""
-    mask = batch["completion_mask"]
+def _logps(model: VLModelMixin, batch: ResponseBatch, images: dict[str, Any], plain: bool = False) -> Tensor:
+    """Log-probs (N,) of all response tokens, response after response, as the trainers compute them; `plain`: in padded rows."""
+    mask, ids, segments = batch["completion_mask"], batch["input_ids"], batch["segment_ids"]
+    if plain:
+        inputs = {"input_ids": ids, "attention_mask": (segments >= 0).long(), "use_cache": False, **images}
+    else:
+        inputs = model.packed_inputs(ids, segments, images, batch["packed"], batch["layout"])
     return model(
-        **model.packed_inputs(batch["input_ids"], batch["segment_ids"], images, batch["packed"], batch["layout"]),
+        **inputs,
         completion_index=batch["completion_index"][mask],
         completion_ids=batch["completion_ids"][mask],
     ).logps

@@ -32,6 +32,7 @@ from base.model import VLModelMixin
 from base.ppo_trainer import VLPPOTrainer
 from base.processor import VLProcessor
 from base.reward import VLRewardModel
+from base.segments import Layout
 from base.trainer import VLDPOTrainer, VLRMTrainer, VLSFTTrainer
 from base.value import VLModelWithValueHead
 from common.errors import InputError
@@ -147,6 +148,8 @@ def test_a_users_folder_trains_like_the_projects_own(
 
 def same(ours: Any, theirs: Any) -> bool:
     """Whether two batches are equal, files by their pictures."""
+    if isinstance(ours, Layout):
+        return (ours.shape, ours.rows) == (theirs.shape, theirs.rows)
     if isinstance(ours, dict):
         return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
     if isinstance(ours, torch.Tensor):
@@ -411,9 +414,11 @@ class BlindAfterwards(LlavaForRL):
         return features
 
 
-class SeesOtherAnswers(LlavaForRL):
+class SeesNoPrompt(LlavaForRL):
     def packed_attention_mask(self, input_ids, segment_ids, img_inputs):
-        return super().packed_attention_mask(input_ids, segment_ids.clamp(max=1), img_inputs)
+        mask = super().packed_attention_mask(input_ids, segment_ids, img_inputs)
+        answer = segment_ids > 0
+        return mask & ~(answer[:, None, :, None] & ~answer[:, None, None, :])
 
 
 @pytest.mark.parametrize(
@@ -425,7 +430,7 @@ class SeesOtherAnswers(LlavaForRL):
         (ReturnsTuple, "last_hidden_state", ""),
         (ReadsFurtherInput, "last_hidden_state", ""),
         (BlindAfterwards, "encode_images", ""),
-        (SeesOtherAnswers, "packed_attention_mask or packed_position_ids", ""),
+        (SeesNoPrompt, "packed_attention_mask or packed_position_ids", ""),
     ],
 )
 def test_training_stops_when_log_probs_are_not_those_of_the_class(
@@ -460,6 +465,8 @@ def test_every_field_of_a_batch_is_in_base_batch(llava, rows_with_columns):
         for b, row in enumerate(rows)
     ]
     dpo |= mapper.dpo_collator(processor)(cached)
+    own = [row | {"mine": 1.0, "theirs": [0.5] * len(row["responses"])} for row in rows]
+    dpo |= mapper.dpo_collator(processor, columns={"mine", "theirs"})(own)
     assert dpo.keys() == DPOBatch.__annotations__.keys()
     rm = mapper.reward_collator(processor)(rows)
     assert rm.keys() <= RMBatch.__annotations__.keys() == dpo.keys() | {"source", "counted"}
