@@ -217,23 +217,32 @@ def _core(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _modules(core: nn.Module) -> dict[str, nn.Module]:
-    """What adapters can adapt, by name."""
-    return {
+def _layers(core: nn.Module) -> dict[str, nn.Module]:
+    """The modules without further modules in them, as they are without adapters, by name."""
+    modules = {
         name: module
         for name, module in core.named_modules()
-        if not re.search(r"\.(base_layer|lora_|modules_to_save)", name)
+        if not re.search(r"\.(base_layer|original_module|lora_|modules_to_save|token_adapter)", name)
     }
+    inner = {name.rpartition(".")[0] for name in modules}
+    return {name: module for name, module in modules.items() if name not in inner}
 
 
 def _renames(core: nn.Module, folder: str) -> dict[str, str]:
     """Of the family's `adapter_renames` those that an adapter needs, as peft takes them: regular expressions and what they become."""
-    known = _modules(core)
+    layers = _layers(core)
+
+    def known(weight: str) -> bool:
+        return any(weight[: dot.start()] in layers for dot in re.finditer(r"\.", weight))
+
     with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
-        named = {re.split(r"\.lora_", key.removeprefix("base_model.model."))[0] for key in file.keys()}  # noqa: SIM118
-    foreign = [name for name in named if name not in known]
+        foreign = [name for key in file.keys() if not known(name := key.removeprefix("base_model.model."))]  # noqa: SIM118
     renames: dict[str, str] = getattr(core, "adapter_renames", {})
-    return {rf"^{re.escape(old)}": new for old, new in renames.items() if any(n.startswith(old) for n in foreign)}
+    return {
+        rf"^{re.escape(old)}": new
+        for old, new in renames.items()
+        if any(name.startswith(old) and known(new + name.removeprefix(old)) for name in foreign)
+    }
 
 
 def _with_names_of_today(core: nn.Module, folder: str) -> PeftConfig:
@@ -246,7 +255,7 @@ def _with_names_of_today(core: nn.Module, folder: str) -> PeftConfig:
     layers = (nn.Linear, nn.Embedding, BaseTunerLayer)
     config.target_modules = {
         name
-        for name, module in _modules(core).items()
+        for name, module in _layers(core).items()
         if isinstance(module, layers) and check_target_module_exists(config, older(name))
     }
     return config

@@ -167,6 +167,25 @@ def test_an_adapter_of_an_adapter_is_refused(llava: str, tmp_path: Path):
         load_model(str(second))
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3"])
+def test_saved_modules_are_no_older_names(family: str, tmp_path: Path):
+    """Embeddings and a head beside LoRA: their names begin as older ones did (`model.`), and Gemma's are tied."""
+    base = zoo.checkpoint(family)
+    model = add_lora(
+        load_model(base), LoraArguments(use_lora=True, lora_r=4, modules_to_save=["embed_tokens", "lm_head"])
+    )
+    for weight in model.parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight, std=0.1)
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(20, 30)[None]
+    expected = model.eval()(input_ids=ids).logits
+    assert torch.equal(load_model(str(tmp_path)).eval()(input_ids=ids).logits, expected)
+    second = load_adapter(load_model(str(tmp_path)), str(tmp_path), "second")
+    second.set_adapter("second")
+    assert torch.equal(second.eval()(input_ids=ids).logits, expected)
+
+
 def test_modules_that_an_adapter_saves_must_be_there(llava: str, tmp_path: Path):
     model = add_lora(load_model(llava), LoraArguments(use_lora=True, lora_r=4, modules_to_save=["lm_head"]))
     model.save_pretrained(tmp_path)
