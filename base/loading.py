@@ -246,18 +246,23 @@ def _renames(core: nn.Module, folder: str) -> dict[str, str]:
 
 
 def _with_names_of_today(core: nn.Module, folder: str) -> PeftConfig:
-    """The configuration of an adapter whose targets are written in older names of modules: those modules by their names."""
-    config = PeftConfig.from_pretrained(folder)
+    """The configuration of an adapter that is written in older names of modules: its targets by their names, its patterns renamed."""
+    config, renames = PeftConfig.from_pretrained(folder), core.adapter_renames
 
     def older(name: str) -> str:
-        return next((o + name.removeprefix(n) for o, n in core.adapter_renames.items() if name.startswith(n)), name)
+        return next((old + name.removeprefix(new) for old, new in renames.items() if name.startswith(new)), name)
 
-    layers = (nn.Linear, nn.Embedding, BaseTunerLayer)
+    def newer(name: str) -> str:
+        return next((new + name.removeprefix(old) for old, new in renames.items() if name.startswith(old)), name)
+
+    kinds = (nn.Linear, nn.Embedding, BaseTunerLayer)
     config.target_modules = {
         name
         for name, module in _layers(core).items()
-        if isinstance(module, layers) and check_target_module_exists(config, older(name))
+        if isinstance(module, kinds) and check_target_module_exists(config, older(name))
     }
+    config.rank_pattern = {newer(name): rank for name, rank in config.rank_pattern.items()}
+    config.alpha_pattern = {newer(name): alpha for name, alpha in config.alpha_pattern.items()}
     return config
 
 

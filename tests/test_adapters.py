@@ -83,10 +83,14 @@ def test_names_of_older_transformers_are_read(family: str, targets: str, tmp_pat
     def old(weights: dict) -> dict:
         return {name.replace(".model.language_model.", f".{old_decoder}"): tensor for name, tensor in weights.items()}
 
-    change(tmp_path, old, target_modules=TARGETS[targets](old_decoder))
+    alphas = {f"{old_decoder}layers.1.self_attn.q_proj": 3}
+    change(tmp_path, old, target_modules=TARGETS[targets](old_decoder), alpha_pattern=alphas)
     assert all(f".{old_decoder}layers" in name for name in load_file(tmp_path / WEIGHTS))
-    found = lora_b(load_model(str(tmp_path)))
+    model = load_model(str(tmp_path))
+    found = lora_b(model)
     assert len(found) == len(expected) == 4
+    scales = {name: m.scaling["default"] for name, m in model.named_modules() if hasattr(m, "lora_B")}
+    assert sorted(scales.values()) == [3 / 4, 4, 4, 4] and all("layers.1" in n for n in scales if scales[n] < 4)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     continued = load_adapter(load_model(str(tmp_path), is_trainable=True), str(tmp_path), "second")
     second = {name: weight for name, weight in continued.named_parameters() if "lora_B.second" in name}
