@@ -203,7 +203,7 @@ def _refuse_media(name: str, value: object, images: list, labels: set[str]) -> N
     if medium != "picture":
         article = "an" if medium == "audio" else "a"
         raise BadRow(
-            f"is {article} {medium} row ({shorten(repr(named), 80)}): {medium}s are not supported, take it out"
+            f"is {article} {medium} row (its `{name}` is {shorten(repr(named), 80)}): {medium}s are not supported, take it out"
         )
     # Beside an image that is read: its own name, where it came from, or the name of what is there as bytes.
     if images and isinstance(named, str) and (stem(named) in labels or re.match(r"https?://", named) or "" in labels):

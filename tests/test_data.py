@@ -233,7 +233,9 @@ def test_mmrlhf_pairs_ranked_responses_and_video(folder: Path) -> None:
         {"video": "video/8.mp4", "question": "Q?", "chosen": "good", "rejected": "bad"},
     ]
     file = write(folder / "m.jsonl", rows)
-    with pytest.raises(InputError, match=r"^2 of 5 rows .* row 3 \(line 4\): is a video row \('video/7.mp4'\)"):
+    with pytest.raises(
+        InputError, match=r"^2 of 5 rows .* row 3 \(line 4\): is a video row \(its `video` is 'video/7.mp4'\)"
+    ):
         load(arguments(folder, "mmrlhf", file))
     found = load(arguments(folder, "mmrlhf", file, on_bad_row="drop"))
     assert found.info["sets"][0]["bad"] == 2

@@ -36,6 +36,7 @@ OWN = {
     "meta": [{"from_where": "web"}], "system": ["Be kind."], "system_prompt": ["Be kind."], "sys": ["Be kind."], "source": ["coco"],
     "label": [True, "cat", 3], "audio": ["a.wav"], "video": [["v.mp4"]], "mask": ["mask.png"], "kto_tag": [True], "history": [[["Hi", "Hello"]]],
     "input": ["More."], "tools": ["[{}]"], "caption": ["A disc, drawn."], "images_info": ["w 3"], "margin": [0.5], "scores": [[2, 1]],
+    "negatives": [["A dog."]], "is_good": [False], "system_message": ["Be kind."], "speech": ["clip"], "thumbnail": ["t.png"],
     "reference": ["R."], "objects": [{"bbox": [1, 2]}], "depth_image": ["depth.png"], "bytes": ["none"], "image_id": [12], "url": ["http://x/y"],
 }  # fmt: skip
 KINDS = ["list", "pretty", "lines", "object", "by_id", "csv", "tsv", "parquet", "saved"]
@@ -104,7 +105,10 @@ def record_of(rng: random.Random, i: int, tame: bool) -> dict:
                 content = {"tag": f"<img>{names[0]}</img>{asked}", "markdown": f"![]({names[0]}) {asked}"}.get(
                     where, asked
                 )
-            user = {"role": "user", "content": content} | ({"image": names[0]} if where == "message" else {})
+            if where == "part" and not tame:
+                content = [{"type": "image", rng.choice(IMAGE_NAMES): names[0]}, {"type": "text", "text": asked}]
+            user = {"role": "user", "content": content}
+            user |= {rng.choice(IMAGE_NAMES): names[0]} if where == "message" else {}
             return {"messages": [user, {"role": "assistant", "content": good}]} | own(rng, tame)
     value = names if len(names) > 1 or rng.random() < 0.3 else names[0]
     if rng.random() < 0.08:

@@ -158,7 +158,7 @@ def t2(file: str, kind: str, name: str | None = None, **flags) -> data.DataSplit
     ("file", "name", "kind", "message"),
     [
         ("d1_image_path.json", "plain_dpo", "preference", r"^2 of 2 rows .*has a picture in `image_path` \(red.png\)"),
-        ("d6_audio.json", None, "conversation", r"row 0 .*is an audio row \('a.wav'\)"),
+        ("d6_audio.json", None, "conversation", r"row 0 .*is an audio row \(its `audios` is 'a.wav'\)"),
         ("d3_image_token.json", "plain_dpo", "preference", r"row 0 .*has <\|image_pad\|> in its rejected"),
         ("d7_meta.json", "vlquery_json", "conversation", r"made_up_set.*--data_path.*--image_root"),
     ],
