@@ -902,6 +902,10 @@ def _name_evaluation_rows(parsed: Sequence[Any]) -> None:
     if data is None or training is None or data.eval_data_path or data.eval_ratio:
         return
     if training.eval_strategy != "no":
+        if data.streaming:
+            raise InputError(
+                "--eval_strategy needs rows to evaluate on, of which --streaming cannot hold out a share: give --eval_data_path."
+            )
         data.eval_ratio = 0.005
         if training.process_index == 0:
             print(

@@ -185,6 +185,7 @@ def test_bad_rows_are_met_by_name_or_left_out_and_listed(folder: Path) -> None:
         ("--max_steps -1", "say with --max_steps how long"),
         ("--eval_ratio .2", "--eval_ratio is a share of all rows"),
         ("--data_ratio .5", "--data_ratio is a share of all rows"),
+        ("--eval_strategy steps --eval_steps 1", "--eval_strategy needs rows to evaluate on"),
         ("--check_images sample", "--check_images sample is a share"),
         ("--train_sampling_strategy group_by_length", "--train_sampling_strategy group_by_length compares all rows"),
         ("--precompute_ref_log_probs True --use_lora True", "--precompute_ref_log_probs passes over all rows"),
