@@ -170,6 +170,10 @@ class UpdateLoop(VLHeadTrainer):
         self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
         log_save_evaluate(self._tr_loss, self._grad_norm)
 
+    def metrics_of_evaluation(self) -> None:
+        """Not known before answers are sampled."""
+        return
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As Trainer's, with the number of rollouts so far."""
         if "loss" in logs:

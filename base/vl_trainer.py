@@ -12,6 +12,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from transformers.trainer_utils import TrainOutput
 from trl.trainer.utils import disable_dropout_in_model
 
 from args import VLConfig
@@ -329,6 +330,32 @@ class VLTrainer(SafeCheckpoints):
         return SequentialSampler(rows) if isinstance(rows, StreamedRows) else super()._get_train_sampler(train_dataset)
 
     # -- evaluation ---------------------------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As Trainer's.
+
+        Raises:
+            InputError: --metric_for_best_model names a metric that evaluation does not log.
+        """
+        asked = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
+        if asked != "loss" and self.eval_dataset is not None and not self.is_deepspeed_enabled:
+            names = self.metrics_of_evaluation()
+            if names is not None and asked not in names:
+                raise InputError(
+                    f"--metric_for_best_model {self.args.metric_for_best_model} is not what evaluation logs: choose from "
+                    f"{', '.join(['loss', *sorted(names - {'loss'})])}."
+                )
+        return super().train(*args, **kwargs)
+
+    def metrics_of_evaluation(self) -> set[str] | None:
+        """Names that evaluation logs, read off one row; None where that cannot say."""
+        training = self.model.training
+        self.model.eval()
+        self.prediction_step(self.model, self.data_collator([self.eval_dataset[0]]), True)
+        self.model.train(training)
+        names = {*self._metrics["eval"]}
+        self._metrics["eval"].clear()
+        return names | ({"image_sensitivity"} if self.args.log_image_sensitivity else set())
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         """As Trainer's, over `FilledUp` rows: no row is left out, and none counts twice."""

@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import train_dpo
+import train_rm
 import train_sft
 from args import SFTConfig
 from base.resume import checkpoint_to_resume, newest_whole_checkpoint
@@ -102,3 +104,22 @@ def test_every_file_is_on_disk_before_it_gets_its_name(command, tmp_path, monkey
     for file in [*weights, out / "config.json"]:
         inode = file.stat().st_ino
         assert inode in moved and inode in synchronised and synchronised[inode] <= moved[inode], file.name
+
+
+@pytest.mark.parametrize(
+    ("script", "metric"), [("dpo", "rewards/accuracies"), ("sft", "eval_loss"), ("rm", "eval_accuracy")]
+)
+def test_a_best_metric_that_is_not_logged_is_refused_before_the_first_step(command, tmp_path, script: str, metric: str):
+    flags = (
+        "--use_lora True --eval_ratio 0.3 --eval_strategy steps --eval_steps 1 --save_strategy steps --save_steps 1 "
+    )
+    flags += "--load_best_model_at_end True --metric_for_best_model"
+    main = {"dpo": train_dpo, "sft": train_sft, "rm": train_rm}[script].main
+    with pytest.raises(InputError, match="--metric_for_best_model bleu is not what evaluation logs: choose") as error:
+        main(command(script, f"{flags} bleu"))
+    assert metric.removeprefix("eval_") in str(error.value).split("choose from")[1]
+    assert not [*(tmp_path / script).glob("checkpoint-*")]
+    main(command(script, f"{flags} {metric} --max_steps 1 --overwrite_output_dir True"))
+    best = json.loads((tmp_path / script / "trainer_state.json").read_text())
+    name = f"eval_{metric.removeprefix('eval_')}"
+    assert best["best_metric"] == next(e[name] for e in best["log_history"] if name in e)
