@@ -1,6 +1,7 @@
 # make demo   sets up and runs SFT -> RM -> DPO -> PPO -> GRPO -> evaluation on the embedded data
 # make test   sets up and runs the tests
 # make mutants   puts single faults into the code and says whether the tests see them (an hour; CHANGED=main: changed files)
+# make lmms      sets up lmms-eval in an environment of its own, .venv-lmms
 # make scripts   writes the launch scripts anew from scripts/models.tsv and scripts/templates/
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,7 +9,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-all mutants lint bench scripts clean
+.PHONY: setup demo test test-all mutants lmms lint bench scripts clean
 
 setup: .venv/done
 
@@ -25,8 +26,20 @@ demo: setup
 test: lint
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not slow"
 
-test-all: lint
+test-all: lint lmms
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+	.venv-lmms/bin/python -m pytest tests/test_eval_lmms.py
+
+lmms: .venv-lmms/done
+
+# Packages of .venv are seen, and hidden where lmms-eval needs another version.
+.venv-lmms/done: .venv/done requirements-lmms.txt
+	$(PYTHON) -m venv .venv-lmms
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> "$$(.venv-lmms/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth"
+	grep -v '^protobuf' requirements.txt > .venv-lmms/constraints.txt
+	.venv-lmms/bin/pip install --quiet --disable-pip-version-check -c .venv-lmms/constraints.txt -r requirements-lmms.txt
+	touch $@
 
 mutants: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants $(if $(CHANGED),--changed $(CHANGED))

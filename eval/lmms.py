@@ -1,8 +1,8 @@
-"""Everything else: lmms-eval's tasks with our models and adapters. Optional, requirements-lmms.txt.
+"""Everything else: lmms-eval's tasks with our models and adapters. Optional; `make lmms` installs it.
 
-    python -m eval.lmms --model_name_or_path llava-hf/llava-1.5-7b-hf --adapter runs/dpo --bf16 True \
+    .venv-lmms/bin/python -m eval.lmms --model_name_or_path llava-hf/llava-1.5-7b-hf --adapter runs/dpo --bf16 True \
         --tasks mmstar,ai2d,realworldqa --output_path logs/
-    torchrun --nproc_per_node 8 -m eval.lmms --model_name_or_path runs/dpo --tasks mmstar
+    .venv-lmms/bin/python -m torch.distributed.run --nproc_per_node 8 -m eval.lmms --model_name_or_path runs/dpo --tasks mmstar
 
 Flags other than --model_name_or_path, --adapter, --bf16 and --batch_size are lmms-eval's own (see `python -m lmms_eval --help`). For POPE, MME, SEED
 and AMBER its numbers are not the official ones (docs/evaluation.md): use the scorers here for those.
@@ -25,7 +25,7 @@ def register() -> None:
         from lmms_eval.models.registry_v2 import ModelManifest
     except ModuleNotFoundError as e:
         raise InputError(
-            f"lmms-eval is not installed ({e.name} is missing): pip install -r requirements-lmms.txt"
+            f"lmms-eval is not installed ({e.name} is missing): `make lmms`, then .venv-lmms/bin/python -m eval.lmms"
         ) from None
     manifest = ModelManifest(model_id=NAME, simple_class_path="eval.lmms_model.LmmsModel")
     MODEL_REGISTRY_V2.register_manifest(manifest, overwrite=True)
@@ -48,13 +48,32 @@ def forwarded(argv: list[str] | None = None) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line (`argv` in its place)."""
+    """Run the command line (`argv` in its place).
+
+    Raises:
+        InputError: an evaluation ended in an error, which lmms-eval prints and then passes over.
+    """
     rest = forwarded(argv)
     register()
-    from lmms_eval.__main__ import cli_evaluate
+    from lmms_eval import __main__ as lmms_eval
 
+    evaluate, errors = lmms_eval.cli_evaluate_single, []
+
+    def remembering(args: argparse.Namespace) -> tuple[dict, dict]:
+        try:
+            return evaluate(args)
+        except Exception as error:
+            errors.append(error)
+            raise
+
+    lmms_eval.cli_evaluate_single = remembering
     sys.argv = ["lmms_eval", *rest]
-    cli_evaluate()
+    try:
+        lmms_eval.cli_evaluate()
+    finally:
+        lmms_eval.cli_evaluate_single = evaluate
+    if errors:
+        raise InputError(f"lmms-eval ended in an error, see above: {errors[0]}") from errors[0]
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from eval import lmms
 from tests import zoo
 
 INSTALLED = importlib.util.find_spec("lmms_eval") is not None
+needs_lmms_eval = pytest.mark.skipif(not INSTALLED, reason="needs lmms-eval: make test-all installs it")
 
 TASK = """
 task: tiny_pope
@@ -57,23 +58,37 @@ def test_flags_go_to_the_model_and_the_rest_to_lmms_eval() -> None:
 
 @pytest.mark.skipif(INSTALLED, reason="lmms-eval is installed")
 def test_without_lmms_eval_the_command_says_what_to_install() -> None:
-    with pytest.raises(InputError, match=r"pip install -r requirements-lmms\.txt"):
+    with pytest.raises(InputError, match="make lmms"):
         lmms.register()
 
 
-@pytest.mark.skipif(not INSTALLED, reason="needs lmms-eval (requirements-lmms.txt)")
+def tiny_task(folder: Path, output: str, model: str) -> list[str]:
+    """The arguments of a task with three questions."""
+    zoo.image(0).save(folder / "0.png")
+    rows = [{"image": str(folder / "0.png"), "text": f"Is there a {w}?", "label": "no"} for w in ("dog", "cat", "star")]
+    (folder / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    task = folder / "tasks"
+    task.mkdir()
+    (task / "tiny.yaml").write_text(TASK.replace("DATA", str(folder / "data.jsonl")).replace("OUTPUT", output))
+    (task / "utils.py").write_text(UTILS)
+    return (
+        f"--model_name_or_path {model} --batch_size 2 --tasks tiny_pope --include_path {task} --output_path {folder}/logs "
+        "--log_samples"
+    ).split()
+
+
+@needs_lmms_eval
 @pytest.mark.parametrize("output", ["generate_until", "loglikelihood"])
 def test_a_local_task_runs_through_lmms_eval(output: str, tmp_path: Path, llava: str) -> None:
-    zoo.image(0).save(tmp_path / "0.png")
-    rows = [
-        {"image": str(tmp_path / "0.png"), "text": f"Is there a {w}?", "label": "no"} for w in ("dog", "cat", "star")
-    ]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    task = tmp_path / "tasks"
-    task.mkdir()
-    (task / "tiny.yaml").write_text(TASK.replace("DATA", str(tmp_path / "data.jsonl")).replace("OUTPUT", output))
-    (task / "utils.py").write_text(UTILS)
-    argv = ["--model_name_or_path", llava, "--batch_size", "2", "--tasks", "tiny_pope", "--include_path", str(task)]
-    lmms.main([*argv, "--output_path", str(tmp_path / "logs"), "--log_samples"])
+    lmms.main(tiny_task(tmp_path, output, llava))
     found = [json.loads(p.read_text()) for p in (tmp_path / "logs").rglob("*results.json")]
     assert len(found) == 1 and found[0]["results"]["tiny_pope"]["answered,none"] == 1.0
+
+
+@needs_lmms_eval
+def test_an_evaluation_that_fails_is_an_error(tmp_path: Path, llava: str) -> None:
+    """lmms-eval prints it and ends with status 0."""
+    argv = tiny_task(tmp_path, "generate_until", llava)
+    (tmp_path / "0.png").unlink()
+    with pytest.raises(InputError, match=r"lmms-eval ended in an error, see above: .*0\.png"):
+        lmms.main(argv)
