@@ -10,6 +10,7 @@ from common.errors import InputError
 from eval import choice, mathvista
 from eval.benchmark_files import read_task
 from eval.generate import Answerer, answer_rows, plan, with_image_marks
+from eval.ledger import Ledger
 from tests.test_eval_generate import CPU, arguments, lines, questions, run  # noqa: F401  (a fixture)
 from tests.test_paths_dpo import sft_adapter
 
@@ -27,6 +28,21 @@ def test_the_answers_of_another_adapter_do_not_go_into_the_same_file(llava, ques
     ):
         with pytest.raises(InputError, match=f"was written with {next(iter(changed))}|was written with prompt"):
             run(arguments(questions, output, llava, **{"limit": 2} | changed))
+
+
+KEYS = ("task", "data_sha256", "image_dir", "limit", "checkpoint", "adapter", "prompt", "generation")
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_whatever_changes_an_answer_is_one_of_the_settings_of_its_file(tmp_path, key: str):
+    settings = dict.fromkeys(KEYS, "one")
+    ledger = Ledger(tmp_path / "a.jsonl", settings, ["1"])
+    ledger.open()
+    ledger.write([{"id": "1", "answer": "yes"}])
+    ledger.close()
+    assert Ledger(tmp_path / "a.jsonl", settings | {"batch_size": 3}, ["1"]).open() == {"1"}
+    with pytest.raises(InputError, match=f"was written with {key} one, now it is other"):
+        Ledger(tmp_path / "a.jsonl", settings | {key: "other"}, ["1"]).open()
 
 
 def test_the_smallest_nucleus_is_the_likeliest_token(llava, questions, tmp_path):  # noqa: F811

@@ -6,9 +6,12 @@ import shutil
 import pytest
 import torch
 
-from base import logps
+from base import logps, self_check
 from base.loading import load_model
 from base.logps import token_logits, token_logps, vocabulary_kl
+from base.self_check import check_log_probs
+from common.errors import InputError
+from models import core_mapper_for
 from tests import zoo
 
 
@@ -110,3 +113,54 @@ def test_no_placeholder_of_an_image_or_a_video_is_generated(family: str):
         said = model.generate(input_ids=torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
         handle.remove()
         assert token not in said[0, 3:].tolist(), token
+
+
+# -- the check before the first step
+
+
+def scaled(method, by: float):
+    """The method, with every floating-point tensor that it returns multiplied."""
+
+    def change(found):
+        if isinstance(found, dict):
+            return type(found)({name: change(value) for name, value in found.items()})
+        if isinstance(found, list | tuple):
+            return type(found)(change(value) for value in found)
+        return found * by if isinstance(found, torch.Tensor) and found.is_floating_point() else found
+
+    return lambda *args, **kwargs: change(method(*args, **kwargs))
+
+
+@pytest.mark.parametrize("wrong", ["last_hidden_state", "encode_images", "packed_attention_mask"])
+def test_the_check_sees_and_names_the_method_that_is_wrong(llava, monkeypatch, wrong: str):
+    model, processor = load_model(llava, dtype=torch.float32), core_mapper_for(llava).processor(llava)
+    if wrong == "packed_attention_mask":  # every answer sees the others
+        right = model.packed_attention_mask
+        monkeypatch.setattr(model, wrong, lambda ids, segments, images: right(ids, segments.clamp(max=0), images))
+    elif wrong == "encode_images":
+        monkeypatch.setattr(model, wrong, lambda images: moved_features(type(model).encode_images(model, images)))
+    else:
+        monkeypatch.setattr(model, wrong, scaled(model.last_hidden_state, 1.5))
+    model.train()
+    with torch.no_grad(), pytest.raises(InputError, match=f"differ from the own forward .* override {wrong}"):
+        check_log_probs(model, processor, share_prefix=True)
+    assert model.training
+
+
+def moved_features(images: dict) -> dict:
+    (features,) = [value for name, value in images.items() if name == "mm_encoder_outputs"]
+    features["image"].pooler_output = [feature * 3 for feature in features["image"].pooler_output]
+    return images
+
+
+def test_the_check_sees_differences_of_both_signs(llava, monkeypatch):
+    model, processor = load_model(llava, dtype=torch.float32), core_mapper_for(llava).processor(llava)
+    right = self_check._logps
+
+    def alternating(*args):
+        found = right(*args)
+        return found + 1 - 2 * (torch.arange(len(found)) % 2)  # its mean is 0
+
+    monkeypatch.setattr(self_check, "_logps", alternating)
+    with torch.no_grad(), pytest.raises(InputError, match="differ from the own forward"):
+        check_log_probs(model, processor, share_prefix=True)

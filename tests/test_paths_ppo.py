@@ -1,8 +1,10 @@
 """PPO's whole path from rows to numbers, against values worked out by hand: signs, flags, seeds, roles."""
 
 import math
+import shutil
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,11 +19,21 @@ from base.ppo_metrics import rollout_metrics
 from base.reward import VLRewardModel
 from base.rollout import Advantages, Sampled
 from base.sampling import end_token_ids
+from common.seeds import stable_seed
 from data import DataSplits
 from models import core_mapper_for
 from models.assemble import LoadPlan, load_policy
 from tests import zoo
-from tests.test_ppo import LORA, ppo_trainer, prompt_rows, reward_file, rolled_out, to_alone  # noqa: F401  (a fixture)
+from tests.test_ppo import (  # noqa: F401  (a fixture)
+    LORA,
+    history,
+    ppo_command,
+    ppo_trainer,
+    prompt_rows,
+    reward_file,
+    rolled_out,
+    to_alone,
+)
 
 MASK = torch.tensor([[True, True, True], [True, True, False]])
 LOGPS = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.5, 0.0]])
@@ -67,6 +79,17 @@ def test_the_penalty_grows_where_the_policy_leaves_the_reference(built):
     rewards = trainer.token_rewards(torch.tensor([1.0, -2.0]), LOGPS, REF_LOGPS, MASK)
     expected = [[-0.1 * 0.5, 0.0, 0.1 * 1.0 + 1.0], [-0.1 * 2.0, 0.1 * 0.5 - 2.0, 0.0]]
     assert rewards.tolist() == [pytest.approx(row) for row in expected]
+    trainer.ppo_state.kl_coef = 0.2  # where the controller has moved it
+    rewards = trainer.token_rewards(torch.tensor([1.0, -2.0]), LOGPS, REF_LOGPS, MASK)
+    assert rewards[0].tolist() == pytest.approx([-0.2 * 0.5, 0.0, 0.2 * 1.0 + 1.0])
+
+
+def test_the_penalty_grows_with_k3_on_both_sides(built):
+    """r - 1 - log r, r = reference / policy"""
+    trainer = built("--kl_coef 0.1 --kl_estimator k3")
+    rewards = trainer.token_rewards(torch.tensor([1.0, -2.0]), LOGPS, REF_LOGPS, MASK)
+    low, high = math.exp(-0.5) - 0.5, math.exp(1.0) - 2.0
+    assert rewards[0].tolist() == pytest.approx([-0.1 * low, 0.0, 1.0 - 0.1 * high])
 
 
 def test_whitened_rewards_have_unit_variance_and_keep_their_mean(built):
@@ -91,6 +114,36 @@ def test_advantages_are_gae_by_hand_and_whitened(built):
     plain = [first, second, third, start, last]
     assert returns[MASK].tolist() == pytest.approx([a + v for a, v in zip(plain, values[MASK].tolist(), strict=True)])
     assert advantages[MASK].tolist() == pytest.approx(whitened(plain), abs=1e-5)
+
+
+SCORES, GROUPS = [1.0, 0.0, 3.0, 4.0], torch.tensor([5, 2, 5, 2])  # two prompts, whose answers do not stand together
+PAIRS = torch.tensor([[True, True], [True, False], [True, True], [True, True]])
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("rloo", [1.0 - 3, 0.0 - 4, 3.0 - 1, 4.0 - 0]),
+        ("grpo", [-1 / (2**0.5 + 1e-4), -2 / (8**0.5 + 1e-4), 1 / (2**0.5 + 1e-4), 2 / (8**0.5 + 1e-4)]),
+        ("grpo --scale_rewards none", [-1.0, -2.0, 1.0, 2.0]),
+        ("grpo --scale_rewards batch", [a / ((10 / 3) ** 0.5 + 1e-4) for a in (-1, -2, 1, 2)]),
+        ("reinforce_plus_plus_baseline", [-1.0, -2.0, 1.0, 2.0]),
+        ("reinforce_plus_plus --gamma 0.5", [[0.5 * 1, 1], [0], [0.5 * 3, 3], [0.5 * 4, 4]]),
+    ],
+)
+def test_advantages_without_a_critic_are_scaled_as_the_flags_say(built, flags: str, expected: list):
+    """By hand, from scores at the last tokens; those of REINFORCE++ are whitened over all tokens."""
+    trainer = built(f"--advantage_estimator {flags}")
+    rewards = torch.zeros(4, 2)
+    for row, score in enumerate(SCORES):
+        rewards[row, int(PAIRS[row].sum()) - 1] = score
+    advantages, returns = trainer.advantages(rewards, None, PAIRS, GROUPS)
+    tokens = [of if isinstance(of, list) else [of] * int(n) for of, n in zip(expected, PAIRS.sum(1), strict=True)]
+    tokens = [value for of_answer in tokens for value in of_answer]
+    if "plus" in flags:
+        tokens = whitened(tokens)
+    assert advantages[PAIRS].tolist() == pytest.approx(tokens, abs=1e-5) and returns is None
+    assert advantages[1, 1] == 0
 
 
 # -- 6. optimise
@@ -125,6 +178,90 @@ def test_the_value_loss_is_weighted_by_vf_coef(built):
         assert entry["loss/value_avg"] > 1e-4
     assert steps[0.1].abs().max() > 1e-6
     torch.testing.assert_close(steps[0.7], 7 * steps[0.1], rtol=1e-3, atol=1e-7)
+
+
+NOW = LOGPS  # of the policy; REF_LOGPS stand for the sampler's
+FROZEN = torch.tensor([[-1.2, -2.5, -3.0], [-2.0, -1.0, 0.0]])  # the reference's
+
+
+@pytest.mark.parametrize(
+    "flags, high, delta, level, kl, corrected",
+    [
+        ("", 1.2, None, "token", 0, False),
+        ("--cliprange_high 0.5", 1.5, None, "token", 0, False),
+        ("--delta 1.6", 1.2, 1.6, "token", 0, False),
+        ("--importance_sampling_level sequence", 1.2, None, "sequence", 0, False),
+        ("--kl_in_loss 0.5 --use_bias_correction_kl False", 1.2, None, "token", 0.5, False),
+        ("--kl_in_loss 0.5", 1.2, None, "token", 0.5, True),
+        ("--kl_in_loss 0.5 --importance_sampling_level sequence", 1.2, None, "sequence", 0.5, True),
+    ],
+)
+def test_the_loss_of_answers_is_that_of_the_flags(built, flags: str, high, delta, level: str, kl: float, corrected):
+    trainer = built(f"--advantage_estimator grpo --cliprange 0.2 --num_ppo_epochs 2 {flags}")
+    advantages = torch.tensor([[1.0, 1.0, 1.0], [-1.0, -1.0, 0.0]])
+    r = SimpleNamespace(logps=REF_LOGPS, ref_logps=FROZEN, mask=MASK, advantages=advantages)
+    found, value_loss, _ = trainer.policy_and_value_loss(NOW, None, r)
+    assert value_loss is None
+    for row, column in MASK.nonzero().tolist():
+        log_ratio = float(NOW[row, column] - REF_LOGPS[row, column])
+        if level == "sequence":
+            log_ratio = float((NOW - REF_LOGPS)[row][MASK[row]].mean())
+        ratio, advantage = math.exp(log_ratio), float(advantages[row, column])
+        bounded = min(ratio, delta) if delta else ratio
+        expected = max(-advantage * bounded, -advantage * min(max(ratio, 0.8), high))
+        away = float(FROZEN[row, column] - NOW[row, column])
+        expected += kl * (math.exp(away) - 1 - away) * (ratio if corrected else 1)
+        assert float(found[row, column]) == pytest.approx(expected, abs=1e-5), (row, column)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "bnpo"])
+def test_the_loss_type_is_that_of_the_flags(built, loss_type: str):
+    """Before the first step every ratio is 1, and a token's loss its negative advantage."""
+    flags = "--num_ppo_epochs 1 --num_mini_batches 1 --gradient_accumulation_steps 2 --response_length 40"
+    trainer = built(f"--advantage_estimator rloo --loss_type {loss_type} --kl_coef 0 {flags}")
+    kept, optimise = [], trainer.optimise
+    trainer.optimise = lambda rollouts: kept.extend(rollouts) or optimise(rollouts)
+    core = trainer.base_model(trainer.model)
+    trainer.sampler.end_ids.extend(range(3, core.config.text_config.vocab_size, 9))  # answers of different lengths
+    trainer.train()
+    lengths = torch.cat([r.mask.sum(1) for r in kept])
+    assert len(kept) == 2 and lengths.unique().numel() > 1 and lengths.max() < 40
+    losses = [[-r.advantages[i][m] for i, m in enumerate(r.mask)] for r in kept]  # micro batch, answer, token
+    answers = [of_answer for of_batch in losses for of_answer in of_batch]
+    expected = {
+        "dapo": torch.cat(answers).mean(),
+        "grpo": torch.stack([a.mean() for a in answers]).mean(),
+        "dr_grpo": torch.cat(answers).sum() / (40 * len(answers)),
+        "bnpo": torch.stack([torch.cat(of_batch).mean() for of_batch in losses]).mean(),
+    }
+    entry = next(e for e in trainer.state.log_history if "loss" in e)
+    assert len({round(float(v), 4) for v in expected.values()}) == 4
+    assert entry["loss"] == entry["loss/policy_avg"] == pytest.approx(float(expected[loss_type]), abs=1e-5)
+
+
+def test_a_seed_is_the_same_in_every_process():
+    """Worked out by b2sum: -l 64 of "(1, 'rollout', 2.5)", halved."""
+    assert stable_seed(1, "rollout", 2.5) == 4291181375783533740
+
+
+def test_metrics_not_yet_logged_outlive_a_checkpoint(command, reward_file, tmp_path):  # noqa: F811
+    """The entry of a log is the mean of both updates, also when the run was stopped between them."""
+    flags = f"{LORA} --max_steps 2 --save_strategy steps --save_steps 1 --logging_steps"
+    entries = {}
+    for name, every in (("each", 1), ("both", 2), ("resumed", 2)):
+        argv = ppo_command(command, reward_file, tmp_path / name, f"{flags} {every}")
+        if name == "resumed":
+            (tmp_path / name).mkdir()
+            shutil.copytree(tmp_path / "both" / "checkpoint-1", tmp_path / name / "checkpoint-1")
+            argv += ["--resume_from_checkpoint", "True"]
+        train_ppo.main(argv)
+        entries[name] = history(tmp_path / name)
+    first, second = entries["each"]
+    for key in ("objective/scores", "objective/kl", "loss/value_avg", "val/response_length"):
+        mean = (first[key] + second[key]) / 2
+        assert entries["both"][0][key] == pytest.approx(mean, rel=1e-4, abs=1e-6), key
+        assert entries["resumed"][0][key] == pytest.approx(mean, rel=1e-4, abs=1e-6), key
+    assert first["objective/scores"] != second["objective/scores"]
 
 
 def test_mini_batches_are_drawn_anew_in_every_update_and_epoch():
@@ -203,11 +340,12 @@ def test_the_controller_reads_the_kl_of_whole_answers(built):
     lengths = [int(n) for r in rollouts for n in r.mask.sum(1)]
     assert len(lengths) == 8
     mean = 0.3 * sum(lengths) / 8
+    trainer.ppo_state.kl_coef = 0.4  # where it has moved it before
     trainer.args.target_kl = mean / 1.1  # a tenth too high: within the 20 % that count
     trainer.add_loss = lambda loss: None  # training has not started
     zero = torch.tensor([0.0, 1.0])
     trainer.log_metrics(rollouts, {"loss/policy_avg": zero, "loss/value_avg": zero})
-    assert trainer.ppo_state.kl_coef == pytest.approx(0.2 * (1 + 0.1 * 8 / 100), rel=1e-5)
+    assert trainer.ppo_state.kl_coef == pytest.approx(0.4 * (1 + 0.1 * 8 / 100), rel=1e-5)
 
 
 def test_rlhf_reward_is_the_score_minus_the_penalty(built):

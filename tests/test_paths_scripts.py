@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 import args
 import train_rm
 import train_sft
+from base import self_check
+from common.errors import InputError
 from data import DataSplits
 from data.lengths import LengthLimits
 from tests.test_paths_dpo import sft_adapter
@@ -105,6 +107,23 @@ def test_train_on_reaches_the_labels(llava, image_dir, tmp_path, train_on: str, 
     assert said == answers
 
 
+@pytest.mark.parametrize("algorithm", CONFIG)
+def test_every_script_checks_log_probs_before_its_first_step(command, rewards, monkeypatch, algorithm: str):
+    """In the layout that it trains with."""
+    layouts = []
+
+    def check(model, processor, share_prefix, prepare) -> None:
+        layouts.append(share_prefix)
+        raise InputError("checked")
+
+    monkeypatch.setattr(self_check, "check_log_probs", check)
+    extra = f"--reward_fn {rewards} --use_lora True --rollouts_per_prompt 2" if algorithm == "ppo" else ""
+    trainer = build(algorithm, command(algorithm, extra))
+    with pytest.raises(InputError, match="checked"):
+        trainer.train()
+    assert layouts == [algorithm != "sft"] and trainer.state.global_step == 0
+
+
 # -- what is loaded trains
 
 
@@ -169,3 +188,15 @@ def test_equal_rewards_are_not_right(llava, image_dir, tmp_path, preference_rows
     assert found["accuracy"] == 0.5 and found["margin"] == pytest.approx(1.25)
     assert found["rewards/chosen"] == 2 and found["rewards/rejected"] == 0.75
     assert found["mean_reward"] == pytest.approx(5.5 / 4)
+
+
+def test_metrics_of_sources_and_rows_that_only_fill_up_a_batch(llava, image_dir, tmp_path, preference_rows):
+    rows = [row | {"source": source} for row, source in zip(preference_rows, "abb", strict=False)]
+    trainer = rm_trainer(llava, rows, tmp_path)
+    batch = trainer.data_collator([*rows[:2], rows[2] | {"repeated": True}])
+    trainer.model.train()
+    trainer.log_metrics(torch.tensor([1.0, 2.0, 3.0, 0.5, 9.0, 8.0]), batch)
+    trainer.log({})
+    found = trainer.state.log_history[-1]
+    assert (found["accuracy/a"], found["accuracy/b"], found["accuracy"]) == (0, 1, 0.5)
+    assert found["mean_reward"] == pytest.approx(6.5 / 4) and found["margin"] == pytest.approx(1.5 / 2)

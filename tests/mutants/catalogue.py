@@ -738,3 +738,686 @@ faults(
     "tests/test_paths_eval.py",
     first_bracketed={"MathVista's last letter wins": ("normalise", "bracketed[0]", "bracketed[-1]")},
 )
+
+# ---------------------------------------------------------------------------------------------------- RL without a critic
+
+faults(
+    "losses/policy_gradient.py",
+    "tests/test_policy_gradient.py",
+    grpo_is_trl={
+        "GRPO's deviation without Bessel's correction": (
+            "group_std",
+            "(squares / (counts - 1).clamp(min=1)).sqrt()",
+            "(squares / counts).sqrt()",
+        ),
+        "the batch's deviation is the group's": (
+            "grpo_advantages",
+            "group_std(scores, torch.zeros_like(groups))",
+            "group_std(scores, groups)",
+        ),
+        "scores are not centred": ("grpo_advantages", "scores - group_mean(scores, groups)", "scores"),
+    },
+    any_order={
+        "groups are neighbours": (
+            "_sum_by_group",
+            "groups.unique(return_inverse=True)",
+            "(None, torch.arange(len(groups)) // 2)",
+        ),
+    },
+    rloo_is={
+        "RLOO's baseline holds the own score": ("rloo_advantages", "(sums - scores) / (counts - 1)", "sums / counts"),
+    },
+    reinforce_plus_plus_is_verl={
+        "returns are not discounted": (
+            "discounted_returns",
+            "rewards[:, t] + gamma * running",
+            "rewards[:, t] + running",
+        ),
+        "returns run forward": ("discounted_returns", "reversed(range(rewards.shape[1]))", "range(rewards.shape[1])"),
+    },
+    losses_and_gradients={
+        "an answer's mean is over the padded width": (
+            "loss_sum",
+            "kept.sum(1) / mask.sum(1).clamp(min=1)",
+            "kept.mean(1)",
+        ),
+        "dr_grpo counts tokens": ("loss_count", "answers * max_length", "mask.sum()"),
+        "GSPO's ratio is a sum": ("sequence_log_ratio", "mask.sum(1, keepdim=True).clamp(min=1)", "1"),
+    },
+    overlong={
+        "overlong answers are rewarded": (
+            "overlong_penalty",
+            "-factor * ((lengths - (max_length - buffer)) / buffer).clamp(min=0)",
+            "factor * ((lengths - (max_length - buffer)) / buffer).clamp(min=0)",
+        ),
+        "the penalty starts a buffer too late": (
+            "overlong_penalty",
+            "lengths - (max_length - buffer)",
+            "lengths - max_length",
+        ),
+    },
+)
+faults(
+    "base/ppo_trainer.py",
+    "tests/test_rl.py",
+    kl_is_taken_off={
+        "RLOO with GRPO's advantages": ("VLPPOTrainer.advantages", 'args.advantage_estimator == "rloo"', "False"),
+        "the score without its KL": (
+            "VLPPOTrainer.advantages",
+            "torch.where(mask, rewards, 0).sum(1)",
+            "torch.where(mask, rewards, 0).gather(1, mask.sum(1, keepdim=True) - 1)[:, 0]",
+        ),
+    },
+    compared_with={
+        "groups of a micro batch are those of the first prompt": (
+            "VLPPOTrainer.estimate_advantages",
+            "torch.cat([r.groups for r in evaluated])",
+            "torch.cat([0 * r.groups for r in evaluated])",
+        ),
+    },
+    truncated={
+        "--mask_truncated_completions ignored": (
+            "VLPPOTrainer._enters_loss",
+            "mask & r.ended[:, None] if args.mask_truncated_completions else mask",
+            "mask",
+        ),
+    },
+    uniform_groups={
+        "--drop_uniform_groups ignored": (
+            "VLPPOTrainer._enters_loss",
+            "args.drop_uniform_groups or args.dynamic_sampling",
+            "args.dynamic_sampling",
+        ),
+    },
+)
+faults(
+    "base/ppo_trainer.py",
+    "tests/test_paths_ppo.py",
+    scaled={
+        "--scale_rewards ignored": (
+            "VLPPOTrainer.advantages",
+            'args.scale_rewards if args.advantage_estimator == "grpo" else "none"',
+            '"group" if args.advantage_estimator == "grpo" else "none"',
+        ),
+        "reinforce_plus_plus_baseline is not whitened": (
+            "VLPPOTrainer.advantages",
+            'args.advantage_estimator == "reinforce_plus_plus_baseline"',
+            "False",
+        ),
+        "reinforce_plus_plus ignores gamma": (
+            "VLPPOTrainer.advantages",
+            "losses.discounted_returns(rewards, mask, args.gamma)",
+            "losses.discounted_returns(rewards, mask, 1.0)",
+        ),
+    },
+    loss_of_answers={
+        "--importance_sampling_level ignored": (
+            "VLPPOTrainer.policy_and_value_loss",
+            'args.importance_sampling_level == "sequence"',
+            "False",
+        ),
+        "--cliprange_high ignored": ("VLPPOTrainer.policy_and_value_loss", "args.cliprange_high", "None"),
+        "--delta ignored": ("VLPPOTrainer.policy_and_value_loss", "args.delta", "None"),
+        "--kl_in_loss with another coefficient": (
+            "VLPPOTrainer.policy_and_value_loss",
+            "args.kl_in_loss * kl",
+            "0.04 * kl",
+        ),
+        "--kl_in_loss with k1": (
+            "VLPPOTrainer.policy_and_value_loss",
+            'losses.kl_per_token(logps, r.ref_logps, "k3")',
+            'losses.kl_per_token(logps, r.ref_logps, "k1")',
+        ),
+        "the reference of --kl_in_loss is the sampler": (
+            "VLPPOTrainer.policy_and_value_loss",
+            'losses.kl_per_token(logps, r.ref_logps, "k3")',
+            'losses.kl_per_token(logps, r.logps, "k3")',
+        ),
+        "--use_bias_correction_kl ignored": (
+            "VLPPOTrainer.policy_and_value_loss",
+            "args.use_bias_correction_kl",
+            "False",
+        ),
+    },
+    loss_type={
+        "--loss_type ignored in the sum": (
+            "VLPPOTrainer._micro_step",
+            "losses.loss_sum(policy_loss, r.loss_mask, args.loss_type)",
+            'losses.loss_sum(policy_loss, r.loss_mask, "dapo")',
+        ),
+        "--loss_type ignored in the count": (
+            "VLPPOTrainer._loss_count",
+            "self.args.loss_type",
+            '"dapo"',
+        ),
+        "dr_grpo divides by the longest answer": (
+            "VLPPOTrainer._loss_count",
+            "self.args.response_length",
+            "r.loss_mask.shape[1]",
+        ),
+    },
+    penalty_grows={
+        "the controller moves a coefficient that nobody reads": (
+            "VLPPOTrainer.token_rewards",
+            "self.ppo_state.kl_coef",
+            "self.args.kl_coef",
+        ),
+        "the KL is a bonus": (
+            "VLPPOTrainer.token_rewards",
+            "losses.token_rewards(scores, kl, mask, self.ppo_state.kl_coef)",
+            "losses.token_rewards(scores, -kl, mask, self.ppo_state.kl_coef)",
+        ),
+        "--kl_estimator ignored": ("VLPPOTrainer.token_rewards", "self.args.kl_estimator", '"k1"'),
+    },
+    whitened={
+        "whitening always centres": (
+            "VLPPOTrainer._whiten",
+            "losses.masked_whiten(everywhere, everywhere_mask, shift_mean)",
+            "losses.masked_whiten(everywhere, everywhere_mask)",
+        ),
+    },
+    controller={
+        "the controller starts from the flag every time": (
+            "VLPPOTrainer.log_metrics",
+            "losses.adaptive_kl_coef(state.kl_coef, kl, args.target_kl, args.kl_horizon, count)",
+            "losses.adaptive_kl_coef(args.kl_coef, kl, args.target_kl, args.kl_horizon, count)",
+        ),
+        "the controller counts updates, not answers": (
+            "VLPPOTrainer.log_metrics",
+            "losses.adaptive_kl_coef(state.kl_coef, kl, args.target_kl, args.kl_horizon, count)",
+            "losses.adaptive_kl_coef(state.kl_coef, kl, args.target_kl, args.kl_horizon, 1)",
+        ),
+    },
+)
+faults(
+    "base/ppo_batches.py",
+    "tests/test_paths_ppo.py",
+    mini_batches={
+        "mini batches equal in every epoch of an update": (
+            "mini_batches",
+            'stable_seed(seed, "mini", update, ppo_epoch, rank * blocks + block)',
+            'stable_seed(seed, "mini", update, rank * blocks + block)',
+        ),
+    },
+)
+faults(
+    "common/seeds.py",
+    "tests/test_paths_ppo.py",
+    a_seed_is={
+        "seeds depend on the process": ("stable_seed", "repr(parts).encode()", "str(hash(repr(parts))).encode()"),
+    },
+)
+faults(
+    "base/update_loop.py",
+    "tests/test_paths_ppo.py",
+    not_yet_logged={
+        "metrics not yet logged are lost on resume": (
+            "UpdateLoop._init_training_state",
+            "self.store_sums({name: torch.tensor(sums, device=self.args.device) for name, sums in pending.items()})",
+            "None",
+        ),
+        "metrics not yet logged are not saved": (
+            "UpdateLoop._save_checkpoint",
+            "{name: sums.tolist() for name, sums in pending.items()}",
+            "{}",
+        ),
+    },
+)
+faults(
+    "base/shared_prefill.py",
+    "tests/test_shared_prefill.py",
+    qwen2_vl={
+        "packed answers see each other": (
+            "_PackedStep.__init__",
+            "torch.eye(num_answers, dtype=torch.bool, device=prompt.device)",
+            "torch.ones(num_answers, num_answers, dtype=torch.bool, device=prompt.device)",
+        ),
+        "packed answers stay at their prompt's last position": (
+            "_PackedStep.logits_after",
+            "self.position + 1",
+            "self.position",
+        ),
+        "packed answers see the padding of prompts": ("_PackedStep.__init__", "mask.bool()", "mask.bool() | True"),
+    },
+    mllama={
+        "prompts are repeated in another order than answers": (
+            "_RepeatedStep.begin",
+            "torch.arange(B, device=input_ids.device).repeat_interleave(self.K)",
+            "torch.arange(B, device=input_ids.device).repeat(self.K)",
+        ),
+        "an answer goes on behind its end": (
+            "answers_of_one_prefill",
+            "going_on & ~stopping_criteria(input_ids, None)",
+            "~stopping_criteria(input_ids, None)",
+        ),
+    },
+)
+
+# -------------------------------------------------------------------------------------------- before and around the steps
+
+faults(
+    "base/self_check.py",
+    "tests/test_paths_model.py",
+    check_sees={
+        "the check never stops a run": ("check_log_probs", "found <= tolerance", "True"),
+        "differences of both signs cancel": (
+            "check_log_probs.difference",
+            "(_logps(model, batch, images) - expected).abs().mean().item()",
+            "abs((_logps(model, batch, images) - expected).mean().item())",
+        ),
+        "the check compares a forward with itself": (
+            "check_log_probs",
+            "_native_logps(model, padded)",
+            "_logps(model, padded, padded['img_input_dict'])",
+        ),
+        "the check leaves images out of the layout of training": (
+            "check_log_probs",
+            'difference(batch, model.encode_images(batch["img_input_dict"]))',
+            'difference(padded, padded["img_input_dict"])',
+        ),
+    },
+    check_sees_and_names={
+        "the check leaves the model in eval mode": ("check_log_probs", "model.train(training)", "None"),
+    },
+)
+faults(
+    "base/run_folder.py",
+    "tests/faults/test_run_folder.py",
+    another_runs_checkpoint={
+        "another base is taken for the same run": (
+            "_why_another_run",
+            'run.get("base_fingerprint") and fingerprint and run["base_fingerprint"] != fingerprint',
+            "False",
+        ),
+        "another script is taken for the same run": ("_why_another_run", "config != old_config", "False"),
+        "the optimizer and the seed are not compared": (
+            "",
+            '{"ModelArguments": ["q_lora", "bits", "merge_first", "freeze_vision_tower"], "LoraArguments": ["use_lora", "lora_r", '
+            '"lora_alpha", "lora_target_modules", "lora_bias", "modules_to_save"], "config": ["optim", "seed", "value_adapter"]}',
+            '{"ModelArguments": ["q_lora", "bits", "merge_first", "freeze_vision_tower"], "LoraArguments": ["use_lora", "lora_r", '
+            '"lora_alpha", "lora_target_modules", "lora_bias", "modules_to_save"], "config": ["value_adapter"]}',
+        ),
+    },
+    other_settings={
+        "a changed learning rate is not said": (
+            "_changes",
+            "not name.startswith(_NEUTRAL_PREFIXES)",
+            'not name.startswith((*_NEUTRAL_PREFIXES, "learning"))',
+        ),
+        "history of a run is lost": ("record_run", '[*(before or {}).get("history", []), entry]', "[entry]"),
+    },
+    other_rows={
+        "other rows are taken for the same": ("record_run", "was != now and was and now", "False"),
+    },
+    used_folder={
+        "another run's files stay": (
+            "record_run",
+            "args.should_save and args.overwrite_output_dir and not resumed_from",
+            "False",
+        ),
+        "the user's own files are removed": (
+            "_remove_other_run",
+            "{path for pattern in _OF_A_RUN for path in out.glob(pattern)}",
+            "set(out.glob('*'))",
+        ),
+        "what this run has written is removed": (
+            "_remove_other_run",
+            "path.lstat().st_mtime >= _started",
+            "False",
+        ),
+    },
+    overwriting={
+        "overwriting takes the model it starts from": (
+            "open_run",
+            "Path(value).exists() and out.resolve() in (Path(value).resolve(), *Path(value).resolve().parents)",
+            "False",
+        ),
+    },
+    share_a_folder={
+        "two runs share a folder": ("lock", "fcntl.lockf(_held, fcntl.LOCK_EX | fcntl.LOCK_NB)", "None"),
+    },
+    run_json_lies={
+        "a checkpoint's run.json is not looked at": (
+            "_run_of",
+            "(Path(folder), Path(folder).parent)",
+            "(Path(folder).parent,)",
+        ),
+    },
+)
+
+# ------------------------------------------------------------------------------------------- the same slips in other words
+
+for _name, _old in {
+    "rlhfv": '[text["chosen"], text["rejected"]]',
+    "rlaifv": '[record["chosen"], record["rejected"]]',
+    "mmrlhf": '[record["chosen"], record["rejected"]]',
+}.items():
+    faults(
+        f"data/{_name}.py",
+        "tests/test_paths_data.py",
+        chosen_answer={f"the answers of {_name} are read in the other order": ("convert", _old, f"{_old}[::-1]")},
+    )
+faults(
+    "data/__init__.py",
+    "tests/test_paths_data.py",
+    conversation={
+        "a system message is no part of the prompt": ("_last_answer_off", "messages[:-1]", "messages[1:-1]"),
+    },
+)
+faults(
+    "data/verify.py",
+    "tests/test_paths_data.py",
+    another_image={
+        "a group is its images, whatever is asked": (
+            "_keys",
+            '_key(b"".join(signatures[:shown]), asked)',
+            '_key(b"".join(signatures[:shown]), "")',
+        ),
+    },
+)
+faults(
+    "data/files.py",
+    "tests/test_paths_data.py",
+    state_covers={
+        "the state of the code is that of its files' names": (
+            "code_state",
+            "digest.update(path.read_bytes())",
+            "digest.update(path.name.encode())",
+        ),
+    },
+)
+faults(
+    "base/trainer.py",
+    "tests/test_paths_dpo.py",
+    metrics_by_hand={
+        "rewards/chosen without beta": (
+            "VLDPOTrainer.log_metrics",
+            '{"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/accuracies": chosen > rejected, '
+            '"rewards/margins": chosen - rejected}',
+            '{"rewards/chosen": chosen / self.beta, "rewards/rejected": rejected, "rewards/accuracies": chosen > rejected, '
+            '"rewards/margins": chosen - rejected}',
+        ),
+        "logps are those of the reference": (
+            "VLDPOTrainer.log_metrics",
+            '{"logps/chosen": pairs.policy.chosen, "logps/rejected": pairs.policy.rejected}',
+            '{"logps/chosen": pairs.reference.chosen, "logps/rejected": pairs.reference.rejected}',
+        ),
+    },
+)
+faults(
+    "base/callbacks.py",
+    "tests/test_paths_dpo.py",
+    epoch_corrupts={
+        "the epoch is a share of the run": (
+            "SetEpoch.on_epoch_begin",
+            "int(state.epoch or 0)",
+            "int((state.epoch or 0) / (args.num_train_epochs + 1))",
+        ),
+    },
+)
+faults(
+    "base/vl_trainer.py",
+    "tests/test_paths_dpo.py",
+    metrics_by_hand={
+        "metrics are sums": (
+            "VLTrainer.log",
+            "[total / count for total, count in means if count]",
+            "[total for total, count in means if count]",
+        ),
+    },
+)
+faults(
+    "base/reference_cache.py",
+    "tests/test_paths_dpo.py",
+    two_adapters={
+        "the cache's key holds the names of weights alone": (
+            "weights_digest",
+            "tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()",
+            "str(tensor.shape).encode()",
+        ),
+    },
+    ranks={
+        "a row's key lacks its responses": (
+            "row_key",
+            '[prompt, row["responses"], {name: row.get(name) for name in columns if name != "image_rejected"}]',
+            '[prompt, {name: row.get(name) for name in columns if name != "ranks"}]',
+        ),
+    },
+)
+faults(
+    "base/logps.py",
+    "tests/test_paths_model.py",
+    native_logits={
+        "the soft cap is looked for under another name": (
+            "softcap",
+            '"final_logit_softcapping"',
+            '"attn_logit_softcapping"',
+        ),
+        "the soft cap cuts instead of bending": (
+            "capped",
+            "cap * torch.tanh(logits / cap)",
+            "logits.clamp(-cap, cap)",
+        ),
+    },
+)
+faults(
+    "base/sampling.py",
+    "tests/test_paths_ppo.py",
+    answer_ends={
+        "of several end tokens of the checkpoint the first counts": (
+            "end_token_ids",
+            "sorted({of_template, *of_checkpoint})",
+            "sorted({of_template, *of_checkpoint[:1]})",
+        ),
+    },
+)
+faults(
+    "base/resume.py",
+    "tests/test_paths_checkpoints.py",
+    largest_number={
+        "the newest checkpoint is the one written last": (
+            "newest_whole_checkpoint",
+            "reversed(sort_checkpoints(output_dir))",
+            "sorted(sort_checkpoints(output_dir), key=lambda f: Path(f).stat().st_mtime, reverse=True)",
+        ),
+    },
+)
+faults(
+    "base/checkpoints.py",
+    "tests/test_paths_checkpoints.py",
+    best_checkpoint={
+        "--save_total_limit deletes the newest": (
+            "SafeCheckpoints._move_old_checkpoints",
+            "{checkpoints[-1], *([str(Path(best))] if best else [])}",
+            "{*([str(Path(best))] if best else [])}",
+        ),
+    },
+)
+faults(
+    "models/assemble.py",
+    "tests/test_paths_scripts.py",
+    goes_on_training={
+        "a loaded adapter's weights ask for no gradient": (
+            "load_policy",
+            "parameter.requires_grad",
+            "not parameter.requires_grad_(False)",
+        ),
+    },
+)
+faults(
+    "models/assemble.py",
+    "tests/test_paths_ppo.py",
+    continued={
+        "the reference of a continued adapter is the adapter that trains": (
+            "load_reference",
+            "policy.set_adapter(Role.POLICY.adapter)",
+            "policy.set_adapter(Role.REFERENCE.adapter)",
+        ),
+    },
+)
+faults(
+    "eval/ledger.py",
+    "tests/test_paths_eval.py",
+    settings_of_its_file={
+        f"another {key} goes on in the same file": (
+            "",
+            '("task", "data_sha256", "image_dir", "limit", "checkpoint", "adapter", "prompt", "generation")',
+            repr(
+                tuple(
+                    k
+                    for k in "task data_sha256 image_dir limit checkpoint adapter prompt generation".split()
+                    if k != key
+                )
+            ),
+        )
+        for key in ("task", "data_sha256", "image_dir", "checkpoint", "generation")
+    },
+)
+
+# -------------------------------------------------------------------------------------------------------- ported families
+
+faults(
+    "models/image_text.py",
+    "tests/test_common_models.py",
+    logits_to_keep={
+        "logits_to_keep ignored": (
+            "ImageTextForConditionalGeneration.forward",
+            "slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)",
+            "outputs.last_hidden_state",
+        ),
+    },
+    batching={
+        "images of a batch in the reverse order": (
+            "ImageTextModel.embed",
+            "torch.cat(list(features.pooler_output))",
+            "torch.cat(list(features.pooler_output)[::-1])",
+        ),
+    },
+    attentions_have={
+        "attention weights are not handed on": (
+            "ImageTextForConditionalGeneration.forward",
+            "outputs.attentions",
+            "None",
+        ),
+    },
+)
+faults(
+    "models/qwen_vl/modeling.py",
+    "tests/test_common_models.py",
+    missing_weights={
+        "fixed positions of the pool are left as memory held them": (
+            "QwenVLVisionModel._init_weights",
+            "init.copy_(module.pos_embed, sincos_grid(width, int(n**0.5)))",
+            "None",
+        ),
+    },
+    mismatching={
+        "images too few are passed over": (
+            "QwenVLModel.get_placeholder_mask",
+            "image_features is not None and mask.sum() != image_features.shape[0]",
+            "image_features is not None and mask.sum() < image_features.shape[0]",
+        ),
+    },
+)
+faults(
+    "models/internlm_xcomposer2/modeling.py",
+    "tests/test_common_models.py",
+    missing_weights={
+        "partial LoRA is not initialised": (
+            "InternLMXComposer2TextModel._init_weights",
+            "isinstance(module, PartialLora)",
+            "False",
+        ),
+    },
+    batching={
+        "the partial LoRA reads the first row's images": (
+            "InternLMXComposer2Model._image_index",
+            "input_ids.flatten() == self.config.image_token_id",
+            "input_ids[0] == self.config.image_token_id",
+        ),
+    },
+)
+for _name in ("qwen_vl", "internlm_xcomposer2"):
+    faults(
+        f"models/{_name}/processing.py",
+        "tests/test_common_processors.py",
+        placeholders_are={
+            f"a placeholder too few in {_name}": (
+                f"{'QwenVL' if _name == 'qwen_vl' else 'InternLMXComposer2'}Processor.replace_image_token",
+                "self.image_token * self.num_image_tokens",
+                "self.image_token * (self.num_image_tokens - 1)",
+            ),
+        },
+    )
+
+# ------------------------------------------------------------------------------------------------------- and a few more
+
+faults(
+    "base/vl_trainer.py",
+    "tests/test_paths_scripts.py",
+    checks_log_probs={
+        "no check before the first step": ("VLTrainer.__init__", "self.add_callback(SelfCheck(self))", "None"),
+    },
+)
+faults(
+    "base/self_check.py",
+    "tests/test_paths_scripts.py",
+    checks_log_probs={
+        "the check always takes one row per response": (
+            "SelfCheck.on_train_begin",
+            'getattr(trainer.data_collator, "share_prefix", False)',
+            "False",
+        ),
+    },
+)
+faults(
+    "base/rm_trainer.py",
+    "tests/test_paths_scripts.py",
+    metrics_of_sources={
+        "every source has the accuracy of all": (
+            "VLRMTrainer.log_metrics",
+            "right[[i for i, name in enumerate(of_pair) if name == source]]",
+            "right",
+        ),
+        "rows that fill up a batch count": ("VLRMTrainer.log_metrics", 'rewards[batch["counted"]]', "rewards"),
+    },
+)
+faults(
+    "base/collator.py",
+    "tests/test_paths_scripts.py",
+    metrics_of_sources={
+        "rows that fill up a batch form pairs": (
+            "VLDPODataCollatorWithPadding.__call__",
+            '[] if row.get("repeated") else ordered_pairs(row["ranks"], row.get("scores"), self.pairs, self.score_margin)',
+            'ordered_pairs(row["ranks"], row.get("scores"), self.pairs, self.score_margin)',
+        ),
+    },
+)
+faults(
+    "data/lengths.py",
+    "tests/test_paths_scripts.py",
+    length_limits={
+        "the limits of prompt and answer are swapped": (
+            "LengthLimits.from_args",
+            "cls(data_args.max_length, data_args.max_prompt_length, data_args.max_target_length, data_args.overlong)",
+            "cls(data_args.max_length, data_args.max_target_length, data_args.max_prompt_length, data_args.overlong)",
+        ),
+        "--overlong ignored": (
+            "LengthLimits.from_args",
+            "cls(data_args.max_length, data_args.max_prompt_length, data_args.max_target_length, data_args.overlong)",
+            "cls(data_args.max_length, data_args.max_prompt_length, data_args.max_target_length)",
+        ),
+    },
+)
+faults(
+    "eval/generate.py",
+    "tests/test_paths_eval.py",
+    nucleus={
+        "--temperature ignored": (
+            "generation_settings",
+            '("max_new_tokens", "num_beams", "temperature", "top_p")',
+            '("max_new_tokens", "num_beams", "top_p")',
+        ),
+        "answers are never sampled": ("generation_settings", "args.temperature > 0", "False"),
+    },
+)
