@@ -80,6 +80,16 @@ class ModelArguments:
         default=False, metadata={"help": "Load the base in --bits and train LoRA on it (needs --use_lora)."}
     )
     bits: Literal[4, 8] = field(default=4, metadata={"help": "With --q_lora: 4 (NF4, double quantisation) or 8."})
+    max_pixels: int | None = field(
+        default=None,
+        metadata={
+            "help": "Larger pictures are shrunk (fewer tiles, where a family cuts them), saved with the processor; by default as the "
+            "checkpoint says. Qwen2.5-VL: 784 pixels are a token, 1003520 are 1280."
+        },
+    )
+    min_pixels: int | None = field(
+        default=None, metadata={"help": "Qwen-VL and GLM-V: smaller pictures are enlarged to this."}
+    )
     enable_thinking: bool = field(
         default=False,
         metadata={

@@ -21,6 +21,7 @@ from transformers import AutoProcessor, BatchFeature, PreTrainedConfig, PreTrain
 from base.image_tokens import ImageTokenCounter
 from base.images import ImageSource, load_image, refuse_images
 from base.layout import complete_processor, damaged_file, model_config, processor_path, stop_tokens
+from base.resolution import set_resolution
 from base.template import ChatTemplate, Messages
 from common.errors import InputError
 from data.rows import IMAGE_MARK
@@ -75,7 +76,7 @@ def _with_rendering(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def wrapped(self: "VLProcessor", *args: Any, **kwargs: Any) -> None:
         if not takes_all:
-            left = {"enable_thinking", "date"} & kwargs.keys() - named.keys()
+            left = {"enable_thinking", "date", "min_pixels", "max_pixels"} & kwargs.keys() - named.keys()
             self._rendering = {**self._rendering, **{name: kwargs.pop(name) for name in left}}
         init(self, *args, **kwargs)
 
@@ -108,17 +109,24 @@ class VLProcessor:
         *,
         enable_thinking: bool = False,
         date: datetime.date | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
         **kwargs: Any,
     ) -> None:
         """Load the processor saved in `model_name_or_path`, or of an adapter folder without one that of its base.
 
         Args:
             enable_thinking, date: of the chat template, see base.template.ChatTemplate.
+            min_pixels, max_pixels: of a picture, see base.resolution; by default as saved.
             kwargs: go to AutoProcessor.from_pretrained.
 
         Raises:
             InputError: the checkpoint has no processor, or no chat template and the family has no default.
         """
+        enable_thinking = self._rendering.get("enable_thinking", enable_thinking)
+        date = self._rendering.get("date", date)
+        min_pixels = self._rendering.get("min_pixels", min_pixels)
+        max_pixels = self._rendering.get("max_pixels", max_pixels)
         config, stops = model_config(model_name_or_path), stop_tokens(model_name_or_path)
         model_name_or_path = processor_path(model_name_or_path)
         try:
@@ -136,6 +144,7 @@ class VLProcessor:
             raise InputError(
                 f"{model_name_or_path} holds a tokenizer but no image processor: save the whole processor there."
             )
+        set_resolution(self.processor.image_processor, min_pixels, max_pixels)
         if config is not None:
             complete_processor(self.processor, config)
         if getattr(self.processor, "chat_template", None) is None:
@@ -150,8 +159,9 @@ class VLProcessor:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.unk_token or self.tokenizer.eos_token
         self._native_image_processor = self.processor.image_processor
-        rendering = {"enable_thinking": enable_thinking, "date": date} | dict(self._rendering)
-        self.template = ChatTemplate(self.processor, self.tokenizer, **rendering, stops=stops)
+        self.template = ChatTemplate(
+            self.processor, self.tokenizer, enable_thinking=enable_thinking, date=date, stops=stops
+        )
         self.image_token, self.image_placeholder = self.template.image_token, self.template.image_placeholder
         self.answer_end = self.template.answer_end
         self._beyond = self._tokens_beyond(config, model_name_or_path) if config is not None else frozenset()

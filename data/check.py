@@ -56,6 +56,8 @@ class CheckArguments:
     decode_images: bool = field(
         default=False, metadata={"help": "Decode every image in full: slow, finds damage in the middle of a file too."}
     )
+    max_pixels: int | None = field(default=None, metadata={"help": "As in training: larger pictures are shrunk."})
+    min_pixels: int | None = field(default=None, metadata={"help": "As in training: smaller pictures are enlarged."})
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Show what this model's processor makes of the rows, and count tokens."}
     )
@@ -73,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     processor = None
     if check_args.model_name_or_path:
         adapter = core_mapper_for(check_args.model_name_or_path)
-        processor = adapter.processor(check_args.model_name_or_path)
+        processor = adapter.processor(
+            check_args.model_name_or_path, min_pixels=check_args.min_pixels, max_pixels=check_args.max_pixels
+        )
 
     out = Path(check_args.output_dir)
     out.mkdir(parents=True, exist_ok=True)

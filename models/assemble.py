@@ -44,6 +44,7 @@ class LoadPlan:
         bits: 4 or 8 for a quantised base.
         freeze_vision_tower: whether the vision encoder does not train.
         enable_thinking, date: what chat templates are told; the date is the day on which the run began.
+        min_pixels, max_pixels: of a picture (base/resolution.py); None is the checkpoint's own.
     """
 
     checkpoint: str
@@ -56,6 +57,8 @@ class LoadPlan:
     freeze_vision_tower: bool
     enable_thinking: bool
     date: str
+    min_pixels: int | None = None
+    max_pixels: int | None = None
 
     @classmethod
     def of(cls, model_args: ModelArguments, lora_args: LoraArguments, training_args: VLConfig) -> Self:
@@ -86,6 +89,8 @@ class LoadPlan:
             freeze_vision_tower=model_args.freeze_vision_tower,
             enable_thinking=model_args.enable_thinking,
             date=_date_of(training_args),
+            min_pixels=model_args.min_pixels,
+            max_pixels=model_args.max_pixels,
         )
         if training_args.process_index == 0:
             print(f"Loading\n{plan}", flush=True)
@@ -99,7 +104,12 @@ class LoadPlan:
     @property
     def rendering(self) -> dict[str, Any]:
         """Arguments of the family's processor."""
-        return {"enable_thinking": self.enable_thinking, "date": datetime.date.fromisoformat(self.date)}
+        return {
+            "enable_thinking": self.enable_thinking,
+            "date": datetime.date.fromisoformat(self.date),
+            "min_pixels": self.min_pixels,
+            "max_pixels": self.max_pixels,
+        }
 
     @property
     def is_adapter(self) -> bool:

@@ -32,6 +32,7 @@ BASE = [
         "layout",
         "packing",
         "processor",
+        "resolution",
         "row_checks",
         "segments",
         "template",
