@@ -8,6 +8,7 @@ Flags other than --model_name_or_path, --adapter, --bf16 and --batch_size are lm
 and AMBER its numbers are not the official ones (docs/evaluation.md): use the scorers here for those.
 """
 
+import argparse
 import sys
 
 from args import run
