@@ -3,7 +3,6 @@
 OMP_NUM_THREADS=1 python -m benchmarks.padding --size cpu --out benchmarks/results
 """
 
-import argparse
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,7 @@ import train_sft
 from base.model import VLModelMixin
 from benchmarks.models import PICTURES, SIZES, build, rows
 from benchmarks.steps import LoadWatch, Side, machine, markdown, take_turns, write
+from common.flags import FlagParser
 from data import DataSplits
 
 ANSWERS = (30, 120, 240, 400)  # tokens of both answers of a row
@@ -118,7 +118,7 @@ def run_case(script: str, family: str, options: str, size: str, steps: int, prec
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Measure every case, print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--out", help="folder for padding_SIZE.json and .md")
