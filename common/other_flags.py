@@ -106,6 +106,7 @@ TRL: dict[str, Entry] = {
     "dataset_test_split": Refused("write --eval_data_path FILE or --eval_ratio SHARE"),
     "dataset_config": Refused("write --data_path with the file or folder of that configuration"),
     "use_vllm": switch(None),
+    "cpo_alpha": Refused("write --loss_type cpo sft --loss_weights 1 ALPHA"),
 }
 LLAMA_FACTORY: dict[str, Entry] = {
     "stage": BY_SCRIPT,

@@ -233,6 +233,36 @@ def sft(batch: PreferenceBatch) -> Tensor:
     return -batch.policy.chosen / tokens_per_pair  # (M,)
 
 
+@loss(paper="2405.14734", summary="mean log-prob per token with a margin, no reference", reference_free=True)
+def simpo(
+    batch: PreferenceBatch,
+    *,
+    beta: Beta = 0.1,
+    simpo_gamma: Annotated[float, "margin between chosen and rejected rewards (2405.14734's γ)"] = 0.5,
+    label_smoothing: LabelSmoothing = 0.0,
+) -> Tensor:
+    """SimPO, 2405.14734 eq. 6: -log σ(β [log π(w)/|w| - log π(l)/|l|] - γ). TRL's defaults; the paper: β 2 to 2.5, γ 1."""
+    chosen, rejected = _per_token(batch)
+    return logistic(beta * (chosen - rejected) - simpo_gamma, label_smoothing)  # (M,)
+
+
+@loss(paper="2401.08417", summary="DPO without a reference; add sft for the whole of CPO", reference_free=True)
+def cpo(batch: PreferenceBatch, *, beta: Beta = 0.1, label_smoothing: LabelSmoothing = 0.0) -> Tensor:
+    """CPO's preference part, 2401.08417 eq. 3: -log σ(β [log π(w) - log π(l)]). The whole is `--loss_type cpo sft`."""
+    return logistic(beta * (batch.policy.chosen - batch.policy.rejected), label_smoothing)  # (M,)
+
+
+@loss(paper="2403.07691", summary="odds ratio, no reference; add sft for the whole of ORPO", reference_free=True)
+def orpo(batch: PreferenceBatch, *, beta: Beta = 0.1) -> Tensor:
+    """ORPO's odds-ratio part, 2403.07691 eq. 7, of mean log-probs per token; β in the place of λ.
+
+    -β log σ(log odds(w) - log odds(l)), odds(y) = p / (1 - p). The whole is `--loss_type sft orpo`.
+    """
+    chosen, rejected = (side.clamp(max=-1e-7) for side in _per_token(batch))  # odds of certainty are infinite
+    log_odds = chosen - rejected - (torch.log(-torch.expm1(chosen)) - torch.log(-torch.expm1(rejected)))
+    return -beta * F.logsigmoid(log_odds)  # (M,)
+
+
 @loss(paper="2402.01306", summary="KTO on pairs, the predecessor's")
 def kto_pair(batch: PreferenceBatch, *, beta: Beta = 0.1) -> Tensor:
     """KTO on pairs, 2402.01306 eq. 7, as in the predecessor: the KL of one side is estimated from the other.
@@ -247,6 +277,12 @@ def kto_pair(batch: PreferenceBatch, *, beta: Beta = 0.1) -> Tensor:
     chosen_losses = 1 - torch.sigmoid(beta * (ratio.chosen - rejected_kl))
     rejected_losses = 1 - torch.sigmoid(beta * (chosen_kl - ratio.rejected))
     return (chosen_losses + rejected_losses) / 2  # (M,)
+
+
+def _per_token(batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+    """Mean log-prob of the policy per token of the chosen and of the rejected answers, (M,) each."""
+    policy = batch.policy
+    return policy.chosen / batch.chosen_lengths.clamp(min=1), policy.rejected / batch.rejected_lengths.clamp(min=1)
 
 
 def _delta_per_token(batch: PreferenceBatch) -> Tensor:

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 import numpy as np
@@ -99,6 +100,44 @@ def test_trl(batch: str, case: dict) -> None:
     assert_close(per_pair.mean(), case["mean"], atol=1e-10)
     if "per_pair" in case:
         assert_close(per_pair, case["per_pair"], atol=1e-10)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.1])
+@pytest.mark.parametrize("batch", ["small", "large"] if "large" in LOGPS else list(LOGPS))
+def test_losses_without_a_reference_are_those_of_trl(batch: str, epsilon: float) -> None:
+    """CPOTrainer's and ORPOTrainer's own functions, called with the settings they read."""
+    from trl.experimental.cpo.cpo_trainer import CPOTrainer
+    from trl.experimental.orpo.orpo_trainer import ORPOTrainer
+
+    data = golden_batch(batch)
+    sums = data.policy.chosen, data.policy.rejected
+    means = sums[0] / data.chosen_lengths, sums[1] / data.rejected_lengths
+    theirs = SimpleNamespace(beta=0.3, alpha=0.0, label_smoothing=epsilon, simpo_gamma=0.6, loss_type="sigmoid")
+    theirs.accelerator = SimpleNamespace(device="cpu")
+    smooth = {"beta": 0.3, "label_smoothing": epsilon}
+    assert_close(get_loss("cpo")(data, **smooth), CPOTrainer.cpo_loss(theirs, *sums)[0])
+    theirs.loss_type = "simpo"
+    assert_close(get_loss("simpo")(data, simpo_gamma=0.6, **smooth), CPOTrainer.cpo_loss(theirs, *means)[0])
+    found = get_loss("orpo")(data, beta=0.3)
+    assert_close(found, -ORPOTrainer.odds_ratio_loss(theirs, *means)[0].double(), atol=1e-6)  # float32 there
+
+
+def test_losses_without_a_reference_by_hand() -> None:
+    """π(w) = e^-1 per token over 2 tokens, π(l) = e^-2 over 1 token."""
+    data = dataclasses.replace(
+        random_batch(),
+        policy=PairLogps(chosen=t(-2.0), rejected=t(-2.0)),
+        chosen_lengths=t(2.0),
+        rejected_lengths=t(1.0),
+        ref=None,
+    )
+    assert_close(get_loss("simpo")(data, beta=2.0, simpo_gamma=0.5), [-math.log(sigmoid(2 * (-1 + 2) - 0.5))])
+    assert_close(get_loss("cpo")(data, beta=2.0), [LN2])
+    odds = [math.exp(-x) / (1 - math.exp(-x)) for x in (1, 2)]
+    assert_close(get_loss("orpo")(data, beta=0.2), [-0.2 * math.log(sigmoid(math.log(odds[0] / odds[1])))])
+    certain = dataclasses.replace(data, policy=PairLogps(chosen=t(0.0).requires_grad_(), rejected=t(-2.0)))
+    get_loss("orpo")(certain).sum().backward()
+    assert torch.isfinite(get_loss("orpo")(certain)).all()
 
 
 def test_trl_logged_rewards() -> None:
@@ -588,7 +627,7 @@ def test_flags_are_the_hyperparameters() -> None:
         "ddpo: divide by the sum"
     )
     assert flags["label_smoothing"][:2] == (float | None, None)
-    assert "0.0 for sigmoid, robust, aot, aot_unpaired; 0.001 for exo_pair" in flags["label_smoothing"].help
+    assert "0.0 for sigmoid, robust, aot, aot_unpaired, simpo, cpo; 0.001 for exo_pair" in flags["label_smoothing"].help
     for name, flag in flags.items():
         defaults = {loss.hyperparameters[name].default for loss in LOSSES.values() if name in loss.hyperparameters}
         assert defaults == {flag.default} or (name, defaults) == ("label_smoothing", {0.0, 1e-3}), name
