@@ -98,7 +98,11 @@ def model_config(model_name_or_path: str) -> PreTrainedConfig | None:
     path = base_model_path(model_name_or_path)
     if cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False) is None:
         return None
-    return AutoConfig.from_pretrained(path)
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (ValueError, TypeError, KeyError) as error:  # an unknown model_type, values of other types
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{path}: its config.json is not read by the installed transformers ({reason}).") from error
 
 
 def stop_tokens(model_name_or_path: str) -> list[int]:
@@ -107,8 +111,8 @@ def stop_tokens(model_name_or_path: str) -> list[int]:
         base_model_path(model_name_or_path), "generation_config.json", _raise_exceptions_for_missing_entries=False
     )
     try:
-        stops = json.loads(Path(file).read_text()).get("eos_token_id") if file else None
-    except ValueError as error:
+        stops = dict(json.loads(Path(file).read_text())).get("eos_token_id") if file else None
+    except (ValueError, TypeError) as error:
         raise InputError(f"{file} is damaged ({error}): copy or download the file again.") from error
     return stops if isinstance(stops, list) else [stops] * (stops is not None)
 
@@ -130,7 +134,8 @@ def check_weights(path: str) -> None:
         InputError: they are quantised by other means than bitsandbytes, or pickled.
     """
     config = json.loads(Path(cached_file(path, "config.json")).read_text())
-    settings = config.get("quantization_config") or config.get("quantization") or {}
+    parts = (config, config.get("text_config") or {})
+    settings = next((part[k] for part in parts for k in ("quantization_config", "quantization") if part.get(k)), {})
     method = settings.get("quant_method") or ("MLX" if settings else None)
     if method and method != "bitsandbytes":
         raise InputError(

@@ -68,6 +68,8 @@ def architecture_of(model_name_or_path: str) -> str:
         raise InputError(
             f"{config_file} is not valid JSON (line {error.lineno}, column {error.colno}): download it again."
         ) from error
+    if not isinstance(config, dict):
+        raise InputError(f"{config_file} is not a configuration, which is a JSON object: download it again.")
     architectures = config.get("architectures") or []
     if len(architectures) != 1:
         raise InputError(f"{config_file} must name one class under `architectures`, not {architectures}.")
@@ -109,7 +111,13 @@ def load_model(
     with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         try:
             model, info = model_class.from_pretrained(
-                path, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **kwargs
+                path,
+                dtype=dtype,
+                output_loading_info=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # an error below, with the names
+                **kwargs,
             )
         except (SafetensorError, OSError) as error:
             reason = damaged_file(path) or f"{path} cannot be loaded ({' '.join(str(error).split())[:300]})"

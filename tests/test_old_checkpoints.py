@@ -115,6 +115,24 @@ def test_a_checkpoint_without_a_head_is_an_embedding_model(copy_of):
         load_model(str(folder))
 
 
+def test_what_config_json_does_not_say_or_says_otherwise(copy_of):
+    """No JSON object, a type of tomorrow, other sizes than the weights have."""
+    folder = copy_of("qwen2_vl")
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    edit(folder / "config.json", text_config=text | {"vocab_size": 100})
+    with pytest.raises(InputError, match=r"do not fit Qwen2VL.*mismatched keys .*embed_tokens.*\[100, 32\]"):
+        load_model(str(folder))
+    edit(folder / "config.json", text_config=text | {"quantization_config": {"quant_method": "mxfp4"}})
+    with pytest.raises(InputError, match="quantised with mxfp4"):
+        load_model(str(folder))
+    edit(folder / "config.json", text_config=text, model_type="qwen_of_tomorrow")
+    with pytest.raises(InputError, match=r"config\.json is not read by the installed transformers .*qwen_of_tomorrow"):
+        core_mapper_for(str(folder)).processor(str(folder))
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(InputError, match=r"config\.json is not a configuration"):
+        core_mapper_for(str(folder))
+
+
 @pytest.mark.parametrize("family", ["blip_2", "instructblip"])
 def test_encoder_decoders_are_refused(family: str, copy_of):
     """Variants with T5 have the class of those with OPT or Vicuna."""

@@ -161,9 +161,10 @@ def test_glm_ends_in_eos_where_the_checkpoint_does_not_stop_at_the_next_turn(tmp
     eos = core_mapper_for(str(folder)).processor(str(folder)).tokenizer.eos_token_id
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
     assert core_mapper_for(str(folder)).processor(str(folder)).answer_end == "<|endoftext|>"
-    (folder / "generation_config.json").write_text("{")
-    with pytest.raises(InputError, match=r"generation_config\.json is damaged"):
-        core_mapper_for(str(folder)).processor(str(folder))
+    for damaged in ("{", "[1]"):
+        (folder / "generation_config.json").write_text(damaged)
+        with pytest.raises(InputError, match=r"generation_config\.json is damaged"):
+            core_mapper_for(str(folder)).processor(str(folder))
 
 
 # -- thinking ------------------------------------------------------------------------------------------------------------
