@@ -100,6 +100,7 @@ class Setup:
     max_target_length: int = 150
     gradient_checkpointing: bool = True
     local_rollout_forward_batch_size: int = 16
+    rollouts_per_prompt: int = 1
     lora_r: int = 64
     bf16: bool = True
 
@@ -108,6 +109,11 @@ class Setup:
         """What determines the size of one micro batch on one GPU."""
         zero = {"0": "0", "2": "2"}.get(self.zero[0], "3" if self.method == "lora" else "2")
         return replace(self, zero=zero, gpus=1, script=self.script.removesuffix("_cached"))
+
+    @property
+    def rollout_prompts(self) -> int:
+        """Prompts whose answers are sampled at once."""
+        return max(1, self.local_rollout_forward_batch_size // self.rollouts_per_prompt)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -272,7 +278,7 @@ def _peaks(model: str, setup: Setup, train: bool, layers: int | None) -> tuple[i
         owner.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     batch, T, K = setup.per_device_train_batch_size, setup.max_target_length, 1 if setup.script in ("sft", "ppo") else 2
     if not train:
-        whole, batch, T = whole.backbone, setup.local_rollout_forward_batch_size, 1
+        whole, batch, T = whole.backbone, setup.rollout_prompts, 1
     rows = pack_rows([[1] * setup.max_prompt_length] * batch, [[[1] * T] * K] * batch, 0)
     text_only = {}  # the rows are as long as with images; their features come from outside
     if "mm_token_type_ids" in inspect.signature(core.forward).parameters:
@@ -308,12 +314,23 @@ def _peaks(model: str, setup: Setup, train: bool, layers: int | None) -> tuple[i
 
 
 def cache_bytes(model: str, setup: Setup) -> int:
-    """Keys and values of a whole rollout, in 2 bytes each; 4 without --bf16."""
+    """Keys and values of a whole rollout, in 2 bytes each; 4 without --bf16. Not those of images, nor states that do not grow.
+
+    Where the K answers to a prompt are queries of one row (`decodes_packed`) the prompt's stand there once, behind them K for every token but
+    the last, which nothing reads. Else every answer is a row with a copy of its prompt, and layers with a window hold no more than that.
+    """
     text = class_and_config(model)[1].get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    tokens = setup.local_rollout_forward_batch_size * (setup.max_prompt_length + setup.max_target_length)
-    return tokens * text.num_hidden_layers * 2 * width * (2 if setup.bf16 else 4)
+    B, K, P, T = setup.rollout_prompts, setup.rollouts_per_prompt, setup.max_prompt_length, setup.max_target_length
+    if K > 1 and trained_model(model, setup)[1].decodes_packed:
+        tokens = B * (P + K * (T - 1)) * text.num_hidden_layers
+    else:
+        window = getattr(text, "sliding_window", None) or P + T
+        length = {"full_attention": P + T, "sliding_attention": min(P + T, window)}
+        kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
+        tokens = B * K * sum(length.get(kind, 0) for kind in kinds)
+    return tokens * 2 * width * (2 if setup.bf16 else 4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -70,24 +70,34 @@ def test_float16(image_dir: Path, tmp_path: Path, monkeypatch):
     }
 
 
-@pytest.mark.parametrize("weights", ["lora16", "qlora", "float32"])
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
-def test_bytes_are_those_of_the_table(family: str, weights: str, image_dir: Path, tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize(
+    "family, weights, K",
+    [
+        *((family, weights, 2) for family in ("llava", "qwen2_5_vl") for weights in ("lora16", "qlora", "float32")),
+        ("llava", "lora16", 1),  # a static cache, as long as the longest answer may become
+        ("gemma3", "lora16", 2),  # has windows, so that every answer is a row
+        ("paligemma", "lora16", 2),
+    ],
+)
+def test_bytes_are_those_of_the_table(family: str, weights: str, K: int, image_dir: Path, tmp_path: Path, monkeypatch):
     rows = prompt_rows(image_dir, 4)
     bf16 = weights != "float32"
-    flags = f"--bf16 {bf16} {REWARD} {WEIGHTS.get(weights, LORA)}"
+    flags = f"--bf16 {bf16} {REWARD} {WEIGHTS.get(weights, LORA)} --rollouts_per_prompt {K}"
     trainer = ppo_trainer(zoo.checkpoint(family), rows, tmp_path, flags)
-    caches = caches_of(trainer.base_model(trainer.model), monkeypatch)
+    core = trainer.base_model(trainer.model)
+    caches = caches_of(core, monkeypatch)
     batch = trainer.data_collator(rows)
-    trainer.rollout([batch], seed=0, places=[[0, 1, 2, 3]])
+    (sampled,) = trainer.rollout([batch], seed=0, places=[[0, 1, 2, 3]])
+    assert core.decodes_packed == (family in ("llava", "qwen2_5_vl"))
     setup = Setup(
         "ppo",
         max_prompt_length=max(map(len, batch["prompts"])),
         max_target_length=trainer.args.response_length,
-        local_rollout_forward_batch_size=8,  # four prompts, two answers each
+        local_rollout_forward_batch_size=4 * K,
+        rollouts_per_prompt=K,
         bf16=bf16,
     )
     (cache,) = caches
+    assert sampled.batch["completion_mask"].shape[1] == trainer.args.response_length  # none stopped before
     held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
-    counted = cache_bytes(zoo.checkpoint(family), setup)  # K copies of the prompt, of which packed decoding holds one
-    assert 0 < held <= counted < 4 * held
+    assert held == cache_bytes(zoo.checkpoint(family), setup)
