@@ -83,6 +83,11 @@ def _with_rendering(init: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+_RESIZE = (
+    "take the tokenizer that the checkpoint came with, or call resize_token_embeddings on the model once and save it."
+)
+
+
 class VLProcessor:
     """Tokeniser, chat template and image processor of one checkpoint.
 
@@ -184,20 +189,21 @@ class VLProcessor:
         )
         always = [*self.tokenizer(prompt).input_ids, *self.template.answer_end_ids, self.tokenizer.pad_token_id]
         if found := beyond.intersection(always):
-            raise InputError(
-                f"{path}: {self._names(found)} not among the {rows} embeddings of the model: take the tokenizer that the "
-                "checkpoint came with, or call resize_token_embeddings on the model once and save it."
-            )
+            raise InputError(f"{path}: {self._names(found)} not among the {rows} embeddings of the model: {_RESIZE}")
         return beyond
 
+    @property
+    def tokens_without_embedding(self) -> list[str]:
+        """Added tokens of the tokenizer that the model does not have."""
+        return [self.tokenizer.added_tokens_decoder[id].content for id in sorted(self._beyond or ())]
+
     def _names(self, ids: Iterable[int]) -> str:
-        return " and ".join(f"the token {self.tokenizer.convert_ids_to_tokens(id)} ({id}) is" for id in sorted(ids))
+        named = [f"{self.tokenizer.convert_ids_to_tokens(id)} ({id})" for id in sorted(ids)]
+        return f"the token {named[0]} is" if len(named) == 1 else f"the tokens {' and '.join(named)} are"
 
     def _refuse_beyond(self, ids: Iterable[int]) -> None:
         if self._beyond and (found := self._beyond.intersection(ids)):
-            raise InputError(
-                f"A text has tokens that the model does not know: {self._names(found)} beyond its embeddings."
-            )
+            raise InputError(f"In the data {self._names(found)} not among the embeddings of the model: {_RESIZE}")
 
     def __getattr__(self, name: str) -> Any:
         # Called for what is not there only

@@ -60,7 +60,7 @@ class ProcessorCheck:
                     reasons[i] = reason
         tokens = found.data.column("token")
         for i in np.flatnonzero(pc.is_valid(tokens)):
-            reasons[i] = _has_token(tokens[i].as_py())
+            reasons[i] = self._has_token(tokens[i].as_py())
         return reasons
 
     def of_row(self, row: Mapping[str, object], kind: Kind, sizes: Sequence[int] | None) -> str | None:
@@ -73,7 +73,7 @@ class ProcessorCheck:
         batch = {name: [row[name]] for name in (column, "responses") if row.get(name) is not None}
         (token,), (shape,) = _look_at_batch(batch, column, self.tokens().pattern).values()
         if token is not None:
-            return _has_token(token)
+            return self._has_token(token)
         if (kind, shape) not in self._known and len(self._known) < _MAX_TRIED:
             self._known[kind, shape] = self.refused_shape(json.loads(shape), kind)
         if reason := self._known.get((kind, shape)):
@@ -87,13 +87,22 @@ class ProcessorCheck:
 
     @functools.cache  # noqa: B019  one check per run
     def tokens(self) -> re.Pattern[str]:
-        """The tokens of this tokenizer that stand for pictures, video or sound, but for the mark `<image>`."""
+        """The tokens of this tokenizer that stand for pictures, video or sound, but for the mark `<image>`; and those that the model lacks."""
         tokenizer = self.processor.tokenizer
         names = {self.processor.image_token, *tokenizer.get_added_vocab()}
         odd = [n for n in names if re.search(r"\W", n) and re.search("image|img|vision|video|audio", n, re.IGNORECASE)]
+        odd += self.processor.tokens_without_embedding
         return re.compile(
             "|".join(re.escape(n) for n in sorted(odd, key=len, reverse=True) if n != IMAGE_MARK) or "(?!)"
         )
+
+    def _has_token(self, token: str) -> str:
+        if token in self.processor.tokens_without_embedding:
+            return (
+                f"has {token} in its texts, for which the model has no embedding: take the tokenizer that the checkpoint came "
+                "with, or call resize_token_embeddings on the model once and save it"
+            )
+        return f"has {token} in its texts, which stands for a picture: take it out"
 
     def refused_shape(self, shape: Sequence[tuple[str, int]], kind: Kind) -> str | None:
         """Whether turns of these roles, with these numbers of pictures, can be encoded."""
@@ -132,10 +141,6 @@ class ProcessorCheck:
         except ValueError as error:  # InputErrors are ValueErrors
             return str(error).rstrip(".")
         return None
-
-
-def _has_token(token: str) -> str:
-    return f"has {token} in its texts, which stands for a picture: take it out"
 
 
 def _rows_with(sizes: pa.ChunkedArray, some: Collection[tuple[int, int]]) -> list[int]:

@@ -17,6 +17,7 @@ import train_rm
 from args import LoraArguments
 from base.adapters import Role, adapter_active, adapter_now
 from base.loading import load_adapter, load_model
+from base.row_checks import ProcessorCheck
 from base.value import VLModelWithValueHead
 from common.errors import InputError
 from eval.generate import Answerer
@@ -292,8 +293,15 @@ def test_tokens_beyond_the_embeddings_are_refused(llava: str, tmp_path: Path):
             if "<extra>" not in text:
                 call()
                 continue
-            with pytest.raises(InputError, match=r"<extra> \(\d+\) is beyond"):
+            with pytest.raises(InputError, match=r"<extra> \(\d+\) is not among the embeddings of the model: take"):
                 call()
+    check = ProcessorCheck(processor)
+    assert processor.tokens_without_embedding == ["<extra>"]
+    row = {"images": [], "prompt": [{"role": "user", "content": "Hi"}], "responses": ["An <extra> photo", "A photo"]}
+    assert "has <extra> in its texts, for which the model has no embedding: take" in str(
+        check.of_row(row, "preference", None)
+    )
+    assert check.of_row(row | {"responses": ["A photo", "A dog"]}, "preference", None) is None
 
 
 # -- which adapter computes ----------------------------------------------------------------------------------------------
