@@ -8,6 +8,8 @@ from pathlib import Path
 
 import datasets
 import pytest
+from accelerate import skip_first_batches
+from accelerate.data_loader import prepare_data_loader
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -315,8 +317,14 @@ def test_a_reward_with_an_answer_key_takes_rows_that_have_one(folder: Path) -> N
 
 
 def test_two_ranks_take_the_rows_of_one(folder: Path) -> None:
-    """As accelerate hands them out: rank r the r-th of each pair of batches."""
-    rows = stream(folder, write(folder / "a.jsonl", [pair(i) for i in range(50)]), length=16)
-    whole = asked(rows)
-    of_rank = [asked(rows[i] for i in range(16) if i // 2 % 2 == rank) for rank in range(2)]
-    assert sorted(of_rank[0] + of_rank[1]) == sorted(whole)
+    """As accelerate hands them out, with and without workers, and after some batches that a resumed run passes over."""
+    path = write(folder / "a.jsonl", [pair(i) for i in range(50)])
+    whole = asked(in_order(stream(folder, path, length=16)))
+    batches = [whole[i : i + 2] for i in range(0, 16, 2)]
+    for workers, passed_over in ((0, 0), (1, 0), (0, 3)):
+        for rank in range(2):
+            rows = in_order(stream(folder, path, length=16))
+            loader = DataLoader(rows, batch_size=2, num_workers=workers, collate_fn=asked)
+            shard = prepare_data_loader(loader, num_processes=2, process_index=rank, put_on_device=False)
+            shard = skip_first_batches(shard, passed_over) if passed_over else shard
+            assert [*shard] == batches[rank::2][passed_over:]
