@@ -7,7 +7,17 @@ import datasets
 import pytest
 import transformers as tf
 
-from benchmarks import data_scale, data_wait, dpo_vs_trl, floor, grpo_vs_trl, padding, ppo_reuse, rm_vs_plain
+from benchmarks import (
+    data_scale,
+    data_wait,
+    dpo_vs_trl,
+    estimators,
+    floor,
+    grpo_vs_trl,
+    padding,
+    ppo_reuse,
+    rm_vs_plain,
+)
 from benchmarks.models import FAMILIES
 
 
@@ -97,3 +107,22 @@ def test_the_large_set_is_read_whole_and_streamed(tmp_path, capsys, monkeypatch)
 def test_padded_rows_and_rows_end_to_end_agree():
     for case in padding.main("--size tiny --steps 1".split()):
         assert case["largest_loss_difference"] < 1e-5 and 0 < case["real share"] < 1
+
+
+def test_finished_estimators_are_read_and_averaged(tmp_path, monkeypatch):
+    """Nothing is trained again; mean and half the range over seeds, by hand."""
+    for seed, found in enumerate(({"sft": 0.1, "grpo": 0.0}, {"sft": 0.2, "grpo": 0.06})):
+        for name, chair in found.items():
+            folder = tmp_path / f"seed-{seed}" / name
+            folder.mkdir(parents=True)
+            result = {"chair_i": chair, "exact_captions": 0.5, "yesno_accuracy": 0.75, "counting_accuracy": 1.0}
+            (folder / "result.json").write_text(json.dumps(result | {"seconds": 10 + 4 * seed}))
+            log = [{"loss": 1.0}, *({"objective/scores": 0.1 * n + seed} for n in range(3))]
+            (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    monkeypatch.setattr(estimators, "_quietly", None)
+    estimators.main(f"--output_dir {tmp_path} --seeds 0 1 --estimators grpo".split())
+    lines = (tmp_path / "estimators.md").read_text().splitlines()
+    assert lines[-2].startswith("| sft | 0.150 ± 0.050 | 0.500 ± 0.000 |")
+    assert lines[-1] == "| grpo | 0.030 ± 0.030 | 0.500 ± 0.000 | 0.750 ± 0.000 | 1.000 ± 0.000 | 12 ± 2 |"
+    assert (tmp_path / "estimators.png").stat().st_size > 10_000
+    assert estimators.rewards_of(tmp_path / "seed-1" / "grpo") == pytest.approx([1.0, 1.1, 1.2])
