@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python -m benchmarks.grpo_vs_trl --size cpu --out benchmarks/results
     python -m benchmarks.grpo_vs_trl --size cpu --case llava-50        (one case)
 
-Processor seconds of this process, medians over updates after the first: of the whole update, of the rollout, of
-forward, backward and optimizer; and the peak of tensors in the latter. The bound is what multiply-adds of the decoder
-allow: K (P + T) / (P + K T) for a prompt of P tokens and answers of T.
+Processor seconds of this process, medians over updates after the first: of the whole update, of the rollout, of forward
+and backward; and the most that tensors take in the latter beyond what was there before. The bound is what multiply-adds
+of the decoder allow: K (P + T) / (P + K T) for a prompt of P tokens and answers of T.
 """
 
 import gc
@@ -22,6 +22,7 @@ import transformers
 import trl
 from datasets import Dataset
 from PIL import Image
+from torch import nn
 from transformers import Trainer, TrainerCallback
 
 import args as flags
@@ -97,7 +98,7 @@ def ours(checkpoint: Path, data: list[Row], tokens: int, answers: int, updates: 
     trainer, _ = train_ppo.build(*parsed, data=DataSplits(prompts, None, {}))
     clock = Clock()
     clock.watch(trainer, "rollout", "rollout")
-    clock.watch(trainer, "optimise", "training pass", peak)
+    clock.watch(trainer, "_micro_step", "training pass", peak)
     trainer.add_callback(clock)
     trainer.train()
     return clock
@@ -145,28 +146,16 @@ def theirs(checkpoint: Path, data: list[Row], tokens: int, answers: int, updates
 
 
 def _watch_training_pass(clock: Clock, trainer: Trainer, peak: bool) -> None:
-    """Forward and backward, which training_step runs after it has sampled."""
-    prepare: Callable[..., Any] = trainer._prepare_inputs
-    spent: list[float] = []
+    """Forward and backward, which training_step runs after it has sampled and scored."""
+    sample_and_score: Callable[[Any], Any] = trainer._prepare_inputs
+    trainer._prepare_inputs = lambda inputs: inputs
+    clock.watch(trainer, "training_step", "training pass", peak)
+    forward_and_backward = trainer.training_step
 
-    def prepared(*args: object) -> object:
-        start = time.process_time()
-        result = prepare(*args)
-        spent.append(time.process_time() - start)
-        return result
+    def whole(model: nn.Module, inputs: object, *args: object) -> object:
+        return forward_and_backward(model, sample_and_score(inputs), *args)
 
-    trainer._prepare_inputs = prepared
-    if peak:  # the forward holds what backward needs; its end is the peak but for gradients
-        clock.watch(trainer, "compute_loss", "forward", peak)
-    step = trainer.training_step
-
-    def timed(*args: object, **kwargs: object) -> object:
-        start = time.process_time()
-        result = step(*args, **kwargs)
-        clock.seconds["training pass"].append(time.process_time() - start - spent.pop())
-        return result
-
-    trainer.training_step = timed
+    trainer.training_step = whole
 
 
 def run_case(case: str, size: str, answers: int, updates: int) -> dict[str, Any]:
