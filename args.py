@@ -435,6 +435,13 @@ class VLConfig(TrainingArguments):
             raise InputError("--logging_nan_inf_filter True would hide a loss that is not finite: leave it out.")
         if self.remove_unused_columns:
             raise InputError("--remove_unused_columns True would drop the images: leave it out.")
+        if isinstance(self.deepspeed, str) and not self.deepspeed.lstrip().startswith("{"):
+            try:
+                json.loads(Path(self.deepspeed).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise InputError(
+                    f"--deepspeed {self.deepspeed} cannot be read ({error}): give a file of ds_configs/, or one like them."
+                ) from error
         if not torch.accelerator.is_available():
             self.use_cpu = True  # else several CPU processes would each train alone, without an error
             self.dataloader_pin_memory = False  # pinned memory needs an accelerator to copy to

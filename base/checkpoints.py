@@ -25,14 +25,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput, sort_checkpoints
+from transformers.trainer_utils import TrainOutput
 
 from args import RUN_JSON
 from base.bad_steps import BadSteps
 from base.layout import ADAPTER_CONFIG
 from base.loading import load_weights
 from base.model_card import model_card
-from base.resume import newest_whole_checkpoint, write_checksums
+from base.resume import checkpoints_of, newest_whole_checkpoint, write_checksums
 from common.errors import InputError, disk_trouble
 from common.files import flush, make_valid_json, write_text
 from common.tensors import first_not_finite
@@ -98,7 +98,7 @@ class SafeCheckpoints(Trainer):
         self.add_callback(preemption)
         try:
             with preemption.listening():
-                result = super().train(*args, **kwargs)
+                result = self._train_or_say_who_died(*args, **kwargs)
                 self._report_bad_steps()
         finally:
             self.remove_callback(preemption)
@@ -111,6 +111,18 @@ class SafeCheckpoints(Trainer):
                 )
             raise SystemExit(EXIT_INTERRUPTED if preemption.interrupted else EXIT_PREEMPTED)
         return result
+
+    def _train_or_say_who_died(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        try:
+            return super().train(*args, **kwargs)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            with self._naming_last_checkpoint():
+                raise InputError(
+                    f"A data worker has died ({' '.join(str(error).split())[:160]}): mostly of too little memory; lower "
+                    "--dataloader_num_workers."
+                ) from error
 
     def evaluate_alone(self, checkpoint: str | None = None) -> dict[str, float]:
         """Evaluate without training, and write `eval_results.json` and the trainer's state to the run's folder.
@@ -266,12 +278,18 @@ class SafeCheckpoints(Trainer):
             self.accelerator.wait_for_everyone()
 
     def _move_old_checkpoints(self, folder: Path) -> None:
-        """Move what --save_total_limit leaves out, never the newest or the best: deleted in place, a kill would leave half a checkpoint."""
-        checkpoints, best = sort_checkpoints(self.args.output_dir, use_mtime=True), self.state.best_model_checkpoint
-        protected = {checkpoints[-1], *([str(Path(best))] if best else [])}
-        others = [checkpoint for checkpoint in checkpoints if checkpoint not in protected]
-        limit = self.args.save_total_limit or len(checkpoints)
-        for checkpoint in others[: max(0, len(checkpoints) - max(limit, len(protected)))]:
+        """Move what --save_total_limit leaves out, never the newest or the best: deleted in place, a kill would leave half a checkpoint.
+
+        The newest is the one of this step. One of a later step was passed over when the run went on from an older one. Times of change do not
+        count: clocks go back.
+        """
+        now, best = self.state.global_step, self.state.best_model_checkpoint
+        by_step = checkpoints_of(self.args.output_dir)
+        protected = {by_step[now], *([str(Path(best))] if best else [])}
+        others = [by_step[step] for step in sorted(by_step, key=lambda step: (step <= now, step))]
+        others = [checkpoint for checkpoint in others if checkpoint not in protected]
+        limit = self.args.save_total_limit or len(by_step)
+        for checkpoint in others[: max(0, len(by_step) - max(limit, len(protected)))]:
             os.rename(checkpoint, folder / f"{Path(checkpoint).name}.old")
 
     def save_state(self) -> None:

@@ -101,6 +101,14 @@ def head_metadata(folder: str, name: str = REWARD_HEAD) -> dict[str, str]:
         raise InputError(f"{path} is damaged ({error}): take another checkpoint, or copy the file again.") from error
 
 
+def weights_fingerprint(base: str, adapter: str | None) -> str | None:
+    """Identity of a base's weights and of those of an adapter on it."""
+    found = checkpoint_fingerprint(base)
+    if found and adapter is not None:
+        found += checkpoint_fingerprint(adapter, "adapter_model.safetensors") or ""
+    return found
+
+
 def checkpoint_fingerprint(model_name_or_path: str, weights: str = "model.safetensors") -> str | None:
     """Identity of a checkpoint's weights: names, shapes and some bytes of every tensor. None without safetensors files.
 

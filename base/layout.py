@@ -78,13 +78,20 @@ def processor_path(model_name_or_path: str) -> str:
 
 
 def damaged_file(folder: str | Path) -> str | None:
-    """The first file of a checkpoint that is cut short, empty or no file at all, with the reason. Reads JSON files and the headers of safetensors."""
-    for path in sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.json")]):
+    """The first file of a checkpoint that is cut short, empty or no file at all, with the reason. Reads JSON files and the headers of safetensors.
+
+    A template that is empty would be replaced by the family's own.
+    """
+    kinds = ("*.safetensors", "*.json", "*.jinja")
+    for path in sorted(path for kind in kinds for path in Path(folder).glob(kind)):
         try:
             if not path.is_file():
                 return f"{path} is a folder and not a file"
             if path.suffix == ".json":
                 json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix == ".jinja":
+                if not path.stat().st_size:
+                    return f"{path} is empty"
             else:
                 with safe_open(path, "pt"):  # compares the header with the size of the file
                     pass

@@ -108,6 +108,8 @@ def load_model(
     if bits is not None:
         kwargs["quantization_config"] = _quantisation(model_class, path, bits, dtype)
     # ZeRO-3 draws random weights before it reads the real ones. Adapters and heads, which are drawn next, must not depend on that.
+    if damaged := damaged_file(path):  # transformers passes over some of them without a word
+        raise InputError(f"{damaged}: copy or download the file again.")
     with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         try:
             model, info = model_class.from_pretrained(
@@ -120,8 +122,8 @@ def load_model(
                 **kwargs,
             )
         except (SafetensorError, OSError) as error:
-            reason = damaged_file(path) or f"{path} cannot be loaded ({' '.join(str(error).split())[:300]})"
-            raise InputError(f"{reason}: copy or download the file again.") from error
+            reason = f"{path} cannot be loaded ({' '.join(str(error).split())[:300]})"
+            raise InputError(f"{reason}: copy or download the files again.") from error
     wrong = {
         name: sorted(map(str, info.get(name) or ())) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
     }

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -13,7 +14,6 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import sort_checkpoints
 
 from common.errors import InputError
 from common.files import write_json
@@ -43,12 +43,18 @@ def newest_whole_checkpoint(output_dir: str) -> str | None:
     """The checkpoint-N with the largest N that can be resumed from. Incomplete ones, which other programs may have left, are passed over."""
     if not os.path.isdir(output_dir):
         return None
-    for folder in reversed(sort_checkpoints(output_dir)):
+    for _, folder in sorted(checkpoints_of(output_dir).items(), reverse=True):
         reason = what_is_wrong_with(folder)
         if reason is None:
             return folder
         print(f"{folder} is passed over: {reason}", file=sys.stderr)
     return None
+
+
+def checkpoints_of(output_dir: str) -> dict[int, str]:
+    """step -> folder. A `checkpoint-3.bak` is somebody's own."""
+    named = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).iterdir())
+    return {int(name[1]): str(path) for name, path in named if name and path.is_dir()}
 
 
 def write_checksums(checkpoint: Path) -> None:
@@ -84,7 +90,10 @@ def what_is_wrong_with(checkpoint: str | Path) -> str | None:
 def _cut_short(checkpoint: Path) -> str | None:
     weights = sorted(checkpoint.rglob("*.safetensors"))
     for index in checkpoint.rglob("*.safetensors.index.json"):
-        weights += [index.parent / name for name in set(json.loads(index.read_text())["weight_map"].values())]
+        try:
+            weights += [index.parent / name for name in set(json.loads(index.read_text())["weight_map"].values())]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return f"{index.name} is damaged"
     if not weights and not [*checkpoint.glob("global_step*")]:
         return "it has no weights"
     for file in weights:

@@ -1,12 +1,15 @@
 """Calling a user's reward function: in time, with one sentence for what it raises, and without losing the answers that it was asked about."""
 
 import json
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from common.errors import InputError
 from common.files import write_json
@@ -32,7 +35,7 @@ def call_in_time(
         InputError: it raises (with the first row for which it does so alone), takes too long, or returns nothing to iterate over.
     """
     try:
-        with _limited(seconds):
+        with _limited(seconds), _left_alone():
             values = _called(function, arguments)
     except _TooLong:
         raise InputError(
@@ -64,7 +67,7 @@ def _first_that_raises(
 ) -> tuple[str, Exception] | None:
     for i, row in enumerate(where):
         try:
-            with _limited(seconds):
+            with _limited(seconds), _left_alone():
                 _called(function, {name: values[i : i + 1] for name, values in arguments.items()})
         except _TooLong:
             return None
@@ -101,6 +104,24 @@ def _limited(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def _left_alone() -> Iterator[None]:
+    """Training goes on in the folder and with the settings of torch that it had, and an exit is an error of the function.
+
+    Raises:
+        RuntimeError: the function wanted to end the program.
+    """
+    folder, dtype, gradients = os.getcwd(), torch.get_default_dtype(), torch.is_grad_enabled()
+    try:
+        yield
+    except SystemExit as error:
+        raise RuntimeError(f"it called sys.exit({error.code!r})") from error
+    finally:
+        os.chdir(folder)
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(gradients)
 
 
 class UnscoredAnswers:

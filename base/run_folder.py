@@ -12,7 +12,6 @@ import os
 import shutil
 import socket
 import sys
-import time
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -21,9 +20,9 @@ from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from args import NEW_ADAPTER, RUN_JSON, describe, write_run_json
-from base.heads import checkpoint_fingerprint
+from base.heads import weights_fingerprint
 from base.layout import base_model_path
-from base.resume import checkpoint_to_resume
+from base.resume import checkpoint_to_resume, checkpoints_of
 from common.errors import InputError
 
 LOCK = ".lock"
@@ -38,9 +37,10 @@ _NEUTRAL = (
     "output_dir resume_from_checkpoint resume_on_other_data overwrite_output_dir model_name_or_path dataset_name data_path image_root "
     "columns eval_data_path dataset_num_proc check_images on_bad_row allow_outside_image_root local_rank run_name report_to project "
     "project_name group_name trackio_space_id disable_tqdm ddp_timeout restore_callback_states_from_checkpoint ref_log_probs_dir "
+    "dataloader_num_workers dataloader_prefetch_factor dataloader_pin_memory dataloader_persistent_workers "
     "num_sample_generations reward_timeout log_level log_level_replica log_on_each_node seed optim do_train do_eval do_predict"
 ).split()
-_NEUTRAL_PREFIXES = ("logging_", "save_", "eval_", "dataloader_", "push_to_hub", "hub_", "debug", "include_")
+_NEUTRAL_PREFIXES = ("logging_", "save_", "eval_", "push_to_hub", "hub_", "debug", "include_")
 # What a run writes to its folder. Anything else that lies there is the user's.
 _OF_A_RUN = (
     "checkpoint-[0-9]* .incomplete *.safetensors *.safetensors.index.json adapter_config.json config.json generation_config.json "
@@ -50,7 +50,7 @@ _OF_A_RUN = (
 ).split()
 
 _held: IO[str] | None = None  # the lock of this process
-_started: float = 0.0  # when it was taken
+_found: dict[Path, int] = {}  # what of a run lay in the folder then, and its time of change in ns
 
 
 def open_run(*flags: Any) -> str | None:
@@ -60,19 +60,19 @@ def open_run(*flags: Any) -> str | None:
         InputError: another process trains into the folder; it holds another run (without --overwrite_output_dir), or what no run.json
             describes; the checkpoint is of another run, or cannot be used.
     """
-    global _started
+    global _found
     args = next(p for p in flags if isinstance(p, TrainingArguments))
     out = Path(args.output_dir)
-    _started = time.time()
     if args.should_save:
         lock(out)
+        _found = {path: path.lstat().st_mtime_ns for path in _written_by_runs(out)}
     asked = args.resume_from_checkpoint not in (None, False, "False", "false", "")
     checkpoint = checkpoint_to_resume(args)
     saved = _saved(out)
     if checkpoint is not None:
-        other = _why_another_run(_run_of(checkpoint), flags)
+        other = _why_another_run(run_of(checkpoint), flags)
         here = Path(checkpoint).resolve().parent == out.resolve()
-        if other is None and (here or not saved or _why_another_run(_run_of(out) or {}, flags) is None):
+        if other is None and (here or not saved or _why_another_run(run_of(out) or {}, flags) is None):
             _say_changes(checkpoint, flags)
             return checkpoint
         if other and not (here and args.overwrite_output_dir):
@@ -82,7 +82,7 @@ def open_run(*flags: Any) -> str | None:
             )
     elif not saved:
         return None  # nothing is lost
-    elif (out / RUN_JSON).is_file() and asked and _why_another_run(_run_of(out), flags) is None:
+    elif (out / RUN_JSON).is_file() and asked and _why_another_run(run_of(out), flags) is None:
         return None  # the same run, whose checkpoints are gone or unusable, which was said
     if not (out / RUN_JSON).is_file():
         raise InputError(f"--output_dir {out} holds {saved}, and no run.json says of which run: give another folder.")
@@ -111,7 +111,7 @@ def record_run(*flags: Any, resumed_from: str | None, **about: Any) -> None:
     """
     args = next(p for p in flags if isinstance(p, TrainingArguments))
     out = Path(args.output_dir)
-    before = _run_of(resumed_from) if resumed_from else None
+    before = run_of(resumed_from) if resumed_from else None
     changed: dict[str, Any] = _changes(before, flags) if before else {}
     if before:
         was, now = ((facts.get("data") or {}).get("train_fingerprint") for facts in (before, about))
@@ -180,13 +180,28 @@ def lock(folder: Path) -> None:
 # -- which run it is ---------------------------------------------------------------------------------------------------------
 
 
-def _run_of(folder: str | Path) -> dict[str, Any] | None:
-    """The run.json of a run's folder or checkpoint; None where there is none (of another program, or an older version)."""
+def run_of(folder: str | Path) -> dict[str, Any] | None:
+    """The run.json of a run's folder or checkpoint; None where there is none (of another program, or an older version).
+
+    Raises:
+        InputError: it is there and damaged.
+    """
+    damaged = None
     for place in (Path(folder), Path(folder).parent):
         try:
-            return json.loads((place / RUN_JSON).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
+            run = json.loads((place / RUN_JSON).read_text(encoding="utf-8"))
+        except FileNotFoundError:
             continue
+        except (OSError, ValueError):
+            run = None
+        if isinstance(run, dict):
+            return run
+        damaged = damaged or place / RUN_JSON
+    if damaged:
+        raise InputError(
+            f"{damaged} is damaged, and nothing else says which run {folder} is of: give another folder, or delete that file to go "
+            "on without knowing."
+        )
     return None
 
 
@@ -205,8 +220,8 @@ def _why_another_run(run: dict[str, Any] | None, flags: tuple[Any, ...]) -> str 
     """What tells the run of these flags from the recorded one, in words; None if they are one run, or if nothing is known."""
     if run is None:
         return None
-    if "arguments" not in run:
-        return "nothing says which"
+    if not any("output_dir" in values for values in run.get("arguments", {}).values()):
+        return f"its {RUN_JSON} does not say which"
     was, now = run["arguments"], _now(run, flags)
     config, old_config = _config_name(now), _config_name(was)
     if config != old_config:
@@ -234,7 +249,7 @@ def _say_changes(checkpoint: str, flags: tuple[Any, ...]) -> None:
     Raises:
         InputError: the run had ended, so that they would do nothing.
     """
-    args, run = next(p for p in flags if isinstance(p, TrainingArguments)), _run_of(checkpoint)
+    args, run = next(p for p in flags if isinstance(p, TrainingArguments)), run_of(checkpoint)
     if run is None:
         _say(args, f"No run.json says which run {checkpoint} is of; going on from it.")
         return
@@ -270,10 +285,7 @@ def _changes(run: dict[str, Any], flags: tuple[Any, ...]) -> dict[str, list[Any]
 def _fingerprint(model_name_or_path: str) -> str | None:
     """Identity of what a run starts from: of the base's weights, and of the adapter on it."""
     base = base_model_path(model_name_or_path)
-    found = checkpoint_fingerprint(base)
-    if base != model_name_or_path and found:
-        found += checkpoint_fingerprint(model_name_or_path, "adapter_model.safetensors") or ""
-    return found
+    return weights_fingerprint(base, model_name_or_path if model_name_or_path != base else None)
 
 
 def _model_of(flags: tuple[Any, ...]) -> Any:
@@ -312,10 +324,15 @@ def _saved(out: Path) -> str | None:
 
 def _remove_other_run(out: Path) -> None:
     """Remove what a run writes, except what this one has written already."""
-    for path in {path for pattern in _OF_A_RUN for path in out.glob(pattern)}:
-        if path.lstat().st_mtime >= _started:
+    for path in _written_by_runs(out):
+        if _found.get(path) != path.lstat().st_mtime_ns:
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def _written_by_runs(out: Path) -> set[Path]:
+    own = {path.name for path in out.glob("checkpoint-*")} - {Path(p).name for p in checkpoints_of(str(out)).values()}
+    return {path for pattern in _OF_A_RUN for path in out.glob(pattern) if path.name not in own}

@@ -17,6 +17,8 @@ _DISK = (
     errno.EPERM,
     errno.EIO,
     errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EMFILE,
     errno.ENAMETOOLONG,
 )
 _DISK_TEXT = re.compile(
@@ -44,9 +46,15 @@ def disk_trouble(error: BaseException | None) -> str | None:
 
 
 def run(main: Callable[[], object]) -> None:
-    """Call a command's main: wrong input, or a full disk, ends in one sentence on stderr and exit status 2, anything else in its traceback."""
+    """Call a command's main: wrong input, or a full disk, ends in one sentence on stderr and exit status 2, anything else in its traceback.
+
+    Ctrl-C ends it with the status that shells give it, 130.
+    """
     try:
         main()
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: Stopped by Ctrl-C.", file=sys.stderr)
+        sys.exit(130)
     except InputError as error:
         fail(error)
     except Exception as error:

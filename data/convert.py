@@ -6,7 +6,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from data.columns import Record, own_columns, renamed, system_of, unread_keys
-from data.rows import BadRow, Kind, Message, Row, SkippedRow, check_row, features_of, normal_path, text_of, type_name
+from data.rows import (
+    BadRow,
+    Kind,
+    Message,
+    Row,
+    SkippedRow,
+    check_row,
+    features_of,
+    normal_path,
+    repeated_key,
+    text_of,
+    type_name,
+)
 
 # Columns of a table whose cells may hold JSON or numbers; all other cells are texts.
 _STRUCTURED = {"image", "images", "messages", "conversations", "responses", "completions", "ranks", "scores", "history"}
@@ -108,13 +120,9 @@ def convert_record(
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object whose names are all different; Python would take the last of equal ones."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise BadRow(f"has the key {twice!r} twice in one object: which of the values counts?")
-    return found
+    if problem := repeated_key(pairs):
+        raise BadRow(problem)
+    return dict(pairs)
 
 
 def _parse(record: Mapping[str, object]) -> dict:

@@ -26,7 +26,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, Value
 
 from common.errors import InputError, disk_trouble
-from data.rows import shorten
+from data.rows import repeated_key, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -151,8 +151,14 @@ def _files_and_kind(path: str, what: str) -> tuple[list[str], str]:
     return files, kinds.pop()
 
 
-def _stamps(parts: Iterable["Part"]) -> list[tuple[str, str | None, int, int]]:
-    return [(p.file, p.root, os.stat(p.file).st_size, os.stat(p.file).st_mtime_ns) for p in parts]
+def _stamp(path: str) -> tuple[int, int, int]:
+    """By which a replaced file is known: its size, and both times, as `cp -p` and `rsync` bring one of their own along."""
+    info = os.stat(path)
+    return info.st_size, info.st_mtime_ns, info.st_ctime_ns
+
+
+def _stamps(parts: Iterable["Part"]) -> list[tuple[str, str | None, int, int, int]]:
+    return [(p.file, p.root, *_stamp(p.file)) for p in parts]
 
 
 class RecordStream:
@@ -292,8 +298,8 @@ def read_hub(name: str) -> Dataset:
         ) from error
 
 
-def _json(stamps: list[tuple[str, str | None, int, int]]) -> Dataset:
-    # Size and time of change are part of what `datasets` keys its cache by.
+def _json(stamps: list[tuple[str, str | None, int, int, int]]) -> Dataset:
+    # Size and times of change are part of what `datasets` keys its cache by.
     kwargs: dict[str, object] = {"stamps": stamps, "code": code_state()}
     try:
         return Dataset.from_generator(_records_of_files, features=_RECORD, gen_kwargs=kwargs)
@@ -320,7 +326,7 @@ def _guarded(path: str, load: Callable[[], Dataset]) -> Dataset:
         raise InputError(f"{path} cannot be read ({type(error).__name__}: {error}): is the file whole?") from error
 
 
-def _records_of_files(stamps: list[tuple[str, str | None, int, int]], code: str) -> Iterator[dict[str, object]]:
+def _records_of_files(stamps: list[tuple[str, str | None, int, int, int]], code: str) -> Iterator[dict[str, object]]:
     empty = True
     readers = {"list": json_list, "lines": json_lines, "object": json_object, "table": table}
     for path, root, *_ in stamps:
@@ -442,13 +448,15 @@ def parts_of_meta(path: str) -> list[Part]:
         return []
     try:
         with open(path, encoding="utf-8-sig") as file:
-            meta = json.load(file)
+            meta = json.load(file, object_pairs_hook=_object)
     except (ValueError, RecursionError):
         return []
     if not isinstance(meta, dict) or not meta:
         return []
     if not all(isinstance(entry, dict) and entry.get("annotation") for entry in meta.values()):
         return []
+    if problem := _problem_of(meta):
+        raise InputError(f"{path} {problem}")
     parts = []
     for name, entry in meta.items():
         files = entry["annotation"] if isinstance(entry["annotation"], list) else [entry["annotation"]]
@@ -548,6 +556,37 @@ def table(path: str) -> Iterator[dict[str, object]]:
         ) from None
 
 
+class _Repeated(dict):
+    """An object with a key twice."""
+
+    problem: str
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if not (problem := repeated_key(pairs)):
+        return dict(pairs)
+    found = _Repeated(pairs)
+    found.problem = problem
+    return found
+
+
+def _problem_of(value: object) -> str | None:
+    """What is wrong with the keys of a JSON value, at any depth."""
+    left = [value]
+    while left:
+        match left.pop():
+            case _Repeated() as found:
+                return found.problem
+            case dict() as found:
+                left += found.values()
+            case list() as found:
+                left += found
+    return None
+
+
+_OBJECT_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def json_object(path: str) -> Iterator[dict[str, object]]:
     """Rows of a file that holds one JSON object, or several one after the other: {"data": [...]}, {id: row} or a row itself.
 
@@ -563,7 +602,7 @@ def json_object(path: str) -> Iterator[dict[str, object]]:
     while start < size:
         start = _NO_SPACE.match(text, start).end()  # type: ignore[union-attr]
         try:
-            value, start = _DECODER.raw_decode(text, start)
+            value, start = _OBJECT_DECODER.raw_decode(text, start)
         except RecursionError:
             raise InputError(f"{path} is nested too deeply to be rows of data.") from None
         except ValueError as error:
@@ -577,7 +616,11 @@ def json_object(path: str) -> Iterator[dict[str, object]]:
             raise InputError(f"{path} holds {shorten(repr(value))} after an object: rows are objects.")
         try:
             for record in _rows_of_object(value):
-                yield {"text": json.dumps(record), "line": None}
+                # The row's own text is gone: what was wrong with it goes along.
+                problem = _problem_of(record)
+                if isinstance(value, _Repeated) and record is not value:
+                    raise ValueError(value.problem)
+                yield {"text": None if problem else json.dumps(record), "line": None, "unreadable": problem}
         except ValueError as error:
             raise InputError(f"{path} {error}") from None
 
@@ -605,7 +648,7 @@ def _rows_of_object(value: dict) -> Iterator[dict]:
         yield from value[of_rows[0]]
     elif value and all(isinstance(v, dict) for v in value.values()):
         for name, row in value.items():
-            yield row if "id" in row else {"id": name, **row}
+            yield row if "id" in row or isinstance(row, _Repeated) else {"id": name, **row}
     else:
         yield value
 

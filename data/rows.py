@@ -107,6 +107,13 @@ def features_of(kind: Kind, image_bytes: bool) -> Features:
     return Features({**features, "source": Value("string"), "where": Value("string")})
 
 
+def repeated_key(pairs: Sequence[tuple[str, object]]) -> str | None:
+    """What is wrong with the keys of a JSON object, or None. Of equal ones Python would take the last, without a word."""
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+    return None if twice is None else f"has the key {twice!r} twice in one object: which of the values counts?"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading the parts of a record
 

@@ -14,7 +14,6 @@
 import argparse
 import datetime
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from transformers.utils import ModelOutput
 from args import run
 from base.collator import VLPPODataCollator
 from base.features import join_image_inputs, pooled_features
+from base.heads import weights_fingerprint
 from base.layout import processor_path
 from base.loading import base_model_path, load_adapter, load_model
 from base.packing import scatter_to_responses
@@ -41,7 +41,7 @@ from common.flags import FlagParser
 from eval.benchmark_files import TASKS, Row, check_images, prompt, read_task
 from eval.flags import add_data_flags, add_model_flags, add_switch, add_thinking_flag
 from eval.ledger import Ledger
-from eval.results import meta_path, sha256, versions
+from eval.results import meta_path, read_meta, sha256, versions
 from models import core_mapper_for
 
 Batch = list[Row]
@@ -361,7 +361,7 @@ def rendering_of(args: argparse.Namespace) -> dict[str, Any]:
     described = meta_path(args.output)
     began = None
     if described.is_file() and not args.overwrite:
-        began = json.loads(described.read_text(encoding="utf-8"))["prompt"].get("date")
+        began = read_meta(args.output).get("prompt", {}).get("date")
     date = datetime.date.fromisoformat(began) if began else None
     return {"enable_thinking": args.enable_thinking, "date": date}
 
@@ -369,6 +369,7 @@ def rendering_of(args: argparse.Namespace) -> dict[str, Any]:
 def describe(args: argparse.Namespace, recorded: dict, facts: dict | None = None) -> dict:
     """answers.meta.json, which scorers copy into results.json. `facts` are those of the chat template."""
     base = base_model_path(args.model_name_or_path)
+    adapter = args.adapter or (args.model_name_or_path if base != args.model_name_or_path else None)
     return {
         "task": args.task,
         "data": str(args.data_path),
@@ -376,7 +377,8 @@ def describe(args: argparse.Namespace, recorded: dict, facts: dict | None = None
         "image_dir": args.image_root,
         "limit": args.limit,
         "checkpoint": base,
-        "adapter": args.adapter or (args.model_name_or_path if base != args.model_name_or_path else None),
+        "adapter": adapter,
+        "weights": weights_fingerprint(base, adapter),  # the same folder may hold another model by now
         "step": checkpoint_step(args.adapter, args.model_name_or_path),
         "prompt": {"suffix": getattr(args, "suffix", None)} | (facts or {}),
         "generation": recorded,

@@ -5,16 +5,17 @@ number of ranks was, ignores a line that a kill has torn, and goes on with what 
 """
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from common.errors import InputError
 from common.files import write_json, write_json_lines, write_text
 from eval.files import read_records
-from eval.results import meta_path
+from eval.results import meta_path, read_meta
 
 # what must be equal for two runs to write into one file
-SAME = ("task", "data_sha256", "image_dir", "limit", "checkpoint", "adapter", "prompt", "generation")
+SAME = ("task", "data_sha256", "image_dir", "limit", "checkpoint", "adapter", "weights", "prompt", "generation")
 
 
 class Ledger:
@@ -35,8 +36,10 @@ class Ledger:
         """Return the ids that are done. To be called by every rank, between two barriers: reading comes before writing."""
         described = meta_path(self.path)
         if described.exists():
-            old = json.loads(described.read_text(encoding="utf-8"))
+            old = read_meta(self.path)
             for key in SAME:
+                if key == "weights" and key not in old:  # of an earlier version
+                    continue
                 if old.get(key) != self.meta.get(key):
                     raise InputError(
                         f"{self.path} was written with {key} {old.get(key)}, now it is {self.meta.get(key)}; "
@@ -87,4 +90,12 @@ class Ledger:
             yield from read_records(self.path)
         for part in self._parts():
             whole, _, _torn = part.read_text(encoding="utf-8").rpartition("\n")
-            yield from (json.loads(line) for line in whole.split("\n") if line)
+            for number, line in enumerate(whole.split("\n"), 1):
+                try:
+                    row = json.loads(line or "null")
+                except ValueError:
+                    row = None
+                if isinstance(row, dict) and "id" in row:
+                    yield row
+                elif line:
+                    print(f"{part}, line {number} is damaged and is answered again.", file=sys.stderr)

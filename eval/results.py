@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from common.errors import InputError
 from common.files import write_json, write_json_lines
@@ -53,6 +54,22 @@ def versions() -> dict[str, str]:
 def meta_path(answers: str | Path) -> Path:
     """Where eval.generate describes the run that wrote an answer file: answers.jsonl -> answers.meta.json."""
     return Path(answers).with_suffix(".meta.json")
+
+
+def read_meta(answers: str | Path) -> dict[str, Any]:
+    """What `meta_path` of an answer file holds.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    path = meta_path(answers)
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        meta = error
+    if not isinstance(meta, dict) or not isinstance(meta.get("prompt", {}), dict):
+        raise InputError(f"{path} is damaged ({meta}); pass another --output, or --overwrite to start again")
+    return meta
 
 
 def scorer_parser(description: str | None, tasks: Iterable[str]) -> argparse.ArgumentParser:

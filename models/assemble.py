@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import datetime
-import json
 import logging
 import re
 import shutil
@@ -17,12 +16,13 @@ from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
-from args import NEW_ADAPTER, RUN_JSON, LoraArguments, ModelArguments, VLConfig
+from args import NEW_ADAPTER, LoraArguments, ModelArguments, VLConfig
 from base.adapters import Role
 from base.fast_lora import use_fast_lora
 from base.layout import without_cwd
 from base.loading import base_model_path, load_adapter, load_model
 from base.resume import checkpoint_to_resume
+from base.run_folder import run_of
 from common.errors import InputError
 from models import core_mapper_for
 from models.merging import bits_of, merge_to
@@ -178,11 +178,9 @@ def load_reference(policy: torch.nn.Module, plan: LoadPlan, training_args: VLCon
 def _date_of(training_args: VLConfig) -> str:
     """Today, by the clock of the first process; of a run that goes on, the day on which it began."""
     resumed = checkpoint_to_resume(training_args)
-    for folder in (Path(resumed), Path(resumed).parent) if resumed else ():
-        if (folder / RUN_JSON).is_file():
-            began = json.loads((folder / RUN_JSON).read_text()).get("plan", {}).get("date")
-            if began:
-                return str(began)
+    began = ((resumed and run_of(resumed)) or {}).get("plan", {}).get("date")
+    if began:
+        return str(began)
     today: list[str] = broadcast_object_list([datetime.datetime.now().date().isoformat()])
     return today[0]
 

@@ -607,13 +607,13 @@ faults(
     largest_number={
         "checkpoint-9 is newer than checkpoint-10": (
             "newest_whole_checkpoint",
-            "reversed(sort_checkpoints(output_dir))",
-            "reversed(sorted(sort_checkpoints(output_dir)))",
+            "sorted(checkpoints_of(output_dir).items(), reverse=True)",
+            "sorted(checkpoints_of(output_dir).items(), key=lambda item: item[1], reverse=True)",
         ),
         "the oldest checkpoint is resumed": (
             "newest_whole_checkpoint",
-            "reversed(sort_checkpoints(output_dir))",
-            "sort_checkpoints(output_dir)",
+            "sorted(checkpoints_of(output_dir).items(), reverse=True)",
+            "sorted(checkpoints_of(output_dir).items())",
         ),
     },
 )
@@ -623,13 +623,13 @@ faults(
     best_checkpoint={
         "--save_total_limit deletes the best": (
             "SafeCheckpoints._move_old_checkpoints",
-            "{checkpoints[-1], *([str(Path(best))] if best else [])}",
-            "{checkpoints[-1]}",
+            "{by_step[now], *([str(Path(best))] if best else [])}",
+            "{by_step[now]}",
         ),
         "--save_total_limit ignored": (
             "SafeCheckpoints._move_old_checkpoints",
-            "self.args.save_total_limit or len(checkpoints)",
-            "len(checkpoints)",
+            "self.args.save_total_limit or len(by_step)",
+            "len(by_step)",
         ),
     },
     on_disk={
@@ -663,11 +663,11 @@ faults(
     another_adapter={
         f"another {key} goes on in the same file": (
             "",
-            '("task", "data_sha256", "image_dir", "limit", "checkpoint", "adapter", "prompt", "generation")',
+            '("task", "data_sha256", "image_dir", "limit", "checkpoint", "adapter", "weights", "prompt", "generation")',
             repr(
                 tuple(
                     k
-                    for k in "task data_sha256 image_dir limit checkpoint adapter prompt generation".split()
+                    for k in "task data_sha256 image_dir limit checkpoint adapter weights prompt generation".split()
                     if k != key
                 )
             ),
