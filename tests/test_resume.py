@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 import train_sft
 from args import SFTConfig
-from base.checkpoints import ASIDE, EXIT_PREEMPTED, Preemption
+from base.checkpoints import ASIDE, EXIT_INTERRUPTED, EXIT_PREEMPTED, Preemption
 from base.resume import CHECKSUMS, checkpoint_to_resume, newest_whole_checkpoint, what_is_wrong_with
+from base.run_folder import LOCK
 from common.errors import InputError
 from tests.processes import RL, Run, history
 
@@ -153,20 +154,40 @@ def test_old_checkpoints_are_moved_before_they_are_deleted(argv, tmp_path, monke
     assert removed and not any(path.name.startswith("checkpoint-") for path in removed)
 
 
-def test_sigterm_saves_and_exits_with_its_own_status(argv, tmp_path):
+@pytest.mark.parametrize(
+    "number, status, name", [(signal.SIGTERM, EXIT_PREEMPTED, "SIGTERM"), (signal.SIGINT, EXIT_INTERRUPTED, "Ctrl-C")]
+)
+def test_signal_saves_and_exits_with_its_own_status(argv, tmp_path, number: signal.Signals, status: int, name: str):
     whole, out, extra = tmp_path / "whole", tmp_path / "stopped", "--save_strategy no"
     assert Run("dpo", argv("dpo", "lora", whole, extra), tmp_path / "whole.log").wait() == 0
     run = Run("dpo", argv("dpo", "lora", out, extra), tmp_path / "log", pause=0.3)
     assert run.until(lambda: run.steps >= 2), run.output[-2000:]
-    assert run.signal(signal.SIGTERM)
-    assert run.wait() == EXIT_PREEMPTED == 75
-    assert "Stopped by SIGTERM after step" in run.output and "Traceback" not in run.output
+    assert run.signal(number)
+    assert run.wait() == status and (EXIT_PREEMPTED, EXIT_INTERRUPTED) == (75, 130)
+    assert f"Stopped by {name} after step" in run.output and "Traceback" not in run.output
     checkpoint = newest_whole_checkpoint(str(out))
     assert checkpoint is not None and f"after step {checkpoint.rsplit('-', 1)[1]};" in run.output
     assert not (out / "adapter_model.safetensors").exists(), "the run has not ended"
     again = Run("dpo", argv("dpo", "lora", out, f"{extra} --resume_from_checkpoint True"), tmp_path / "log2")
     assert again.wait() == 0, again.output[-2000:]
     assert_equal_runs(whole, out)
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["while loading", "a second time"])
+def test_ctrl_c_that_ends_at_once(argv, tmp_path, asked: bool):
+    """Before training, or a second time within a step: one sentence, no traceback, no checkpoint."""
+    out = tmp_path / "out"
+    run = Run("dpo", argv("dpo", "lora", out, "--save_strategy no"), tmp_path / "log", pause=1)
+    if asked:
+        assert run.until(lambda: run.steps >= 1), run.output[-2000:]
+        assert run.signal(signal.SIGINT)
+        time.sleep(0.3)
+    else:
+        assert run.until(lambda: (out / LOCK).exists()), run.output[-2000:]
+    assert run.signal(signal.SIGINT)
+    assert run.wait() == 130
+    assert run.output.strip().endswith("train_dpo.py: Stopped by Ctrl-C.") and "Traceback" not in run.output
+    assert newest_whole_checkpoint(str(out)) is None and not [*out.rglob("*.safetensors")]
 
 
 def test_data_workers_outlive_the_sigterm_of_their_group(argv, tmp_path, monkeypatch):
