@@ -61,10 +61,11 @@ def test_ranks_beside_the_responses_of_mmrlhf(folder: Path, columns: dict) -> No
 def test_the_same_question_about_another_image_is_another_row(folder: Path) -> None:
     """--eval_data_path takes its rows out of training: those with the same images and the same question, no more."""
     rows = [RECORDS["plain_dpo"] | {"image": f"{i}.png"} for i in range(3)]
+    rows.append(rows[0] | {"prompt": "Where?"})
     train = write(folder / "train.json", rows)
     held = write(folder / "eval.json", rows[:1])
     splits = load(arguments(folder, "plain_dpo", train, eval_data_path=str(folder / held)))
-    assert [Path(row["images"][0]).name for row in splits.train.to_list()] == ["1.png", "2.png"]
+    assert [Path(row["images"][0]).name for row in splits.train.to_list()] == ["1.png", "2.png", "0.png"]
     assert splits.info["sets"][0]["left_out_as_in_eval_data"] == 1
 
 

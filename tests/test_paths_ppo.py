@@ -267,7 +267,9 @@ def test_metrics_not_yet_logged_outlive_a_checkpoint(command, reward_file, tmp_p
 def test_mini_batches_are_drawn_anew_in_every_update_and_epoch():
     sizes = BatchSizes(1, 8, 2, 8, 8)
     assert len({tuple(mini_batches(sizes, 0, 5, update, 0)[0]) for update in range(20)}) > 1
+    assert len({tuple(mini_batches(sizes, 0, 5, 0, epoch)[0]) for epoch in range(20)}) > 1
     assert len({tuple(mini_batches(sizes, 0, seed, 0, 0)[0]) for seed in range(20)}) > 1
+    assert len({tuple(mini_batches(sizes, rank, 5, 0, 0)[0]) for rank in range(20)}) > 1
 
 
 # -- seeds

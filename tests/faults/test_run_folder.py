@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -135,6 +136,20 @@ def test_a_used_folder_is_refused_or_emptied(command, used, tmp_path):
     assert not hasattr(load_model(str(used)), "peft_config")
 
 
+def test_a_used_folder_keeps_what_this_run_has_written_already(command, used, conversations_json, tmp_path):
+    """The list of bad rows is written while the data are read, before the folder is emptied."""
+    (used / "bad_rows.jsonl").write_text("of the other run\n")
+    os.utime(used / "bad_rows.jsonl", (0, 0))
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([*json.loads(conversations_json.read_text()), {"image": "0.png", "conversations": []}]))
+    argv = command("sft", "--max_steps 1 --overwrite_output_dir True --on_bad_row drop", out=used)
+    argv[argv.index(str(conversations_json))] = str(rows)
+    train_sft.main(argv)
+    (row,) = (json.loads(line) for line in (used / "bad_rows.jsonl").read_text().splitlines())
+    assert "rows.json, row 8" in row["where"]
+    assert not (used / "checkpoint-1").exists()
+
+
 def test_overwriting_does_not_take_the_model_it_starts_from(command, used):
     with pytest.raises(InputError, match=r"--model_name_or_path .*checkpoint-1 lies in --output_dir"):
         train_dpo.main(
@@ -178,6 +193,13 @@ def test_run_json_lies_in_every_checkpoint(finished):
     for folder in finished.glob("checkpoint-*"):
         assert json.loads((folder / "run.json").read_text()) == json.loads((finished / "run.json").read_text())
         assert what_is_wrong_with(folder) is None
+
+
+def test_run_json_lies_in_a_checkpoint_that_was_moved(command, finished, tmp_path):
+    """Whose it is does not depend on what lies beside it."""
+    moved = shutil.copytree(finished / "checkpoint-1", tmp_path / "kept" / "checkpoint-1")
+    with pytest.raises(InputError, match=r"is of another run: it has --seed 0, this has 7"):
+        train_dpo.main(command("dpo", f"{LORA} --seed 7 --resume_from_checkpoint {moved}"))
 
 
 FILES = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors", "trainer_state.json", CHECKSUMS]

@@ -985,11 +985,6 @@ faults(
             "torch.arange(B, device=input_ids.device).repeat_interleave(self.K)",
             "torch.arange(B, device=input_ids.device).repeat(self.K)",
         ),
-        "an answer goes on behind its end": (
-            "answers_of_one_prefill",
-            "going_on & ~stopping_criteria(input_ids, None)",
-            "~stopping_criteria(input_ids, None)",
-        ),
     },
 )
 
