@@ -12,6 +12,7 @@ import train_dpo
 import train_rm
 import train_sft
 from args import SFTConfig
+from base.checkpoints import SafeCheckpoints
 from base.resume import checkpoint_to_resume, newest_whole_checkpoint
 from common.errors import InputError
 from models.merging import bits_of
@@ -55,8 +56,15 @@ def test_the_bits_of_a_run_are_found_above_its_checkpoints(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [1, 2])
-def test_the_best_checkpoint_outlives_the_limit(command, tmp_path, limit: int):
+def test_the_best_checkpoint_outlives_the_limit(command, tmp_path, monkeypatch, limit: int):
     """--save_total_limit leaves the best and, while it trains, the newest; and the best one's weights are the result."""
+    left, move = {}, SafeCheckpoints._move_old_checkpoints
+
+    def recorded(trainer, folder: Path) -> None:
+        move(trainer, folder)
+        left[trainer.state.global_step] = {f.name for f in (tmp_path / "sft").glob("checkpoint-*")}
+
+    monkeypatch.setattr(SafeCheckpoints, "_move_old_checkpoints", recorded)
     flags = (
         f"--max_steps {STEPS} --per_device_train_batch_size 2 --save_strategy steps --save_steps 1 --eval_ratio 0.25 "
         "--eval_strategy steps --eval_steps 1 --load_best_model_at_end True --metric_for_best_model loss --greater_is_better True "
@@ -67,6 +75,9 @@ def test_the_best_checkpoint_outlives_the_limit(command, tmp_path, limit: int):
     state = json.loads((out / "trainer_state.json").read_text())
     best = out / f"checkpoint-{state['best_global_step']}"
     assert state["best_global_step"] < STEPS, "the last is the best: nothing was tested"
+    assert [*left] == [*range(1, STEPS + 1)]
+    for step, names in left.items():
+        assert f"checkpoint-{step}" in names and len(names) <= 2, (step, names)
     kept = {f.name for f in out.glob("checkpoint-*")}
     assert kept == (
         {best.name} if limit == 1 else {best.name, f"checkpoint-{STEPS}"}

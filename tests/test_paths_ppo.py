@@ -390,9 +390,18 @@ def test_the_reference_of_a_continued_adapter_is_that_adapter(built, llava, tmp_
         with torch.no_grad(), adapter_active(trainer.model.backbone, None):
             base = trainer.model.backbone(**trainer._inputs(r, Role.POLICY), **trainer._tokens(r)).logps
         assert (base - r.ref_logps[r.mask]).abs().max() > 1e-2  # the bare base is another model
+    before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters() if "lora_" in name}
     trainer.train()
     entry = next(e for e in trainer.state.log_history if "objective/kl" in e)
     assert entry["objective/kl"] == pytest.approx(0, abs=1e-5)
+    moved = {
+        name: not torch.equal(weight, before[name])
+        for name, weight in trainer.model.named_parameters()
+        if name in before
+    }
+    for role, moves in ((Role.POLICY, True), (Role.REFERENCE, False)):
+        of_role = [m for name, m in moved.items() if f".{role.adapter}." in name]
+        assert of_role and set(of_role) == {moves}, role
 
 
 def alone(trainer, r: Sampled, i: int) -> tuple[dict, int, list[int]]:

@@ -10,7 +10,6 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 import args
-import train_rm
 import train_sft
 from base import self_check
 from common.errors import InputError
@@ -127,10 +126,10 @@ def test_every_script_checks_log_probs_before_its_first_step(command, rewards, m
 # -- what is loaded trains
 
 
-@pytest.mark.parametrize("algorithm", ["sft", "rm"])
+@pytest.mark.parametrize("algorithm", ["sft", "rm", "dpo"])
 def test_a_loaded_adapter_goes_on_training(command, llava, tmp_path, algorithm: str):
     adapter = sft_adapter(llava, tmp_path / "adapter", seed=0)
-    {"sft": train_sft, "rm": train_rm}[algorithm].main(command(algorithm, "--use_lora True", model=adapter))
+    importlib.import_module(f"train_{algorithm}").main(command(algorithm, "--use_lora True", model=adapter))
     before, after = (load_file(Path(f) / "adapter_model.safetensors") for f in (adapter, tmp_path / algorithm))
     assert before.keys() == after.keys()
     for name, weight in before.items():
