@@ -491,6 +491,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13.5px/1.5 ui-monosp
   padding: .6em .8em; margin: .3em 0; border-left: 4px solid #c4ccd6 }
 pre.best { border-color: #2c8a4b } pre.worst { border-color: #b8403a } pre.middle { border-color: #c79a2b }
 .special { background: #dfe7fb; color: #2346a0; border-radius: 3px; padding: 0 .3em; font-size: .92em }
+.role { font-weight: 600; color: #2346a0 } .bad li { margin: .25em 0; overflow-wrap: anywhere }
 .trained { background: #d7f0dd } .trained .special { background: #b5e2c1; color: #14602f }
 @media (prefers-color-scheme: dark) {
   body { background: #14181d; color: #dde3ea } h2 { border-color: #dde3ea } pre { background: #1e242b; border-color: #49535e }
@@ -502,7 +503,6 @@ pre.best { border-color: #2c8a4b } pre.worst { border-color: #b8403a } pre.middl
   body { margin: 1em auto } article { display: block } .pictures { display: flex; flex-wrap: wrap; gap: 0 .8em }
   figure { max-width: 47% } td:first-child { width: 45% } tr.d2 td:first-child { padding-left: 1.8em } .bad { padding-left: 1.1em }
 }
-.role { font-weight: 600; color: #2346a0 } .bad li { margin: .25em 0; overflow-wrap: anywhere }
 </style><h1>Data check</h1><!-- sections --></html>
 """
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from common.errors import InputError, run
 from common.files import write_text
 from common.flags import FlagParser
+from common.pages import LIGHT
 from eval.benchmark_files import Row, prompt, read_task
 from eval.files import read_any, read_records
 
@@ -38,6 +39,11 @@ class Metric:
     best: float = 100.0
     lower: bool = False
     scale: float = 1.0
+
+    @property
+    def unit(self) -> str:
+        """Of the y axis."""
+        return "words per answer" if self.key == "words" else "%" if self.best == 100 else "points"
 
     def value(self, scores: dict[str, float]) -> float | None:
         """The number of this metric among the scores of a run, or None."""
@@ -249,6 +255,7 @@ def _pyplot() -> ModuleType:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.rcParams["axes.prop_cycle"] = plt.cycler(color=LIGHT)  # C0, C1, ...
     return plt
 
 
@@ -308,6 +315,7 @@ def _small_multiples(
         axis.set_title(metric.title + (" (lower is better)" if metric.lower else ""), fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
+        axis.set_ylabel(metric.unit, fontsize=8)
         draw(axis, runs, [row[n] for row in values], metric)
     handles, labels = next(
         (a.get_legend_handles_labels() for a in axes.flat if a.get_legend_handles_labels()[0]), ([], [])
@@ -332,7 +340,8 @@ def _bars(axis: "Axes", runs: list[Run], values: list[float | None], metric: Met
         bar = axis.bar(n, v if v is not None else 0, color=f"C{n % 10}", label=r.name)
         axis.bar_label(bar, [_format(v, metric)], fontsize=8)
     axis.set_xticks([])
-    axis.margins(y=0.15)
+    highest = max((v for v in values if v is not None), default=0)
+    axis.set_ylim(min(0, *(v or 0 for v in values)), 1.15 * highest if highest > 0 else metric.best)
 
 
 def _curve(axis: "Axes", runs: list[Run], values: list[float | None], metric: Metric) -> None:

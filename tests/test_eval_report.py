@@ -259,3 +259,25 @@ def test_the_legend_lies_below_the_bars(runs: list[Path], tmp_path: Path, monkey
     assert all(top <= axis.get_tightbbox().y0 for axis in figure.axes if axis.axison)
     monkeypatch.undo()
     plt.close(figure)
+
+
+def test_bars_begin_at_zero_have_units_and_colours_for_everybody(runs: list[Path]) -> None:
+    import matplotlib.pyplot as plt
+
+    from common.pages import LIGHT
+
+    report._pyplot()
+    figure, axis = plt.subplots()
+    found = report.read_runs(runs)
+    for metric, values, top in (
+        (report.HEADLINES["chair"][0], [0.0, 0.0, 0.0], 100),
+        (report.HEADLINES["mme"][0], [5.0, 10.0, None], 11.5),
+    ):
+        axis.clear()
+        report._bars(axis, found, values, metric)
+        assert axis.get_ylim() == pytest.approx((0, top))
+        assert [plt.matplotlib.colors.to_hex(bar.get_facecolor()) for bar in axis.patches] == list(LIGHT[:3])
+    assert [m.unit for m in (report.HEADLINES["chair"][0], report.HEADLINES["mme"][0], report.HEADLINES["plain"][1])] == [
+        "%", "points", "words per answer"
+    ]  # fmt: skip
+    plt.close(figure)
