@@ -2,6 +2,7 @@
 
     python -m benchmarks.memory --model llava-hf/llava-1.5-7b-hf --gpus 8 --zero 3
     python -m benchmarks.memory --model runs/sft --script dpo --method lora --max_prompt_length 2900
+    python -m benchmarks.memory --model Qwen/Qwen2.5-VL-7B-Instruct --script dpo --method qlora --fits 24
 
 Weights, gradients and optimizer states are counted on the model's real modules, parameter by parameter, in the
 precision that load_policy and DeepSpeed give them. Activations are the peak of one forward and backward pass of the
@@ -372,8 +373,18 @@ def memory(model: str, setup: Setup) -> dict[str, float]:
     return found | {"total": sum(found.values()), "host": host * min(n, setup.gpus_per_node)}
 
 
+def longest_prompt(model: str, setup: Setup, gib: float, most: int = 32768, step: int = 64) -> int:
+    """The longest prompt, image tokens included, of which a step fits; in steps of `step`, 0 if none fits."""
+    low, high = 0, most // step + 1  # low fits, or is 0; high does not, or is not asked for
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = memory(model, replace(setup, max_prompt_length=middle * step))["total"] <= gib * GIB
+        low, high = (middle, high) if fits else (low, middle)
+    return low * step
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print one table: the scripts side by side, or the parts of one."""
+    """Print one table: the scripts side by side, or the parts of one; with --fits, the longest prompts."""
     parser = FlagParser(description=__doc__)
     parser.add_argument("--model", required=True, help=f"checkpoint folder, hub id, or offline: {', '.join(PUBLISHED)}")
     parser.add_argument("--script", choices=SCRIPTS, help="show the parts of this one")
@@ -381,28 +392,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--zero", choices=METHODS["full"], nargs="+", help="0 is one GPU or DDP, 3_offload zero3_offload.json"
     )
+    parser.add_argument(
+        "--fits", type=float, metavar="GIB", help="print the longest prompt that fits this much memory instead; slow"
+    )
     for field in fields(Setup)[3:]:
         kind = (lambda text: text == "True") if isinstance(field.default, bool) else int
         parser.add_argument(f"--{field.name}", type=kind, default=field.default)
     flags = vars(parser.parse_args(argv))
-    model, script, methods, zeros = (flags.pop(name) for name in ("model", "script", "method", "zero"))
+    model, script, methods, zeros, fits = (flags.pop(name) for name in ("model", "script", "method", "zero", "fits"))
     if model in PUBLISHED and flags["max_prompt_length"] == Setup.max_prompt_length:
         flags["max_prompt_length"] = PUBLISHED[model][0]
-    print(
-        f"{model}, {', '.join(f'{name} {value}' for name, value in flags.items())}; GiB per GPU, of host memory per node\n"
-    )
+    unit = f"longest prompt in {fits:g} GiB, in tokens" if fits else "GiB per GPU, of host memory per node"
+    said = [f"{name} {value}" for name, value in flags.items() if not (fits and name == "max_prompt_length")]
+    print(f"{model}, {', '.join(said)}; {unit}\n")
     rows: list[list[str]] = []
     for method in methods:
         for zero in zeros or METHODS[method]:
             if (method == "qlora" and zero[0] == "3") or (flags["gpus"] == 1 and zero in ("2", "3")):
                 continue  # quantised weights are not partitioned, and with one GPU nothing is
+            config = f"zero{zero}.json" if zero != "0" else "DDP" if flags["gpus"] > 1 else "one GPU"
+            if fits:
+                asked = [script] if script else list(SCRIPTS)
+                rows = rows or [["method", "config", *asked], ["---"] * (2 + len(asked))]
+                longest = [longest_prompt(model, Setup(name, method, zero, **flags), fits) for name in asked]
+                rows.append([method, config, *map(str, longest)])
+                continue
             found = {
                 name: memory(model, Setup(name, method, zero, **flags)) for name in ([script] if script else SCRIPTS)
             }
             totals = {name: parts["total"] for name, parts in found.items()}
             cells = found[script] if script else totals | {"host": max(parts["host"] for parts in found.values())}
             rows = rows or [["method", "config", *cells], ["---"] * (2 + len(cells))]
-            config = f"zero{zero}.json" if zero != "0" else "DDP" if flags["gpus"] > 1 else "one GPU"
             rows.append([method, config, *(f"{value / GIB:.1f}" for value in cells.values())])
     print("\n".join(f"| {' | '.join(row)} |" for row in rows))
 

@@ -1,5 +1,6 @@
 """benchmarks/memory.py against real steps of the four scripts: tensors counted by torch's allocator on the CPU."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -200,3 +201,21 @@ def test_other_families(family):
     """Every kind of position and mask runs on tensors without content."""
     for script in ("sft", "dpo"):
         assert memory.step_bytes(zoo.checkpoint(family), Setup(script, max_prompt_length=32, max_target_length=8)) > 0
+
+
+def test_the_longest_prompt_that_fits(monkeypatch, capsys):
+    """10 GiB and one for every 100 tokens: 1400 tokens fit 24 GiB, in steps of 64 that is 1344."""
+    monkeypatch.setattr(memory, "memory", lambda _, s: {"total": (10 + s.max_prompt_length / 100) * memory.GIB})
+    setup = Setup("dpo", "lora")
+    assert memory.longest_prompt("m", setup, 24) == 1344
+    assert memory.longest_prompt("m", setup, 24, step=100) == 1400  # exactly 24 GiB fit
+    assert memory.longest_prompt("m", setup, 10.3) == 0 and memory.longest_prompt("m", setup, 1e6) == 32768
+    memory.main(["--model", "m", "--script", "dpo", "--method", "qlora", "--fits", "24"])
+    said = capsys.readouterr().out
+    assert "longest prompt in 24 GiB, in tokens" in said and "| qlora | one GPU | 1344 |" in said
+
+
+def test_the_longest_prompt_of_a_model(llava: str):
+    setup = Setup("sft", "lora")
+    budget = memory.memory(llava, dataclasses.replace(setup, max_prompt_length=256))["total"] / memory.GIB + 1e-9
+    assert memory.longest_prompt(llava, setup, budget, most=512) == 256
