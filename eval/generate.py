@@ -14,6 +14,7 @@
 import argparse
 import datetime
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator
