@@ -8,7 +8,6 @@ settings of PPO (two passes, KL in the reward), the others on policy without KL.
 folder: a run that was stopped goes on.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -25,6 +24,7 @@ import data.shapes
 import train_ppo
 import train_sft
 from common.files import write_json, write_text
+from common.flags import FlagParser
 from eval.shapes import evaluate
 
 matplotlib.use("Agg")
@@ -155,7 +155,7 @@ def plot(results: dict[str, list[Scores]], curves: dict[str, list[list[float]]],
 
 def main(argv: Sequence[str] | None = None) -> dict[str, list[Scores]]:
     """Train and evaluate every estimator with every seed, and write table and plot after each seed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/estimators"))
     parser.add_argument("--estimators", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
