@@ -502,6 +502,11 @@ class DPOConfig(VLConfig):
         },
     )
 
+    @property
+    def reads_reference(self) -> bool:
+        """Whether any loss depends on the reference's log-probs."""
+        return not all(losses.get_loss(name).reference_free for name in self.loss_type)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         losses.check_losses(

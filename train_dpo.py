@@ -46,7 +46,7 @@ def build(
     processor = adapter.processor(plan.checkpoint, **plan.rendering)
     # EDIT: what trains and what is frozen
     model = load_policy(plan, lora_args, training_args)
-    ref_model = load_reference(model, plan, training_args)
+    ref_model = load_reference(model, plan, training_args) if training_args.reads_reference else None
 
     # ---- Data ------------------------------------------------------------------------------------------------------
     collator = adapter.dpo_collator(

@@ -42,7 +42,6 @@ from losses import (
     check_losses,
     columns_of,
     common_hyperparameters,
-    get_loss,
     implicit_rewards,
     needs_of,
     preference_loss,
@@ -132,12 +131,13 @@ class VLDPOTrainer(VLTrainer):
         self.needs, self.columns = needs_of(args.loss_type), columns_of(args.loss_type)
         # β of the implicit rewards; where no loss has one they are plain log-ratios
         self.beta = common_hyperparameters(args.loss_type, vars(args)).get("beta", 1.0)
-        self.reference_free = all(get_loss(name).reference_free for name in args.loss_type)
+        self.reference_free = not args.reads_reference
         if args.precompute_ref_log_probs and self.reference_free:
             raise InputError(
                 f"--precompute_ref_log_probs does nothing with --loss_type {' '.join(args.loss_type)}, which reads no reference."
             )
-        if ref_model is None and not isinstance(model, PeftModel) and not args.precompute_ref_log_probs:
+        has_one = ref_model is not None or isinstance(model, PeftModel) or args.precompute_ref_log_probs
+        if args.reads_reference and not has_one:
             raise ValueError("Full fine-tuning needs ref_model, a frozen copy of the initial model.")
         trained_biases = isinstance(model, PeftModel) and any(a.bias != "none" for a in model.peft_config.values())
         if trained_biases and not (args.precompute_ref_log_probs or self.reference_free):
