@@ -3,7 +3,9 @@
     torchrun --nproc_per_node 2 -m tests.distributed_jobs jobs.json
 
 jobs.json: [{"name", "script", "argv"}, ...], maybe with "pause", seconds that every
-step from then on waits. Writes jobs.times, one line with the seconds of each.
+step from then on waits, or "break", the arguments of `break_step`. Writes jobs.times,
+one line with the seconds of each. A job with "refused": true must end in a sentence,
+which is written to jobs.said-RANK, and is the last.
 """
 
 import json
@@ -21,7 +23,8 @@ import train_dpo
 import train_ppo
 import train_rm
 import train_sft
-from tests.processes import pause_before_steps
+from common.errors import InputError
+from tests.processes import break_step, pause_before_steps
 
 SCRIPTS = {"sft": train_sft, "dpo": train_dpo, "rm": train_rm, "ppo": train_ppo}
 
@@ -33,8 +36,16 @@ def main() -> None:
         argv = job["argv"]
         if "pause" in job:
             pause_before_steps(job["pause"])
+        if "break" in job:
+            break_step(*job["break"])
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
+        if job.get("refused"):
+            try:
+                SCRIPTS[job["script"]].main(argv)
+            except InputError as error:
+                path.with_suffix(f".said-{os.environ.get('RANK', '0')}").write_text(str(error))
+            return
         SCRIPTS[job["script"]].main(argv)
         # State that one run would pass on to the next, above all the DeepSpeed plugin.
         AcceleratorState._reset_state()

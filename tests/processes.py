@@ -32,6 +32,34 @@ def pause_before_steps(seconds: float) -> None:
     Preemption.on_step_begin = lambda *args, **kwargs: time.sleep(seconds)
 
 
+def break_step(step: int, rank: int, what: str) -> None:
+    """Let one process of a run break in a training step, counted from 1.
+
+    Args:
+        what: "loss" or "gradient" is NaN in the step, or a "weight" is infinite after it, behind the trainer's back.
+    """
+    from base import trainer
+
+    for kind in (trainer.VLSFTTrainer, trainer.VLDPOTrainer):
+
+        def compute_loss(self, *args, compute_loss=kind.compute_loss, **kwargs):
+            loss = compute_loss(self, *args, **kwargs)
+            if (self.state.global_step + 1, self.args.process_index) == (step, rank) and self.model.training:
+                if what == "loss":
+                    return loss * float("nan")
+                if what == "gradient":
+                    loss.register_hook(lambda grad: grad * float("nan"))
+            return loss
+
+        def step_end(self, *args, step_end=kind._maybe_log_save_evaluate, **kwargs):
+            if (self.state.global_step, self.args.process_index, what) == (step, rank, "weight"):
+                weight = next(p for p in self.model.parameters() if p.requires_grad)
+                getattr(weight, "ds_tensor", weight).data.view(-1)[0] = float("inf")
+            step_end(self, *args, **kwargs)
+
+        kind.compute_loss, kind._maybe_log_save_evaluate = compute_loss, step_end
+
+
 def _main(script: str, argv: list[str], log: str, file_size: int | None, pause: float) -> None:
     """In the child: everything printed goes to `log`; no file grows beyond `file_size` bytes, as on a full disk."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
