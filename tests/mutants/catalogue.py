@@ -1241,9 +1241,9 @@ faults(
 )
 faults(
     "models/assemble.py",
-    "tests/test_paths_ppo.py",
-    continued={
-        "the reference of a continued adapter is the adapter that trains": (
+    "tests/test_paths_scripts.py",
+    goes_on_training={
+        "the reference of a continued adapter is what trains in DPO": (
             "load_reference",
             "policy.set_adapter(Role.POLICY.adapter)",
             "policy.set_adapter(Role.REFERENCE.adapter)",
