@@ -981,9 +981,9 @@ faults(
     },
     mllama={
         "prompts are repeated in another order than answers": (
-            "_RepeatedStep.begin",
-            "torch.arange(B, device=input_ids.device).repeat_interleave(self.K)",
-            "torch.arange(B, device=input_ids.device).repeat(self.K)",
+            "_repeated",
+            "torch.arange(B, device=input_ids.device).repeat_interleave(K)",
+            "torch.arange(B, device=input_ids.device).repeat(K)",
         ),
     },
 )
@@ -997,8 +997,8 @@ faults(
         "the check never stops a run": ("check_log_probs", "found <= tolerance", "True"),
         "differences of both signs cancel": (
             "check_log_probs.difference",
-            "(_logps(model, batch, images) - expected).abs().mean().item()",
-            "abs((_logps(model, batch, images) - expected).mean().item())",
+            "(_logps(model, batch, images, plain) - expected).abs().mean().item()",
+            "abs((_logps(model, batch, images, plain) - expected).mean().item())",
         ),
         "the check compares a forward with itself": (
             "check_log_probs",
@@ -1051,13 +1051,13 @@ faults(
             "False",
         ),
         "the user's own files are removed": (
-            "_remove_other_run",
-            "{path for pattern in _OF_A_RUN for path in out.glob(pattern)}",
+            "_written_by_runs",
+            "{path for pattern in _OF_A_RUN for path in out.glob(pattern) if path.name not in own}",
             "set(out.glob('*'))",
         ),
         "what this run has written is removed": (
             "_remove_other_run",
-            "path.lstat().st_mtime >= _started",
+            "_found.get(path) != path.lstat().st_mtime_ns",
             "False",
         ),
     },
@@ -1073,7 +1073,7 @@ faults(
     },
     run_json_lies={
         "a checkpoint's run.json is not looked at": (
-            "_run_of",
+            "run_of",
             "(Path(folder), Path(folder).parent)",
             "(Path(folder).parent,)",
         ),
@@ -1156,8 +1156,8 @@ faults(
     metrics_by_hand={
         "metrics are sums": (
             "VLTrainer.log",
-            "[total / count for total, count in means if count]",
-            "[total for total, count in means if count]",
+            "[total / count for total, count in itertools.islice(read, len(of_metric)) if count]",
+            "[total for total, count in itertools.islice(read, len(of_metric)) if count]",
         ),
     },
 )
@@ -1212,8 +1212,8 @@ faults(
     largest_number={
         "the newest checkpoint is the one written last": (
             "newest_whole_checkpoint",
-            "reversed(sort_checkpoints(output_dir))",
-            "sorted(sort_checkpoints(output_dir), key=lambda f: Path(f).stat().st_mtime, reverse=True)",
+            "sorted(checkpoints_of(output_dir).items(), reverse=True)",
+            "sorted(checkpoints_of(output_dir).items(), key=lambda item: Path(item[1]).stat().st_mtime, reverse=True)",
         ),
     },
 )
@@ -1223,7 +1223,7 @@ faults(
     best_checkpoint={
         "--save_total_limit deletes the newest": (
             "SafeCheckpoints._move_old_checkpoints",
-            "{checkpoints[-1], *([str(Path(best))] if best else [])}",
+            "{by_step[now], *([str(Path(best))] if best else [])}",
             "{*([str(Path(best))] if best else [])}",
         ),
     },
@@ -1256,16 +1256,16 @@ faults(
     settings_of_its_file={
         f"another {key} goes on in the same file": (
             "",
-            '("task", "data_sha256", "image_dir", "limit", "checkpoint", "adapter", "prompt", "generation")',
+            '("task", "data_sha256", "image_dir", "limit", "checkpoint", "adapter", "weights", "prompt", "generation")',
             repr(
                 tuple(
                     k
-                    for k in "task data_sha256 image_dir limit checkpoint adapter prompt generation".split()
+                    for k in "task data_sha256 image_dir limit checkpoint adapter weights prompt generation".split()
                     if k != key
                 )
             ),
         )
-        for key in ("task", "data_sha256", "image_dir", "checkpoint", "generation")
+        for key in ("task", "data_sha256", "image_dir", "checkpoint", "weights", "generation")
     },
 )
 
