@@ -131,12 +131,17 @@ def scaled(method, by: float):
     return lambda *args, **kwargs: change(method(*args, **kwargs))
 
 
-@pytest.mark.parametrize("wrong", ["last_hidden_state", "encode_images", "packed_attention_mask"])
+@pytest.mark.parametrize(
+    "wrong", ["last_hidden_state", "encode_images", "packed_attention_mask or packed_position_ids"]
+)
 def test_the_check_sees_and_names_the_method_that_is_wrong(llava, monkeypatch, wrong: str):
     model, processor = load_model(llava, dtype=torch.float32), core_mapper_for(llava).processor(llava)
-    if wrong == "packed_attention_mask":  # every answer sees the others
-        right = model.packed_attention_mask
-        monkeypatch.setattr(model, wrong, lambda ids, segments, images: right(ids, segments.clamp(max=0), images))
+    if wrong.startswith("packed"):  # wrong by far: a tiny model hardly looks at positions
+
+        def positions(self, input_ids, segment_ids, img_inputs):
+            return 7 * torch.arange(input_ids.shape[1]).expand_as(input_ids)
+
+        monkeypatch.setattr(type(model), "packed_position_ids", positions, raising=False)
     elif wrong == "encode_images":
         monkeypatch.setattr(model, wrong, lambda images: moved_features(type(model).encode_images(model, images)))
     else:
