@@ -65,8 +65,12 @@ def about_reference(
 
 @contextmanager
 def weights_as(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Compute with parameters and buffers of this type, as DeepSpeed will once it has started; then they are what they were."""
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    """Compute with parameters of this type, as DeepSpeed will once it has started; then they are what they were.
+
+    Buffers keep theirs, as in DeepSpeed 0.19 (`_cast_module_mixed_precision`): with frequencies of the rotary embedding in bf16 the reference
+    would be another model than the policy.
+    """
+    tensors = [p for p in model.parameters() if p.is_floating_point()]
     kept = [t.data for t in tensors]
     for t in tensors:
         t.data = t.data.to(dtype)

@@ -326,7 +326,7 @@ class VLDPOTrainer(VLTrainer):
             self.processing_class,
             self.data_collator,
             is_policy=self.ref_model is None,
-            precision=f"deepspeed {mixed}" if self.is_deepspeed_enabled and mixed != "no" else mixed,
+            precision=f"deepspeed {mixed}, buffers float32" if self.is_deepspeed_enabled and mixed != "no" else mixed,
             second_image=second_image,
         )
         cache = ReferenceCache(self.args.ref_log_probs_dir or default_folder(), about)
