@@ -9,6 +9,7 @@
 
 import logging
 import os
+import types
 import warnings
 from datetime import timedelta
 
@@ -58,13 +59,18 @@ def join_processes_on_cpu(with_deepspeed: bool, timeout: float) -> None:
 
 
 def keep_quantised_linears_trainable(model: torch.nn.Module) -> None:
-    """Keep bitsandbytes' 4-bit layers differentiable on CPUs with AVX512-BF16. Call right after loading.
+    """Let bitsandbytes' layers on a CPU be differentiable and compute the same in training and evaluation. Call right after loading.
 
-    The first forward in eval mode repacks each layer for inference and never undoes it. The repacked operator has no
-    backward, so after any evaluation or rollout training would go on with a gradient of zero.
+    4 bits, on CPUs with AVX512-BF16: the first forward in eval mode repacks each layer for inference and never undoes it.
+    The repacked operator has no backward, so after any evaluation or rollout training would go on with a gradient of zero.
+    8 bits: in training mode a CPU multiplies by the weights made float again, in eval mode it rounds the inputs to 8 bits, too (a GPU
+    always does). PPO's first ratio was .007 off 1: scoring evaluates, the optimiser trains. The layers stay in training mode.
     """
     import bitsandbytes  # slow to import, only needed with --q_lora
 
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
+        elif isinstance(module, bitsandbytes.nn.Linear8bitLt):
+            module.train(True)
+            module.train = types.MethodType(lambda self, mode=True: self, module)
