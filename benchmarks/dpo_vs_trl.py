@@ -27,10 +27,9 @@ from PIL import Image
 
 import args as flags
 import train_dpo
-from base.model import VLModelMixin
 from base.trainer import VLDPOTrainer
 from benchmarks import floor
-from benchmarks.models import SIZES, build, rows
+from benchmarks.models import SIZES, build, lora_targets, rows
 from benchmarks.steps import LoadWatch, Side, Timings, machine, markdown, matmul_rate, take_turns, write
 from common.flags import FlagParser
 from data import DataSplits
@@ -137,7 +136,7 @@ def trl_side(
             lora_alpha=32,
             lora_dropout=0,
             task_type="CAUSAL_LM",
-            target_modules=VLModelMixin.lora_target_regex(model, VLModelMixin.default_lora_target),
+            target_modules=lora_targets(model),
         )
     trainer = trl.DPOTrainer(
         model=model,

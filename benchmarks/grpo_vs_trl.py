@@ -27,8 +27,7 @@ from transformers import Trainer, TrainerCallback
 
 import args as flags
 import train_ppo
-from base.model import VLModelMixin
-from benchmarks.models import SIZES, build, rows
+from benchmarks.models import SIZES, build, lora_targets, rows
 from benchmarks.steps import MIB, LoadWatch, machine, markdown, peak_of, write
 from common.flags import FlagParser
 from data import DataSplits
@@ -112,7 +111,7 @@ def theirs(checkpoint: Path, data: list[Row], tokens: int, answers: int, updates
         lora_alpha=32,
         lora_dropout=0,
         task_type="CAUSAL_LM",
-        target_modules=VLModelMixin.lora_target_regex(model, VLModelMixin.default_lora_target),
+        target_modules=lora_targets(model),
     )
     config = trl.GRPOConfig(
         output_dir=str(checkpoint / "trl"),

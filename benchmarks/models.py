@@ -7,6 +7,7 @@ answer's end token (trainers differ in whether they train on what follows it).
 """
 
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 import transformers as tf
 from PIL import Image
 
+from base.model import VLModelMixin
 from tests import zoo
 
 SIZES = ("tiny", "cpu", "7b")
@@ -285,6 +287,13 @@ def picture(size: tuple[int, int], seed: int) -> Image.Image:
     """A smooth random picture."""
     small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+
+
+def lora_targets(model: tf.PreTrainedModel) -> str:
+    """For LoraConfig: the linear layers of transformers' own model that train_*.py adapt by default."""
+    decoder = model.get_decoder()
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    return rf"{re.escape(prefix)}\.(.*\.)?({'|'.join(VLModelMixin.default_lora_target)})"
 
 
 def rows(
