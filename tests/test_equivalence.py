@@ -15,6 +15,7 @@ import train_rm
 import train_sft
 from base.model import VLModelMixin
 from base.segments import Layout
+from base.trainer import VLTrainer
 from data import DataSplits
 from tests import zoo
 from tests.processes import history
@@ -183,6 +184,14 @@ def test_the_loss_of_ragged_rows_by_hand(llava, image_dir, tmp_path):
         tokens += batch["completion_mask"].sum(1)[batch["chosen"]].sum().item()
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_means_of_micro_batches_are_seen(llava, image_dir, tmp_path, monkeypatch):
+    """Without the count over all of them, the one of eight rows that has no pair takes an eighth off the first loss."""
+    monkeypatch.setattr(VLTrainer, "_get_num_items_in_batch", lambda *_: None)
+    flags = "--per_device_train_batch_size 1 --gradient_accumulation_steps 8"
+    step, _ = one_step("dpo", llava, ragged_rows(image_dir), tmp_path, flags)
+    assert step["loss"] == pytest.approx(7 / 8 * math.log(2), abs=1e-6)
 
 
 @pytest.mark.parametrize(

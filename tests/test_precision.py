@@ -12,6 +12,7 @@ from datasets import Dataset
 
 import train_dpo
 import train_sft
+from base.heads import ScalarHead
 from common.errors import InputError
 from tests.processes import history
 from tests.test_distributed import launch
@@ -148,13 +149,18 @@ def test_packed_against_plain_is_below_the_noise_of_bf16(llava, image_dir, tmp_p
     assert 0 < noise < 0.1 and not on_bf16_grid(found["packed"])
 
 
-def test_values_have_their_fraction(llava, image_dir, tmp_path):
-    flags = f"{PRECISIONS['lora']} --reward_fn {__file__}:no_reward"
+@pytest.mark.parametrize("fault", [False, True])
+def test_values_have_their_fraction(llava, image_dir, tmp_path, monkeypatch, fault: bool):
+    """Those of a head that computes in the type of its inputs have none."""
+    if fault:
+        monkeypatch.setattr(
+            ScalarHead, "forward", lambda head, x: torch.nn.functional.linear(x, head.weight.to(x.dtype))
+        )
     rows = prompt_rows(image_dir, 4)
-    trainer = ppo_trainer(llava, rows, tmp_path, flags)
+    trainer = ppo_trainer(llava, rows, tmp_path, f"{PRECISIONS['lora']} --reward_fn {__file__}:no_reward")
     for r in rolled_out(trainer, rows):
-        for values in (r.values, r.advantages, r.returns):
-            assert values.dtype == torch.float32 and not on_bf16_grid(values[r.mask])
+        assert on_bf16_grid(r.values[r.mask].float()) == fault
+        assert fault or (r.values.dtype == torch.float32 and not on_bf16_grid(r.returns[r.mask]))
 
 
 @pytest.mark.parametrize("script", ["sft", "dpo", "rm"])
@@ -209,6 +215,9 @@ def zero_jobs(command, stage: int, start: Path, tmp_path: Path) -> list[dict]:
         "rm": ("rm", LORA, None),
         "sft": ("sft", "", None),
     }
+    if stage == 2:  # ZeRO-3 does not partition quantised weights
+        cells["dpo-4-bit"] = ("dpo", f"{LORA} --q_lora True", None)
+        cells["dpo-4-bit-cached"] = ("dpo", f"{LORA} --q_lora True {cache}", None)
     jobs = []
     for name, (script, flags, model) in cells.items():
         out = tmp_path / f"zero{stage}" / name
