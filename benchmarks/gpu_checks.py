@@ -30,9 +30,9 @@ from base import logps
 from base.rollout import Sampled
 from base.rollout_cache import StaticRolloutCache
 from benchmarks import memory, models
-from benchmarks.dpo_vs_trl import Case, our_trainer
+from benchmarks.dpo_vs_trl import Case, our_trainer, trl_side
 from benchmarks.memory import GIB, Setup
-from benchmarks.steps import Side, machine
+from benchmarks.steps import Side, Timings, machine
 from common.flags import FlagParser
 from data import DataSplits
 from tests import zoo
@@ -170,7 +170,7 @@ def stand_in(family: str, folder: Path) -> Iterator[Path]:
 
 
 def dpo_steps(place: Workplace, figures: Figures) -> None:
-    """Seconds, peak and first margins of both layouts, online and cached, beside benchmarks/memory.py."""
+    """Seconds, peak and first margins of both layouts, online and cached, beside benchmarks/memory.py; and TRL's steps."""
     for family in ("llava", "qwen2_5_vl"):
         with stand_in(family, place.folder) as checkpoint:
             for share in (True, False):
@@ -178,6 +178,7 @@ def dpo_steps(place: Workplace, figures: Figures) -> None:
                     flags = f"--share_prefix {share} --precompute_ref_log_probs {cached} {'--bf16 True' if GPU else '--use_cpu True'}"
                     name = f"{family} {'packed' if share else 'plain'} {'cached' if cached else 'online'}"
                     attempt(figures, name, lambda f=family, c=checkpoint, o=flags: _dpo_steps(f, c, o, place.folder))
+            attempt(figures, f"{family} beside TRL", lambda f=family, c=checkpoint: _beside_trl(f, c, place.folder))
 
 
 def _side(family: str, checkpoint: Path, flags: str, folder: Path) -> Side:
@@ -206,6 +207,38 @@ def _dpo_steps(family: str, checkpoint: Path, flags: str, folder: Path) -> Figur
         "peak_mib": side.timings.peak_mib,
         "computed_mib": (computed["total"] - computed["assumed"]) / 2**20 if batch["packed"] else None,
     }
+
+
+def _beside_trl(family: str, checkpoint: Path, folder: Path) -> Figures:
+    """Our steps and those of TRL from the same adapter, with 2 pairs, 4, 8, ... as long as they fit: equal batches, and each side's largest."""
+    initial: dict[str, torch.Tensor] = {}
+
+    def ours() -> Side:
+        side = _side(family, checkpoint, "--bf16 True" if GPU else "--use_cpu True", folder)
+        initial.update({n: p.detach().clone() for n, p in side.trainer.model.named_parameters() if p.requires_grad})
+        return side
+
+    def theirs() -> Side:
+        data = models.rows(family, SIZE, checkpoint, 50, 8)
+        return trl_side(Case(family, family, 50), checkpoint, data, initial, "bfloat16" if GPU else "float32")
+
+    return {name: _larger_and_larger(make()) for name, make in (("ours", ours), ("trl", theirs))}
+
+
+def _larger_and_larger(side: Side) -> Figures:
+    """Seconds, pairs per second, peak and first loss by the number of pairs."""
+    dataset, collate, found = side.trainer.train_dataset, side.trainer.data_collator, {}
+    for pairs in (2, 4, 8, 16, 32, 64) if GPU else (2, 4):
+        side.batches = [lambda n=pairs: collate([dataset[i % len(dataset)] for i in range(n)])]
+        side.timings = Timings()
+        try:
+            losses = [side.step(measure=n > 0) for n in range(3)]
+            side.measure_memory()
+        except torch.OutOfMemoryError:
+            break
+        seconds, peak_mib = side.timings.step_compute, side.timings.peak_mib
+        found[pairs] = {"s_per_step": seconds, "pairs_per_s": pairs / seconds, "peak_mib": peak_mib, "loss": losses[0]}
+    return found
 
 
 def launches_and_syncs(place: Workplace, figures: Figures) -> None:
