@@ -1039,6 +1039,10 @@ def _refuse_contradictions(parsed: Sequence[Any]) -> None:
         for name, default in defaults.items():
             if flags.get(name, default) != default:
                 raise InputError(f"--{name} needs --use_lora True: without it all weights are trained.")
+    if flags.get("q_lora") and any(c.is_zero3() for p in parsed if (c := getattr(p, "hf_deepspeed_config", None))):
+        raise InputError(
+            "--q_lora does not work with ZeRO-3, which cannot partition quantised weights: take ZeRO-2, or DDP."
+        )
     _refuse_training_in_16_bits(flags)
     if any(isinstance(p, PPOConfig) for p in parsed) and flags.get("lora_bias") not in (None, "none"):
         raise InputError(

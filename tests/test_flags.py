@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 import args
 from common.errors import InputError
@@ -138,3 +139,15 @@ def test_evaluation_alone(command, rewards, tmp_path, script: str):
     assert not list(alone.glob("*.safetensors"))
     with pytest.raises(InputError, match="--eval_ratio or --eval_data_path"):
         main(command(script, flags.replace("--eval_ratio 0.25", "--do_train False"), out=tmp_path / "none"))
+
+
+def test_quantised_weights_are_not_partitioned(command):
+    """As parse would do under a launcher, which has to be there for DeepSpeed's configuration to be read."""
+    argv = command("dpo", "--use_lora True --q_lora True")
+    *others, training = args.parse(*OTHERS, args.DPOConfig, argv=argv)
+    training.hf_deepspeed_config = HfDeepSpeedConfig("ds_configs/zero2.json")
+    args._refuse_contradictions([*others, training])
+    training.hf_deepspeed_config = HfDeepSpeedConfig("ds_configs/zero3.json")
+    with pytest.raises(InputError, match="take ZeRO-2, or DDP"):
+        args._refuse_contradictions([*others, training])
+    unset_hf_deepspeed_config()
