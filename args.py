@@ -435,7 +435,7 @@ class VLConfig(TrainingArguments):
             raise InputError("--logging_nan_inf_filter True would hide a loss that is not finite: leave it out.")
         if self.remove_unused_columns:
             raise InputError("--remove_unused_columns True would drop the images: leave it out.")
-        if isinstance(self.deepspeed, str) and not self.deepspeed.lstrip().startswith("{"):
+        if self.deepspeed and isinstance(self.deepspeed, str) and not self.deepspeed.lstrip().startswith("{"):
             try:
                 json.loads(Path(self.deepspeed).read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:

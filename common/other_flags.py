@@ -166,7 +166,7 @@ def translate(argv: list[str], known: Collection[str], lists: Collection[str]) -
     Args:
         argv: a command line.
         known: flags of this script, without dashes. They are never translated.
-        lists: those that take several values: `a,b`, `a b` and the flag given twice all mean both.
+        lists: those that take several values, as `a b` or `a,b`.
 
     Raises:
         InputError: a flag that means something else here, with what to write.
@@ -275,15 +275,12 @@ def _split(argv: list[str]) -> list[tuple[str, Values]]:
 
 
 def _join(flags: list[tuple[str, Values]], lists: Collection[str]) -> list[str]:
-    """Back to a command line; the values of a list stand together, each in a word of its own."""
-    together: dict[str, Values] = {}
+    """Back to a command line; each value of a list in a word of its own."""
     words: list[str] = []
     for name, values in flags:
-        if name in lists:
-            together.setdefault(name, []).extend(v for value in values for v in _several(value))
-        else:
-            words += ([f"--{name}"] if name else []) + values
-    return words + [word for name, values in together.items() for word in (f"--{name}", *values)]
+        words += [f"--{name}"] if name else []
+        words += [v for value in values for v in _several(value)] if name in lists else values
+    return words
 
 
 def _several(value: str) -> list[str]:

@@ -345,10 +345,10 @@ def test_of_a_frozen_tower_only_the_features_are_kept(llava, preference_rows, tm
 @pytest.mark.parametrize("loss", ["simpo", "cpo sft", "sft orpo"])
 def test_losses_without_a_reference_train_without_one(command, tmp_path, loss: str):
     """No second model is loaded for full training, and the loss falls."""
-    argv = command("dpo", f"--loss_type {loss} --max_steps 6 --learning_rate 1e-2")
+    argv = command("dpo", f"--loss_type {loss} --max_steps 10 --learning_rate 1e-2")
     flags = args.parse(args.ModelArguments, args.DataArguments, args.LoraArguments, args.DPOConfig, argv=argv)
     trainer, _ = train_dpo.build(*flags)
     assert trainer.ref_model is None
     trainer.train()
     steps = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert steps[-1] < steps[0]
+    assert sum(steps[-2:]) < sum(steps[:2])  # two steps see all rows

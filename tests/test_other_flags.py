@@ -43,7 +43,11 @@ TAKEN = {  # script, their flags, ours
     "None": ("sft", "--image_root None", {"image_root": None}),
     "commas": ("dpo", "--use_lora True --lora_target_modules a,b", {"lora_target_modules": ["a", "b"]}),
     "words": ("dpo", "--use_lora True --lora_target_modules a b", {"lora_target_modules": ["a", "b"]}),
-    "twice": ("dpo", "--loss_type sigmoid --loss_type bco_pair", {"loss_type": ["sigmoid", "bco_pair"]}),
+    "twice: the last one counts": (
+        "dpo",
+        "--loss_type sigmoid --loss_type bco_pair,sft",
+        {"loss_type": ["bco_pair", "sft"]},
+    ),
     "numbers": ("dpo", "--loss_type sigmoid,ipo --loss_weights 1,.5", {"loss_weights": [1, 0.5]}),
     "a regular expression": (
         "dpo",
