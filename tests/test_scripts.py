@@ -63,6 +63,8 @@ def test_the_load_plan_is_printed_and_kept(command, tmp_path, llava, capsys):
     assert {name: plan[name] for name in expected} == expected and set(plan) - set(expected) == {
         "date",
         "enable_thinking",
+        "max_pixels",
+        "min_pixels",
     }
     lines = capsys.readouterr().out.splitlines()
     start = lines.index("Loading") + 1
