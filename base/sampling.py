@@ -124,7 +124,9 @@ class Sampler:
             disable_compile=True,
             # Weights that are shared out need all ranks at every token, until the longest answer of all ranks has
             # ended.
-            synced_gpus=is_deepspeed_zero3_enabled() and args.world_size > 1 and not args.ds3_gather_for_generation,
+            until_all_ranks_end=is_deepspeed_zero3_enabled()
+            and args.world_size > 1
+            and not args.ds3_gather_for_generation,
         )
         prompts = inputs["input_ids"].repeat_interleave(K, 0)
         length = prompts.shape[1]

@@ -27,9 +27,9 @@ def answers_of_one_prefill(
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
-    synced_gpus: bool = False,
     num_answers: int = 1,
     packed: bool = False,
+    until_all_ranks_end: bool = False,
     **kwargs: Any,
 ) -> Tensor:
     """For `custom_generate`: greedy search or sampling, (B, L) -> (B * num_answers, L + T), prompt by prompt.
@@ -37,6 +37,7 @@ def answers_of_one_prefill(
     Args:
         num_answers: K. Greedy answers differ only if a logits processor makes them: it sees B * K rows from the first token on.
         packed: decode with one row per prompt; needs a dynamic cache and `position_ids` among kwargs.
+        until_all_ranks_end: generate's `synced_gpus`, which it does not hand on to functions.
         kwargs: what generate prepared for B prompts.
     """
     if packed and num_answers > 1 and kwargs.get("position_ids") is not None:
@@ -58,7 +59,7 @@ def answers_of_one_prefill(
                 tokens = torch.where(going_on, tokens, padding)
             input_ids = torch.cat([input_ids, tokens.to(input_ids.device)[:, None]], dim=1)
             going_on = going_on & ~stopping_criteria(input_ids, None)
-            if not model._has_unfinished_sequences(not going_on.any(), synced_gpus, device=input_ids.device):
+            if not model._has_unfinished_sequences(not going_on.any(), until_all_ranks_end, device=input_ids.device):
                 return input_ids
             logits = step.logits_after(input_ids)
 
@@ -69,7 +70,6 @@ def beams_of_one_prefill(
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
-    synced_gpus: bool = False,
     beams: int = 1,
     **kwargs: Any,
 ) -> Tensor:
@@ -86,9 +86,7 @@ def beams_of_one_prefill(
     generation_config.num_beams = beams
     model._prefill = lambda *_, **__: out  # what beam search begins with
     try:
-        return model._beam_search(
-            input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, **kwargs
-        )
+        return model._beam_search(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
     finally:
         del model._prefill
 
