@@ -1,5 +1,7 @@
 """Hidden states -> log-probs, logits and divergences, without more than a bounded number of logits in memory."""
 
+from typing import Any
+
 import torch
 import torch.utils.checkpoint
 from torch import nn
@@ -69,7 +71,11 @@ def all_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     accelerate makes float32 of what a forward returns, and this runs outside of autocast: lm_head may be of another type.
     """
     lm_head = model.get_output_embeddings()
-    return capped(lm_head(hidden.to(lm_head.weight.dtype)).float(), softcap(model))
+    hidden = hidden.to(lm_head.weight.dtype)
+    if type(lm_head) is not nn.Linear:
+        return capped(lm_head(hidden).float(), softcap(model))
+    with maybe_gather_lm_head_ctx(lm_head.weight, lm_head.bias):
+        return capped(nn.functional.linear(hidden, lm_head.weight, lm_head.bias).float(), softcap(model))
 
 
 def vocabulary_kl(
@@ -79,9 +85,57 @@ def vocabulary_kl(
 
     Never more than TOKEN_CHUNK tokens' logits exist: the backward pass computes each chunk's again.
     """
+    lm_head = policy.get_output_embeddings()
+    if type(lm_head) is nn.Linear:
+        with maybe_gather_lm_head_ctx(lm_head.weight, lm_head.bias):
+            return _VocabularyKL.apply(policy_hidden, lm_head.weight, lm_head.bias, policy, reference_hidden, reference)
 
     def chunk(ref: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         return token_kl(all_logits(reference, ref).detach(), all_logits(policy, own))
 
     chunks = zip(reference_hidden.split(TOKEN_CHUNK), policy_hidden.split(TOKEN_CHUNK), strict=True)
     return torch.cat([torch.utils.checkpoint.checkpoint(chunk, ref, own, use_reentrant=False) for ref, own in chunks])
+
+
+class _VocabularyKL(torch.autograd.Function):
+    """`vocabulary_kl` of a plain lm_head. PyTorch's checkpointing would find its weights shared out under ZeRO-3."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        policy: nn.Module,
+        reference_hidden: torch.Tensor,
+        reference: nn.Module,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(hidden, reference_hidden)
+        ctx.policy, ctx.reference = policy, reference
+        chunks = zip(reference_hidden.split(TOKEN_CHUNK), hidden.split(TOKEN_CHUNK), strict=True)
+        return torch.cat([token_kl(all_logits(reference, ref), all_logits(policy, own)) for ref, own in chunks])
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, reference_hidden = ctx.saved_tensors
+        lm_head, cap = ctx.policy.get_output_embeddings(), softcap(ctx.policy)
+        needed = [place for place in range(3) if ctx.needs_input_grad[place]]
+        found: dict[int, list[torch.Tensor]] = {place: [] for place in needed}
+        with maybe_gather_lm_head_ctx(lm_head.weight, lm_head.bias):
+            weights = [None if w is None else w.detach() for w in (lm_head.weight, lm_head.bias)]
+            chunks = (t.split(TOKEN_CHUNK) for t in (reference_hidden, hidden, grad))
+            for ref, own, outer in zip(*chunks, strict=True):
+                with torch.no_grad():
+                    expected = all_logits(ctx.reference, ref)
+                inputs = [
+                    t if t is None else t.detach().requires_grad_(i in found) for i, t in enumerate((own, *weights))
+                ]
+                with torch.enable_grad():
+                    logits = nn.functional.linear(inputs[0].to(lm_head.weight.dtype), inputs[1], inputs[2])
+                    kl = token_kl(expected, capped(logits.float(), cap))
+                for place, part in zip(
+                    needed, torch.autograd.grad(kl, [inputs[i] for i in needed], outer), strict=True
+                ):
+                    found[place].append(part)
+        grads = [torch.cat(found[0]) if 0 in found else None, *(sum(found[i]) if i in found else None for i in (1, 2))]
+        return *grads, None, None, None

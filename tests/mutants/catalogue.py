@@ -432,13 +432,13 @@ faults(
     divergences={
         "no soft cap in the KL over the vocabulary": (
             "all_logits",
-            "capped(lm_head(hidden.to(lm_head.weight.dtype)).float(), softcap(model))",
-            "lm_head(hidden.to(lm_head.weight.dtype)).float()",
+            "capped(nn.functional.linear(hidden, lm_head.weight, lm_head.bias).float(), softcap(model))",
+            "nn.functional.linear(hidden, lm_head.weight, lm_head.bias).float()",
         ),
         "KL of the wrong direction": (
-            "vocabulary_kl.chunk",
-            "token_kl(all_logits(reference, ref).detach(), all_logits(policy, own))",
-            "token_kl(all_logits(policy, own), all_logits(reference, ref).detach())",
+            "_VocabularyKL.forward",
+            "token_kl(all_logits(reference, ref), all_logits(policy, own))",
+            "token_kl(all_logits(policy, own), all_logits(reference, ref))",
         ),
         "no soft cap in the logits of tokens": ("token_logits", "capped(logits, softcap(model))", "logits"),
     },
