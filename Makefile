@@ -24,7 +24,7 @@ demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh
 
 test: lint
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not slow"
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m tests.in_two -m "not slow"
 
 test-all: lint lmms
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.in_two import halves
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *(f for folder in ("docs", "scripts", "benchmarks") for f in (ROOT / folder).glob("*.md"))]
@@ -43,3 +45,9 @@ def test_index_names_every_page():
     index = (ROOT / "docs" / "README.md").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert page.name == "README.md" or f"({page.name})" in index, page.name
+
+
+def test_both_halves_hold_every_test_once():
+    first, second = halves()
+    here = {f"tests/{path.relative_to(ROOT / 'tests').parts[0]}" for path in (ROOT / "tests").rglob("test_*.py")}
+    assert len(first + second) == len({*first, *second}) and here == {*first, *second}
