@@ -274,11 +274,11 @@ for fault, body in MEDDLING.items():
 
 @cell("step", "a data worker is killed")
 def _(bed: Bed) -> None:
-    flags = f"{LORA} --max_steps 50 --per_device_train_batch_size 1 --dataloader_num_workers 1 --dataloader_prefetch_factor 2"
+    flags = f"{LORA} --max_steps 5000 --per_device_train_batch_size 1 --dataloader_num_workers 1 --dataloader_prefetch_factor 2"
     # In a process of its own: PyTorch raises the worker's death wherever the process is at that moment.
     run = Run("sft", bed.argv("sft", flags), bed.tmp / "log", pause=0.2)
     assert run.until(lambda: run.steps >= 2)
-    for worker in psutil.Process(run.process.pid).children():
+    for worker in psutil.Process(run.process.pid).children(recursive=True):  # below a fork server of its own
         worker.kill()
     assert run.wait() == 2 and "A data worker has died" in run.output, run.output[-2000:]
 
@@ -512,7 +512,7 @@ def _(bed: Bed) -> None:
 def _(bed: Bed) -> None:
 
     (bed.tmp / "link").symlink_to(bed.out)
-    first = Run("dpo", bed.argv("dpo", f"{LORA} --max_steps 50"), bed.tmp / "log", pause=0.2)
+    first = Run("dpo", bed.argv("dpo", f"{LORA} --max_steps 5000"), bed.tmp / "log", pause=0.2)
     assert first.until(lambda: first.steps >= 1), first.output[-2000:]
     try:
         bed.refused(lambda: bed.train("dpo", LORA, out=bed.tmp / "link"), "in use by another run")

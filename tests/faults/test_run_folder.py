@@ -180,7 +180,7 @@ def test_a_run_that_saved_nothing_leaves_the_folder_free(command, used):
 
 def test_two_runs_do_not_share_a_folder(command, tmp_path):
     out = tmp_path / "out"
-    first = Run("sft", command("sft", "--max_steps 50", out=out), tmp_path / "log", pause=0.2)
+    first = Run("sft", command("sft", "--max_steps 5000", out=out), tmp_path / "log", pause=0.2)
     assert first.until(lambda: first.steps >= 1), first.output[-2000:]
     with pytest.raises(InputError, match=rf"in use by another run \(process {first.process.pid} on .* since"):
         train_sft.main(command("sft", "--max_steps 1", out=out))
