@@ -1114,7 +1114,7 @@ def write_run_json(output_dir: str | Path, *parsed: Any, **facts: Any) -> Path:
         "argv": sys.argv,
         "arguments": describe(*parsed),
         "git": _git_state(),
-        "versions": installed_versions(packages),
+        "versions": installed_versions(packages) | {"torch": str(torch.__version__)},  # its build, too
         "seed": training.seed,
         "device": str(training.device),
         "world_size": training.world_size,

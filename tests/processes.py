@@ -65,6 +65,7 @@ def _main(script: str, argv: list[str], log: str, file_size: int | None, pause: 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    sys.stdout.reconfigure(line_buffering=True)  # whoever reads the log waits for its lines
     os.chdir(ROOT)
     sys.argv = [f"{SCRIPTS[script]}.py", *argv]
     import torch
