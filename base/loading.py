@@ -1,12 +1,14 @@
 """The one way to load a checkpoint, as its family's adapter class."""
 
+import importlib
 import json
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 from peft import PeftConfig, PeftModel, prepare_model_for_kbit_training, set_peft_model_state_dict
@@ -23,22 +25,25 @@ from common.compat import keep_quantised_linears_trainable
 from common.errors import InputError
 from common.tensors import first_not_finite
 
-if TYPE_CHECKING:
-    from types import ModuleType
 
-    from models.core_mapper import ModelCoreMapper
+class Family(Protocol):
+    """What the layers below read of a `models.core_mapper.ModelCoreMapper`: the classes of a checkpoint's family."""
+
+    model: type
+    processor: type
+    reward_model: type
+    dpo_collator: type
+    reward_collator: type
 
 
-def core_mapper_for(model_name_or_path: str) -> "ModelCoreMapper":
+def core_mapper_for(model_name_or_path: str) -> Family:
     """The adapter of a checkpoint, see `models.core_mapper_for`."""
     return _families().core_mapper_for(model_name_or_path)
 
 
-def _families() -> "ModuleType":
-    """The package `models`: the one place below it that looks families up. They are plug-ins, found when a checkpoint is loaded."""
-    import models
-
-    return models
+def _families() -> ModuleType:
+    """The package `models`. Families are plug-ins that lie above this layer: they are found when a checkpoint is loaded."""
+    return importlib.import_module("models")
 
 
 def architecture_of(model_name_or_path: str) -> str:

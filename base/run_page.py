@@ -9,8 +9,9 @@ import resource
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -21,9 +22,6 @@ from base.charts import charts_of, draw_png, legend_name, series, svg
 from base.run_warnings import run_warnings
 from common.files import write_text
 from common.pages import page
-
-if TYPE_CHECKING:
-    from base.vl_trainer import VLTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -48,8 +46,13 @@ def memory_gib(device: torch.device) -> float:
 class RunPage(TrainerCallback):
     """Writes the page and the picture on the main process."""
 
-    def __init__(self, trainer: "VLTrainer") -> None:
-        self.trainer = trainer
+    def __init__(self, tokens_seen: Callable[[], int], beta: float = 1.0) -> None:
+        """
+        Args:
+            tokens_seen: tokens of this process's batches so far.
+            beta: of the implicit rewards, whose margins are looked at.
+        """
+        self.tokens_seen, self.beta = tokens_seen, beta
         self.speed: list[dict[str, float]] = []  # of this process alone: not part of the run's numbers
         self.warned: set[str] = set()
         self.said: dict[str, str] = {}
@@ -62,7 +65,7 @@ class RunPage(TrainerCallback):
         """Start the clock."""
         self.start = self.last = time.monotonic()
         self.first_step = self.last_step = state.global_step
-        self.last_tokens = self.trainer.tokens_seen
+        self.last_tokens = self.tokens_seen()
         self.drawn = self.start  # the first picture comes after EVERY_PNG, or at the end
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -76,12 +79,12 @@ class RunPage(TrainerCallback):
                 "seconds_per_step": (now - self.last) / steps,
                 "memory_gib": memory_gib(args.device),
             }
-            tokens = self.trainer.tokens_seen - self.last_tokens
-            if tokens:
-                entry["tokens_per_second"] = tokens * args.world_size / (now - self.last)
+            seen = self.tokens_seen()
+            if seen > self.last_tokens:
+                entry["tokens_per_second"] = (seen - self.last_tokens) * args.world_size / (now - self.last)
             self.speed.append(entry)
-            self.last, self.last_step, self.last_tokens = now, state.global_step, self.trainer.tokens_seen
-        for name, sentence in run_warnings(series(state.log_history), getattr(self.trainer, "beta", 1.0)).items():
+            self.last, self.last_step, self.last_tokens = now, state.global_step, seen
+        for name, sentence in run_warnings(series(state.log_history), self.beta).items():
             if name not in self.warned:
                 self.warned.add(name)
                 logger.warning(sentence)

@@ -4,30 +4,25 @@ PPO shows its rollouts. SFT and DPO show what the data say, and what the model a
 """
 
 import base64
-import functools
 import html
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState
-from transformers.integrations import TensorBoardCallback, WandbCallback, is_deepspeed_zero3_enabled
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.utils import logging
 
 from base.images import ImageFile, load_image
-from common.files import write_json, write_text
+from common.files import write_text
 from common.pages import page
 from data.rows import IMAGE_MARK
 
-if TYPE_CHECKING:
-    from base.vl_trainer import VLTrainer
-
 logger = logging.get_logger(__name__)
 
-_STYLE = (
+STYLE = (
     ".sample{display:grid;gap:.8rem;grid-template-columns:11rem 1fr;margin-bottom:.8rem}@media(max-width:34rem){.sample{grid-template-columns:1fr}}"
     "img{max-width:100%;max-height:14rem;border-radius:4px}.answer{border-top:1px solid var(--line);padding-top:.4rem;margin-top:.4rem}"
     ".answer b{font-weight:600}.answer .soft{float:right;font-variant-numeric:tabular-nums}.text{white-space:pre-wrap}"
@@ -76,9 +71,7 @@ def _kl(sample: Sample) -> str:
     return "" if sample.kl is None else f"{sample.kl:.3f}"
 
 
-def _card(
-    images: Sequence[ImageFile], prompt: Sequence[dict[str, Any]], answers: Sequence[tuple[str, str, str]]
-) -> str:
+def card(images: Sequence[ImageFile], prompt: Sequence[dict[str, Any]], answers: Sequence[tuple[str, str, str]]) -> str:
     """One prompt; answers are (label, text, numbers)."""
     pictures = "".join(f'<img src="{thumbnail(image, 480)}" alt="">' for image in images)
     told = "".join(
@@ -99,9 +92,9 @@ def html_page(samples: Sequence[Sample], step: int) -> str:
     for group in prompts.values():
         numbers = [f"reward {s.reward:.3f}" + (f", KL {s.kl:.3f} nats" if s.kl is not None else "") for s in group]
         answers = [("", s.response, text) for s, text in zip(group, numbers, strict=True)]
-        cards.append(_card(group[0].images, group[0].prompt, answers))
+        cards.append(card(group[0].images, group[0].prompt, answers))
     title = f"Samples of update {step}"
-    return page(title, f"<h1>{title}</h1>{''.join(cards)}", _STYLE)
+    return page(title, f"<h1>{title}</h1>{''.join(cards)}", STYLE)
 
 
 def markdown_table(samples: Sequence[Sample]) -> str:
@@ -142,69 +135,6 @@ def write_samples(
 # ---------------------------------------------------------------------------------------------------------------------
 # SFT and DPO
 # ---------------------------------------------------------------------------------------------------------------------
-
-PROMPTS = 4  # of a page
-GREW = 2.0  # answers against those before training
-
-
-class AnswerSamples(TrainerCallback):
-    """Pages with answers to the first held-out rows (of training, if none are held out): before training, then --num_sample_generations times.
-
-    A run with fewer steps than that writes none, nor one under ZeRO-3, where an answer would need all processes at every token.
-    """
-
-    def __init__(self, trainer: "VLTrainer") -> None:
-        self.trainer = trainer
-        self.warned = False
-
-    @functools.cached_property
-    def rows(self) -> list[dict[str, Any]]:
-        """The rows of every page."""
-        data = self.trainer.eval_dataset if self.trainer.eval_dataset is not None else self.trainer.train_dataset
-        return [data[i] for i in range(min(PROMPTS, len(data)))]
-
-    def _every(self, args: Any, state: TrainerState) -> int:
-        if not args.num_sample_generations or is_deepspeed_zero3_enabled() or not state.is_world_process_zero:
-            return 0
-        return state.max_steps // args.num_sample_generations
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The answers before training; a run that goes on has them already."""
-        if self._every(args, state) and not (state.global_step and self._before(args).is_file()):
-            self._write(args, state.global_step)
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The answers now."""
-        every = self._every(args, state)
-        if every and (state.global_step % every == 0 or state.global_step == state.max_steps):
-            self._write(args, state.global_step)
-
-    def _before(self, args: Any) -> Path:
-        return Path(args.output_dir) / "samples" / "before.json"
-
-    def _write(self, args: Any, step: int) -> None:
-        now = self.trainer.greedy_answers(self.rows)
-        if not step:
-            write_json(self._before(args), now)
-        before = json.loads(self._before(args).read_text()) if self._before(args).is_file() else None
-        cards = []
-        for i, row in enumerate(self.rows):
-            prompt, told = asked_and_told(row)
-            answers = [(label, text, "") for label, text in told]
-            answers += [("before training", before[i], "")] if before else []
-            answers += [(f"at step {step}", now[i], "")] if step else []
-            cards.append(_card(row["images"], prompt, answers))
-        title = f"Answers at step {step}"
-        path = Path(args.output_dir) / "samples" / f"step-{step:06d}.html"
-        write_text(path, page(title, f"<h1>{title}</h1>{''.join(cards)}", _STYLE))
-        if step and before and any(before) and not self.warned:
-            grown = sum(map(len, now)) / sum(map(len, before))
-            self.warned = grown > GREW
-            if self.warned:
-                logger.warning(
-                    f"Answers are {grown:.1f} times as long as before training ({path}): look whether they are better, or whether "
-                    "chosen answers are only longer."
-                )
 
 
 def asked_and_told(row: dict[str, Any]) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:

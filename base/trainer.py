@@ -21,6 +21,7 @@ from trl.models.utils import prepare_deepspeed
 
 from args import DPOConfig, SFTConfig
 from base.adapters import REFERENCE_ADAPTER, adapter_active
+from base.answer_samples import AnswerSamples
 from base.batch import Batch
 from base.callbacks import RunningDelta, SetEpoch
 from base.model import CompletionOutput
@@ -35,7 +36,6 @@ from base.preference_inputs import (
 from base.reference_cache import COLUMN, ReferenceCache, default_folder
 from base.reference_pass import ReferencePass, about_reference, weights_as
 from base.rm_trainer import VLRMTrainer
-from base.samples import AnswerSamples
 from base.vl_trainer import VLHeadTrainer, VLTrainer, disable_dropout, sum_and_count
 from common.errors import InputError
 from losses import (

@@ -122,7 +122,7 @@ class VLTrainer(SafeCheckpoints):
         # The way of pinned batches to the device is not waited for
         self.accelerator.dataloader_config.non_blocking = args.dataloader_pin_memory
         self.add_callback(SelfCheck(self))
-        self.add_callback(RunPage(self))
+        self.add_callback(RunPage(lambda: self.tokens_seen, getattr(self, "beta", 1.0)))
         if self.eval_dataset is not None:
             self.add_callback(EvaluateAtEnd())
         # Parameters and modules of the vision side: finding them walks the whole tree, which every step would pay for

@@ -252,12 +252,11 @@ def test_rollouts_of_different_lengths(job, talkative, tmp_path: Path, monkeypat
     monkeypatch.setattr(VLPPOTrainer, "_write_samples", note)
     _, flags = LAUNCH["zero3"]
     more = "--response_length 12"
-    alone = [job("ppo", mode, "one", 4, more, talkative) for mode in MODES]
-    two = [
-        job("ppo", mode, "two", 2, f"{more} {flags} --ds3_gather_for_generation {gather}", talkative) for mode in MODES
-    ]
+    cells = [*(("ppo", mode) for mode in MODES), ("grpo", "lora")]
+    alone = [job(*cell, "one", 4, more, talkative) for cell in cells]
+    two = [job(*cell, "two", 2, f"{more} {flags} --ds3_gather_for_generation {gather}", talkative) for cell in cells]
     for one in alone:
-        SCRIPTS["ppo"].main(one["argv"])
+        SCRIPTS[one["script"]].main(one["argv"])
     assert sum(a != b for a, b in longest) >= 3, f"the ranks end together: {longest}"
     launch("deepspeed", two, tmp_path)
     for one, other in zip(alone, two, strict=True):

@@ -98,6 +98,8 @@ def one_step(script: str, checkpoint: str, rows: list[dict], out: Path, flags: s
         ("dpo", "--loss_type sigmoid sft --loss_weights 1 0.5"),
         ("dpo", "--loss_type mpo"),
         ("dpo", "--loss_type mmdpo --pairs best_worst"),
+        ("dpo", "--loss_type orpo sft --loss_weights 1 0.5"),
+        pytest.param("dpo", "--loss_type simpo cpo", marks=pytest.mark.slow),
         pytest.param("dpo", "--loss_type ipo", marks=pytest.mark.slow),
         pytest.param("dpo", "--loss_type mdpo", marks=pytest.mark.slow),
         pytest.param("dpo", "--loss_type ddpo", marks=pytest.mark.slow),

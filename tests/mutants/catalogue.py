@@ -440,6 +440,16 @@ faults(
             "token_kl(all_logits(reference, ref), all_logits(policy, own))",
             "token_kl(all_logits(policy, own), all_logits(reference, ref))",
         ),
+        "no gradient to a head that trains": (
+            "_VocabularyKL.backward",
+            "(sum(found[i]) if i in found else None for i in (1, 2))",
+            "(None for i in (1, 2))",
+        ),
+        "gradients without the sign of what follows": (
+            "_VocabularyKL.backward",
+            "torch.autograd.grad(kl, [inputs[i] for i in needed], outer)",
+            "torch.autograd.grad(kl, [inputs[i] for i in needed], outer.abs())",
+        ),
         "no soft cap in the logits of tokens": ("token_logits", "capped(logits, softcap(model))", "logits"),
     },
 )
