@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from data.columns import Record, own_columns, renamed, system_of, unread_keys
@@ -25,98 +26,82 @@ _STRUCTURED = {"image", "images", "messages", "conversations", "responses", "com
 _NUMBERS = {"margin"}
 
 
-def convert_batch(
-    batch: Mapping[str, list],
-    indices: list[int],
-    *,
-    convert: Callable[[dict, Kind], Row],
-    kind: Kind,
-    is_text: bool,
-    image_bytes: bool,
-    image_root: str,
-    allow_outside: bool,
-    source: str,
-    label: str,
-    names: Mapping[str, str],
-    code: str,
-) -> dict[str, list]:
-    """Records to rows, for `datasets.map`. What cannot be converted becomes an empty row with its `problem`.
+@dataclass(frozen=True)
+class Reader:
+    """How the records of one data set become rows.
 
-    `names` is `--columns`. `code` is the state of this package's sources: it makes a row that an older version converted no
-    match in the cache.
+    Attributes:
+        convert: of the format, one record to a row.
+        is_text: records are JSON texts with their file and place (`files._RECORD`).
+        image_bytes: whether rows may hold pictures, not only their paths.
+        source, label: the name and the place of the set, for messages.
+        names: `--columns`.
+    """
+
+    convert: Callable[[dict, Kind], Row]
+    kind: Kind
+    is_text: bool
+    image_bytes: bool
+    image_root: str
+    allow_outside: bool
+    source: str
+    label: str
+    names: Mapping[str, str]
+
+    def row(self, raw: Mapping[str, Any], index: int) -> tuple[Row, dict[str, object]]:
+        """One record as a row, with `problem`, `skipped` and `columns`, and the columns of the user's own beside it.
+
+        What cannot be converted becomes an empty row with its `problem`.
+        """
+        row: Row = {}
+        kept: dict[str, object] = {}
+        problem, skipped, root = None, False, self.image_root
+        where = f"{self.label}, row {index}"
+        try:
+            if self.is_text:
+                line = f" (line {raw['line']})" if raw["line"] else ""
+                where = f"{raw['file']}, row {raw['row']}{line}"
+                root = raw["root"] or self.image_root
+                record = Record(renamed(_parse(raw), self.names))
+                if raw["table"]:
+                    record.update(_cells(record))
+            else:
+                record = Record(renamed(raw, self.names))
+            row = self.convert(record, self.kind)
+            _use_system(record, row, self.kind)
+            _use_images_of_parts(row, self.kind)
+            kept, left_out = own_columns(record, row, self.kind)
+            left_out |= dict.fromkeys(sorted(unread_keys(record)), "a key that no format reads")
+            row["images"] = _with_paths(row["images"], root, self.image_root, self.allow_outside, self.image_bytes)  # type: ignore[arg-type]
+            if row.get("image_rejected") is not None:
+                (row["image_rejected"],) = _with_paths(
+                    [row["image_rejected"]], root, self.image_root, self.allow_outside, self.image_bytes
+                )
+            row = check_row(self.kind, row)
+            used = sorted(record.read & record.present().keys())
+            row["columns"] = json.dumps({"used": used} | ({"left_out": left_out} if left_out else {}))
+        except BadRow as error:
+            row, kept, problem, skipped = {}, {}, str(error), isinstance(error, SkippedRow)
+        except Exception as error:  # a loader's mistake, not the file's: keep its traceback, and say where it happened
+            error.add_note(f"The record was {where}.")
+            raise
+        return row | {"source": self.source, "where": where, "problem": problem, "skipped": skipped}, kept
+
+
+def convert_batch(batch: Mapping[str, list], indices: list[int], *, reader: Reader, code: str) -> dict[str, list]:
+    """Records to rows, for `datasets.map`.
+
+    `code` is the state of this package's sources: it makes a row that an older version converted no match in the cache.
     """
     batch = {name: batch[name].to_pylist() for name in batch.column_names}  # type: ignore[attr-defined]
-    columns = [*features_of(kind, image_bytes), "problem", "skipped", "columns", "kept"]
+    columns = [*features_of(reader.kind, reader.image_bytes), "problem", "skipped", "columns", "kept"]
     out: dict[str, list] = {column: [] for column in columns}
     for i, index in enumerate(indices):
-        raw = {name: values[i] for name, values in batch.items()}
-        row, kept = convert_record(
-            raw,
-            index,
-            convert=convert,
-            kind=kind,
-            is_text=is_text,
-            image_bytes=image_bytes,
-            image_root=image_root,
-            allow_outside=allow_outside,
-            source=source,
-            label=label,
-            names=names,
-        )
+        row, kept = reader.row({name: values[i] for name, values in batch.items()}, index)
         row["kept"] = json.dumps(kept) if kept else None
         for column in columns:
             out[column].append(row.get(column))
     return out
-
-
-def convert_record(
-    raw: Mapping[str, Any],
-    index: int,
-    *,
-    convert: Callable[[dict, Kind], Row],
-    kind: Kind,
-    is_text: bool,
-    image_bytes: bool,
-    image_root: str,
-    allow_outside: bool,
-    source: str,
-    label: str,
-    names: Mapping[str, str],
-) -> tuple[Row, dict[str, object]]:
-    """One record as a row, with `problem`, `skipped` and `columns`, and the columns of the user's own beside it."""
-    row: Row = {}
-    kept: dict[str, object] = {}
-    problem, skipped, root = None, False, image_root
-    where = f"{label}, row {index}"
-    try:
-        if is_text:
-            line = f" (line {raw['line']})" if raw["line"] else ""
-            where = f"{raw['file']}, row {raw['row']}{line}"
-            root = raw["root"] or image_root
-            record = Record(renamed(_parse(raw), names))
-            if raw["table"]:
-                record.update(_cells(record))
-        else:
-            record = Record(renamed(raw, names))
-        row = convert(record, kind)
-        _use_system(record, row, kind)
-        _use_images_of_parts(row, kind)
-        kept, left_out = own_columns(record, row, kind)
-        left_out |= dict.fromkeys(sorted(unread_keys(record)), "a key that no format reads")
-        row["images"] = _with_paths(row["images"], root, image_root, allow_outside, image_bytes)  # type: ignore
-        if row.get("image_rejected") is not None:
-            (row["image_rejected"],) = _with_paths(
-                [row["image_rejected"]], root, image_root, allow_outside, image_bytes
-            )
-        row = check_row(kind, row)
-        used = sorted(record.read & record.present().keys())
-        row["columns"] = json.dumps({"used": used} | ({"left_out": left_out} if left_out else {}))
-    except BadRow as error:
-        row, kept, problem, skipped = {}, {}, str(error), isinstance(error, SkippedRow)
-    except Exception as error:  # a loader's mistake, not the file's: keep its traceback, and say where it happened
-        error.add_note(f"The record was {where}.")
-        raise
-    return row | {"source": source, "where": where, "problem": problem, "skipped": skipped}, kept
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:

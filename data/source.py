@@ -9,7 +9,7 @@ from datasets import Audio, Dataset, Features, Image, Value, Video
 from args import DataArguments
 from common.errors import InputError
 from data.columns import column_map, with_own_columns
-from data.convert import convert_batch
+from data.convert import Reader, convert_batch
 from data.files import RecordStream, code_state, read_file, read_hub, stream_file, stream_hub
 from data.rows import Kind, Row, features_of
 from data.stream import RowStream
@@ -57,9 +57,21 @@ def to_rows(
         raise InputError(
             f"--columns names {', '.join(gone)}, which {label} does not have (it has {', '.join(sorted(there))})."
         )
+    holds_bytes = isinstance(dataset, RecordStream) or any(map(_holds_bytes, dataset.features.values()))
+    reader = Reader(
+        convert=convert,
+        kind=kind,
+        is_text=is_text,
+        image_bytes=not is_text and holds_bytes,
+        image_root=image_root_of(data_args),
+        allow_outside=data_args.allow_outside_image_root,
+        source=str(data_args.dataset_name),
+        label=label,
+        names=names,
+    )
     if isinstance(dataset, RecordStream):
-        return RowStream(dataset, data_args, convert, kind, label, image_root_of(data_args))  # type: ignore[return-value]  # loaders hand it on
-    image_bytes = not is_text and any(map(_holds_bytes, dataset.features.values()))
+        return RowStream(dataset, data_args, reader)  # type: ignore[return-value]  # loaders hand it on
+    image_bytes = reader.image_bytes
     features = features_of(kind, image_bytes) | {"problem": Value("string"), "skipped": Value("bool")}
     features |= {"columns": Value("string"), "kept": Value("string")}
     num_proc = _processes(data_args, len(dataset))
@@ -76,18 +88,7 @@ def to_rows(
             remove_columns=dataset.column_names,
             features=Features(features),
             desc=f"Reading {data_args.dataset_name}",
-            fn_kwargs={
-                "convert": convert,
-                "kind": kind,
-                "is_text": is_text,
-                "image_bytes": image_bytes,
-                "image_root": image_root_of(data_args),
-                "allow_outside": data_args.allow_outside_image_root,
-                "source": data_args.dataset_name,
-                "label": label,
-                "names": names,
-                "code": code_state(),
-            },
+            fn_kwargs={"reader": reader, "code": code_state()},
         )
         return with_own_columns(rows.with_format(None), num_proc)
     except UnicodeDecodeError as error:  # parquet's texts are decoded row by row, by `datasets`

@@ -21,8 +21,7 @@ import torch
 from args import DataArguments, VLConfig
 from common.errors import InputError
 from common.seeds import stable_seed
-from data.columns import column_map
-from data.convert import convert_record
+from data.convert import Reader
 from data.files import RecordStream
 from data.rows import NUMBER_COLUMNS, Kind, Row
 from data.verify import verify_row
@@ -82,33 +81,14 @@ class RowStream:
         self,
         records: RecordStream,
         data_args: DataArguments,
-        convert: Callable[[dict, Kind], Row],
-        kind: Kind,
-        label: str,
-        image_root: str,
+        reader: Reader,
     ) -> None:
-        self.records, self.data_args, self.kind, self.label, self.image_root = (
-            records,
-            data_args,
-            kind,
-            label,
-            image_root,
-        )
-        self.settings: dict[str, Any] = {
-            "convert": convert,
-            "kind": kind,
-            "is_text": records.is_text,
-            "image_bytes": not records.is_text,
-            "image_root": image_root,
-            "allow_outside": data_args.allow_outside_image_root,
-            "source": data_args.dataset_name,
-            "label": label,
-            "names": column_map(data_args.columns),
-        }
+        self.records, self.data_args, self.reader = records, data_args, reader
+        self.kind, self.label, self.image_root = reader.kind, reader.label, reader.image_root
 
     def __iter__(self) -> Iterator[Row]:
         for index, raw in enumerate(self.records):
-            row, own = convert_record(raw, index, **self.settings)
+            row, own = self.reader.row(raw, index)
             yield own | {name: value for name, value in row.items() if value is not None or name == "problem"}
 
     def serves(self, kind: Kind) -> bool:
