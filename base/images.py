@@ -58,6 +58,13 @@ def load_image(image: ImageSource) -> Image.Image:
         raise _unreadable(file, error) from error
 
 
+def png(image: ImageSource) -> bytes:
+    """An image as a PNG file of the pixels that `load_image` returns. Raises InputError as it does."""
+    memory = io.BytesIO()
+    load_image(image).save(memory, "PNG", compress_level=1)
+    return memory.getvalue()
+
+
 def upright_size(image: ImageSource) -> tuple[int, int]:
     """Width and height of what `load_image` returns, read from the file's header.
 

@@ -19,11 +19,12 @@ from PIL import Image
 from transformers import AutoProcessor, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
 
 from base.image_tokens import ImageTokenCounter
-from base.images import ImageSource, load_image, refuse_images
+from base.images import ImageSource, load_image, png, refuse_images
 from base.layout import complete_processor, damaged_file, model_config, processor_path, stop_tokens
 from base.resolution import set_resolution
 from base.template import ChatTemplate, Messages
 from common.errors import InputError
+from common.openai_client import data_url
 from data.rows import IMAGE_MARK
 
 IGNORE_INDEX = -100
@@ -413,6 +414,28 @@ class VLProcessor:
         if rest == text or rest[:1].isspace() or IMAGE_MARK in rest:  # written by hand
             return messages
         return [*messages[:first], messages[first] | {"content": rest}, *messages[first + 1 :]]
+
+    def api_messages(self, messages: Messages, images: Sequence[ImageSource]) -> list[dict[str, Any]]:
+        """A prompt as OpenAI-compatible servers take it: the parts that `render` prints, pictures as data URLs.
+
+        Pictures are PNG of what `load_image` decodes, so that the server reads the same pixels.
+
+        Raises:
+            InputError: see `render` and `load_image`.
+        """
+        pictures = iter(images)
+        return [
+            {
+                "role": message["role"],
+                "content": [
+                    {"type": "image_url", "image_url": {"url": data_url(png(next(pictures)))}}
+                    if part["type"] == "image"
+                    else part
+                    for part in message["content"]
+                ],
+            }
+            for message in self._parts(messages, len(images))
+        ]
 
     def as_parts(self, messages: Messages, images: int | None) -> Messages:
         """Hook: messages with contents as parts, image marks as image parts. See `ChatTemplate.as_parts`."""

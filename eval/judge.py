@@ -4,26 +4,23 @@
     ... --judge https://api.openai.com/v1 --judge_model gpt-4o-2024-08-06 [--judge_cache judge_cache.jsonl]
 
 Replies are cached by the hash of everything that determines them, so a run that dies, or a second scorer, asks nothing
-twice. 429, 5xx, time-outs and broken JSON are tried again with growing pauses.
+twice. Trouble is tried again with growing pauses (common/openai_client.py).
 """
 
 import argparse
 import hashlib
 import json
-import os
-import random
 import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPException
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+import httpx2
+
 from common.errors import InputError
 from common.files import write_text
+from common.openai_client import OpenAIClient, Unavailable
 from eval.files import read_text
 
 Item = TypeVar("Item")
@@ -35,13 +32,6 @@ class Ask(Protocol):
 
     def __call__(self, prompt: str, *, temperature: float = 0.0, sample: int = 0) -> str:
         """The reply to one prompt; `sample` numbers repeated questions."""
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another host."""
-
-    def redirect_request(self, *args: object, **kwargs: object) -> None:
-        return None
 
 
 class Judge:
@@ -62,13 +52,18 @@ class Judge:
         attempts: int = 8,
         pause: float = 1.0,
     ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise InputError(f"--judge {url} is not an address; write e.g. http://localhost:8000/v1")
-        self.url, self.model, self.cache = url.rstrip("/"), model, Path(cache)
-        self.max_tokens, self.timeout, self.attempts, self.pause = max_tokens, timeout, attempts, pause
-        self.asked = 0  # requests that reached the endpoint
+        self.client = OpenAIClient(
+            url,
+            flag="--judge",
+            what="judge",
+            keys=("JUDGE_API_KEY", "OPENAI_API_KEY"),
+            timeout=timeout,
+            attempts=attempts,
+            pause=pause,
+            hints={404: "check --judge (it ends in /v1) and --judge_model"},
+        )
+        self.model, self.cache, self.max_tokens = model, Path(cache), max_tokens
         self._lock = threading.Lock()
-        self._opener = urllib.request.build_opener(_NoRedirect)
         self._replies = self._read_cache()
 
     @classmethod
@@ -81,7 +76,7 @@ class Judge:
 
     def describe(self) -> dict:
         """What is stored with every score."""
-        return {"model": self.model, "url": self.url.split("@")[-1], "max_tokens": self.max_tokens}
+        return {"model": self.model, "url": self.client.shown_url, "max_tokens": self.max_tokens}
 
     def ask(self, prompt: str, *, temperature: float = 0.0, sample: int = 0) -> str:
         """Return the reply to one user message. Raises InputError when the endpoint refuses or keeps failing."""
@@ -91,7 +86,12 @@ class Judge:
         with self._lock:
             if key in self._replies:
                 return self._replies[key]
-        reply = self._request(body)
+        try:
+            reply = self.client.post("chat/completions", body, _content)
+        except Unavailable as error:
+            raise InputError(
+                f"{error}; the replies so far are kept in {self.cache}, run the command again to go on"
+            ) from error
         with self._lock:
             self._replies[key] = reply
             self.cache.parent.mkdir(parents=True, exist_ok=True)
@@ -111,48 +111,12 @@ class Judge:
         except (json.JSONDecodeError, KeyError, TypeError):
             raise InputError(f"{self.cache} is not a judge cache; delete it or pass another --judge_cache") from None
 
-    def _request(self, body: dict) -> str:
-        last, wait = "", 0.0
-        for attempt in range(self.attempts):
-            if attempt:
-                time.sleep(max(wait, min(60.0, self.pause * 2 ** (attempt - 1))) * random.uniform(1.0, 1.2))
-            wait = 0.0
-            try:
-                return self._once(body)
-            except urllib.error.HTTPError as e:
-                if e.code not in (408, 409, 429) and e.code < 500:
-                    raise InputError(
-                        f"judge {self.describe()['url']} answered {e.code} {e.reason}: {_hint(e.code)}"
-                    ) from None
-                after = e.headers.get("Retry-After") or ""
-                wait = min(60.0, float(after)) if after.replace(".", "", 1).isdigit() else 0.0
-                last = f"HTTP {e.code}"
-            except TimeoutError:
-                last = f"no answer within {self.timeout:g} s"
-            except urllib.error.URLError as e:
-                last = str(e.reason)
-            except (HTTPException, ConnectionError) as e:
-                last = type(e).__name__
-            except (ValueError, KeyError, IndexError, TypeError):
-                last = "a reply that is not a chat completion"
-        raise InputError(
-            f"judge {self.describe()['url']} failed {self.attempts} times, last with {last}; "
-            f"the replies so far are kept in {self.cache}, run the command again to go on"
-        )
 
-    def _once(self, body: dict) -> str:
-        headers = {"Content-Type": "application/json"}
-        key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY")
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
-        with self._lock:
-            self.asked += 1
-        with self._opener.open(request, timeout=self.timeout) as response:
-            content = json.load(response)["choices"][0]["message"]["content"]
-        if not isinstance(content, str):
-            raise TypeError("content")
-        return content
+def _content(response: httpx2.Response) -> str:
+    content = response.json()["choices"][0]["message"]["content"]
+    if not isinstance(content, str):
+        raise TypeError("content")
+    return content
 
 
 def ask_all(ask: Callable[[Item], Reply], items: list[Item], workers: int = 4) -> list[Reply]:
@@ -166,14 +130,6 @@ def ask_all(ask: Callable[[Item], Reply], items: list[Item], workers: int = 4) -
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def _hint(code: int) -> str:
-    return {
-        401: "set JUDGE_API_KEY to a valid key",
-        403: "this key may not use this model",
-        404: "check --judge (it ends in /v1) and --judge_model",
-    }.get(code, "check --judge and --judge_model")
 
 
 def add_judge_arguments(parser: argparse.ArgumentParser) -> None:

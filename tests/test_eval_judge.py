@@ -2,10 +2,7 @@
 
 import json
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -14,59 +11,18 @@ from common.errors import InputError
 from eval import judged, mathvista
 from eval.files import read_records
 from eval.judge import Judge, ask_all
+from tests.fake_server import FakeServer, completion
 
 GOLDENS = Path(__file__).parent / "goldens" / "eval"
 KEY = "sk-test-0123456789"
 
 
-class FakeJudge:
-    """An OpenAI-compatible endpoint. `script` holds the next responses; after them `reply(prompt)` answers."""
+class FakeJudge(FakeServer):
+    """An endpoint whose replies `reply_to(prompt)` makes."""
 
     def __init__(self) -> None:
-        self.script: list[object] = []
-        self.reply: Callable[[str], str] = lambda prompt: f"reply to {prompt}"
-        self.requests: list[dict] = []
-        self.closed = False
-        self.headers: list[dict] = []
-        fake = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                fake.requests.append(body)
-                fake.headers.append(dict(self.headers))
-                step = fake.script.pop(0) if fake.script else 200
-                if step == "slow":  # no reply until the client has given up and asked again
-                    asked = len(fake.requests)
-                    while len(fake.requests) == asked and not fake.closed:
-                        time.sleep(0.01)
-                if step == "broken":
-                    return self.send(200, b'{"choices": [{"message": {"con')
-                if step == "empty":
-                    return self.send(200, b'{"choices": []}')
-                if isinstance(step, int) and step != 200:
-                    extra = {"Retry-After": "0.05"} if step == 429 else {}
-                    extra |= {"Location": f"{fake.url}/elsewhere"} if step in (302, 307) else {}
-                    return self.send(step, b'{"error": {"message": "no"}}', extra)
-                text = fake.reply(body["messages"][0]["content"])
-                self.send(200, json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode())
-
-            def send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-                try:
-                    self.send_response(status)
-                    for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-                        self.send_header(name, value)
-                    self.end_headers()
-                    self.wfile.write(body)
-                except (BrokenPipeError, ConnectionResetError):
-                    pass  # the client has given up waiting
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        self.reply_to: Callable[[str], str] = lambda prompt: f"reply to {prompt}"
+        super().__init__(lambda path, body: completion(self.reply_to(body["messages"][0]["content"])))
 
 
 @pytest.fixture
@@ -75,9 +31,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeJudge]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     fake = FakeJudge()
     yield fake
-    fake.closed = True
-    fake.server.shutdown()
-    fake.server.server_close()
+    fake.close()
 
 
 def client(server: FakeJudge, tmp_path: Path, **changes: object) -> Judge:
@@ -98,7 +52,7 @@ def test_every_reply_is_asked_once_and_cached_by_content(server: FakeJudge, tmp_
 
 
 @pytest.mark.parametrize(
-    "trouble", [[429], [500, 502, 503], ["broken"], ["empty"], ["slow"], [429, "broken", 500, "slow"]]
+    "trouble", [[429], [500, 502, 503], ["broken"], ["cut"], [{"choices": []}], ["slow"], [429, "broken", 500, "slow"]]
 )
 def test_trouble_is_tried_again(server: FakeJudge, tmp_path: Path, trouble: list) -> None:
     server.script = list(trouble)
@@ -157,7 +111,7 @@ def run(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], *argv: object
 def test_key_is_sent_and_stored_nowhere(
     server: FakeJudge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    server.reply = lambda prompt: "Rating: 4"
+    server.reply_to = lambda prompt: "Rating: 4"
     folder = GOLDENS / "mmhal"
     argv = (
         "--task",
@@ -182,7 +136,7 @@ def test_key_is_sent_and_stored_nowhere(
 def test_mmvet_command_repeats_what_does_not_parse(
     server: FakeJudge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server.reply = lambda prompt: "0.5" if prompt.endswith("Correctness:") and "nothing else" in prompt else "good"
+    server.reply_to = lambda prompt: "0.5" if prompt.endswith("Correctness:") and "nothing else" in prompt else "good"
     folder = GOLDENS / "mmvet"
     argv = (
         "--task",
@@ -225,7 +179,7 @@ def test_refomb_command(server: FakeJudge, tmp_path: Path, monkeypatch: pytest.M
         assert f"model A: ref {i}" in prompt and f"model B: mine {i}" in prompt and f"Description: D{i}" in prompt
         return f"thoughts [[{'ABC'[i]}]]"
 
-    server.reply = reply
+    server.reply_to = reply
     argv = ("--task", "refomb", "--data_path", data, "--answers", answers, "--judge", server.url, "--judge_model", "j")
     with pytest.raises(InputError, match="pass --reference"):
         run(monkeypatch, judged.main, *argv)
@@ -242,7 +196,7 @@ def test_mathvista_command_asks_only_what_the_rule_leaves(
     expected = json.loads((folder / "expected.json").read_text())["runs"]["no_llm"]
     run(monkeypatch, mathvista.main, *argv)
     assert json.loads((tmp_path / "results.json").read_text())["mathvista_rule"]["scores"]["average"] == 0.25
-    server.reply = lambda prompt: ""
+    server.reply_to = lambda prompt: ""
     run(monkeypatch, mathvista.main, *argv, "--judge", server.url, "--judge_model", "j", "--judge_workers", 2)
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results) == {"mathvista_rule", "mathvista"}

@@ -1,0 +1,98 @@
+"""A server on localhost that speaks as much of OpenAI's API as a test needs, and misbehaves as its script says."""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+class FakeServer:
+    """`reply(path, body)` answers with a JSON, or a status and a JSON; `script` holds what the next POSTs meet instead.
+
+    Steps of the script: a status; "slow" (no reply until the client has given up and asked again); "broken" (half a JSON); "cut" (the connection
+    ends in the middle); a dictionary (that JSON); None (the reply itself).
+    """
+
+    def __init__(self, reply: Callable[[str, dict], Any]) -> None:
+        self.script: list[Any] = []
+        self.reply = reply
+        self.requests: list[dict] = []
+        self.paths: list[str] = []
+        self.headers: list[dict] = []
+        self.models = ["tiny"]
+        self.closed = False
+        self.running = self.most_at_once = 0
+        self.lock = threading.Lock()
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"fake": self}))
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self) -> None:
+        """End it; requests that wait end, too."""
+        self.closed = True
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    fake: FakeServer
+
+    def do_GET(self) -> None:
+        self.send(200, {"data": [{"id": name} for name in self.fake.models]})
+
+    def do_POST(self) -> None:
+        fake, body = self.fake, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with fake.lock:
+            fake.requests.append(body)
+            fake.paths.append(self.path)
+            fake.headers.append(dict(self.headers))
+            step = fake.script.pop(0) if fake.script else None
+            fake.running += 1
+            fake.most_at_once = max(fake.most_at_once, fake.running)
+        try:
+            self.play(step, body)
+        finally:
+            with fake.lock:
+                fake.running -= 1
+
+    def play(self, step: Any, body: dict) -> None:
+        if step == "slow":
+            asked = len(self.fake.requests)
+            while len(self.fake.requests) == asked and not self.fake.closed:
+                time.sleep(0.01)
+        if step == "broken":
+            self.send(200, b'{"choices": [{"message": {"con')
+        elif step == "cut":
+            self.send(200, b'{"choices": [', {"Content-Length": "1000"})
+        elif isinstance(step, int):
+            extra = {"Retry-After": "0.05"} if step == 429 else {}
+            extra |= {"Location": f"{self.fake.url}/elsewhere"} if step in (302, 307) else {}
+            self.send(step, {"error": {"message": "no"}}, extra)
+        else:
+            reply = step if isinstance(step, dict) else self.fake.reply(self.path, body)
+            self.send(*(reply if isinstance(reply, tuple) else (200, reply)))
+
+    def send(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        try:
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(data)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # the client has given up waiting
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def completion(*texts: str, **fields: Any) -> dict:
+    """A chat completion with these texts."""
+    choices = [
+        {"index": n, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        for n, text in enumerate(texts)
+    ]
+    return {"choices": choices} | fields
