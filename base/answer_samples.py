@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from base.samples import STYLE, asked_and_told, card
+from base.samples import STYLE, asked_and_told, card, prompt_text, report_table
 from base.vl_trainer import VLTrainer
 from common.files import write_json, write_text
 from common.pages import page
@@ -60,16 +60,18 @@ class AnswerSamples(TrainerCallback):
         if not step:
             write_json(self._before(args), now)
         before = json.loads(self._before(args).read_text()) if self._before(args).is_file() else None
-        cards = []
+        cards, table = [], []
         for i, row in enumerate(self.rows):
             prompt, told = asked_and_told(row)
             answers = [(label, text, "") for label, text in told]
             answers += [("before training", before[i], "")] if before else []
             answers += [(f"at step {step}", now[i], "")] if step else []
             cards.append(card(row["images"], prompt, answers))
+            table += [(row["images"], (prompt_text(prompt), label, text)) for label, text, _ in answers]
         title = f"Answers at step {step}"
         path = Path(args.output_dir) / "samples" / f"step-{step:06d}.html"
         write_text(path, page(title, f"<h1>{title}</h1>{''.join(cards)}", STYLE))
+        report_table(("prompt", "whose", "answer"), table, step, self.trainer.callback_handler.callbacks)
         if step and before and any(before) and not self.warned:
             grown = sum(map(len, now)) / sum(map(len, before))
             self.warned = grown > GREW

@@ -48,13 +48,18 @@ CHARTS = (
 NO_CURVE = ("epoch", "step", "total_flos", "episode", "train_loss", "num_input_tokens_seen")
 
 
+def has_curve(name: str) -> bool:
+    """Whether a logged number changes with the steps: no count of the whole run, no time of an evaluation."""
+    timing = name.endswith(("_runtime", "_per_second")) and name != "tokens_per_second"
+    return name not in NO_CURVE and not timing
+
+
 def series(log_history: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
     """Name -> points of every number that was logged; NaN and infinity are left out."""
     found: dict[str, Points] = {}
     for entry in log_history:
         for name, value in entry.items():
-            timing = name.endswith(("_runtime", "_per_second")) and name != "tokens_per_second"
-            if name in NO_CURVE or timing or not isinstance(value, int | float) or not math.isfinite(value):
+            if not has_curve(name) or not isinstance(value, int | float) or not math.isfinite(value):
                 continue
             found.setdefault(name, []).append((entry["step"], value))
     return found

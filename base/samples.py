@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback, WandbCallback
-from transformers.utils import logging
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from base.images import ImageFile, load_image
 from common.files import write_text
 from common.pages import page
 from data.rows import IMAGE_MARK
 
-logger = logging.get_logger(__name__)
+TableRow = tuple[Sequence[ImageFile], Sequence[str | float | None]]  # pictures, then a cell for every column
 
 STYLE = (
     ".sample{display:grid;gap:.8rem;grid-template-columns:11rem 1fr;margin-bottom:.8rem}@media(max-width:34rem){.sample{grid-template-columns:1fr}}"
@@ -47,12 +48,16 @@ class Sample:
     kl: float | None
 
 
-def thumbnail(image: ImageFile, size: int = 160) -> str:
-    """An image of a row as a data URL, so that the page is one file."""
+def _small(image: ImageFile, size: int) -> Image.Image:
     picture = load_image(image)
     picture.thumbnail((size, size))
+    return picture
+
+
+def thumbnail(image: ImageFile, size: int = 160) -> str:
+    """An image of a row as a data URL, so that the page is one file."""
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
+    _small(image, size).save(buffer, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -65,10 +70,6 @@ def prompt_text(messages: Sequence[dict[str, Any]]) -> str:
             content = "".join(part.get("text") or "" for part in content)
         lines.append(f"{message['role']}: {content}")
     return "\n".join(lines)
-
-
-def _kl(sample: Sample) -> str:
-    return "" if sample.kl is None else f"{sample.kl:.3f}"
 
 
 def card(images: Sequence[ImageFile], prompt: Sequence[dict[str, Any]], answers: Sequence[tuple[str, str, str]]) -> str:
@@ -97,38 +98,48 @@ def html_page(samples: Sequence[Sample], step: int) -> str:
     return page(title, f"<h1>{title}</h1>{''.join(cards)}", STYLE)
 
 
-def markdown_table(samples: Sequence[Sample]) -> str:
+def markdown_table(columns: Sequence[str], rows: Sequence[TableRow]) -> str:
     """The table without pictures."""
-    lines = ["| prompt | response | reward | KL |", "|---|---|---|---|"]
-    for s in samples:
-        cells = [prompt_text(s.prompt), s.response, f"{s.reward:.3f}", _kl(s)]
-        lines.append("| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in cells) + " |")
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for _, cells in rows:
+        texts = [_cell(c).replace("|", "\\|").replace("\n", " ") for c in cells]
+        lines.append("| " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
 
-def _log_to_wandb(samples: Sequence[Sample], step: int) -> None:
-    import wandb  # optional; there if its callback is
+def _cell(value: str | float | None) -> str:
+    return "" if value is None else value if isinstance(value, str) else f"{value:.3f}"
 
-    if wandb.run is None:
-        return
-    table = wandb.Table(columns=["image", "prompt", "response", "reward", "kl"])
-    for s in samples:
-        images = [wandb.Image(load_image(image)) for image in s.images]
-        table.add_data(images, prompt_text(s.prompt), s.response, s.reward, s.kl)
-    wandb.log({"samples": table, "train/global_step": step})
+
+def report_table(
+    columns: Sequence[str], rows: Sequence[TableRow], step: int, callbacks: Sequence[TrainerCallback]
+) -> None:
+    """A table with its pictures to wandb, trackio and TensorBoard, where callbacks report to them."""
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            callback.tb_writer.add_text("samples", markdown_table(columns, rows), step)
+            pictures = {repr(image): image for images, _ in rows for image in images}  # once, if several rows show it
+            for i, image in enumerate(pictures.values()):
+                shown = np.asarray(_small(image, 480))
+                callback.tb_writer.add_image(f"samples/picture {i}", shown, step, dataformats="HWC")
+        elif isinstance(callback, WandbCallback | TrackioCallback):
+            # trackio has wandb's interface
+            tracker = callback._wandb if isinstance(callback, WandbCallback) else callback._trackio
+            if isinstance(callback, WandbCallback) and tracker.run is None:
+                continue
+            data = [[[tracker.Image(_small(image, 480)) for image in images], *cells] for images, cells in rows]
+            table = tracker.Table(columns=["pictures", *columns], data=data)
+            tracker.log({"samples": table, "train/global_step": step})
 
 
 def write_samples(
     samples: Sequence[Sample], output_dir: Path, step: int, callbacks: Sequence[TrainerCallback] = ()
 ) -> Path:
-    """Write `samples/step-000123.html`; the same table goes to wandb and TensorBoard where callbacks report to them."""
+    """Write `samples/step-000123.html`; trackers get the same table."""
     path = output_dir / "samples" / f"step-{step:06d}.html"
     write_text(path, html_page(samples, step))
-    for callback in callbacks:
-        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            callback.tb_writer.add_text("samples", markdown_table(samples), step)
-        elif isinstance(callback, WandbCallback):
-            _log_to_wandb(samples, step)
+    rows = [(s.images, (prompt_text(s.prompt), s.response, s.reward, s.kl)) for s in samples]
+    report_table(("prompt", "response", "reward", "KL"), rows, step, callbacks)
     return path
 
 

@@ -12,6 +12,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 from trl.trainer.utils import disable_dropout_in_model
 
@@ -21,6 +22,7 @@ from base.callbacks import EvaluateAtEnd
 from base.checkpoints import SafeCheckpoints
 from base.collator import VLDataCollator
 from base.features import pooled_features
+from base.log_lines import Bars, LogLines
 from base.model import CompletionOutput, VLModelMixin
 from base.packing import scatter_to_responses
 from base.processor import VLProcessor
@@ -121,6 +123,11 @@ class VLTrainer(SafeCheckpoints):
         self._tokens_seen: Tensor | int = 0
         # The way of pinned batches to the device is not waited for
         self.accelerator.dataloader_config.non_blocking = args.dataloader_pin_memory
+        self.remove_callback(PrinterCallback)
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(Bars())
+        self.add_callback(LogLines())
         self.add_callback(SelfCheck(self))
         self.add_callback(RunPage(lambda: self.tokens_seen, getattr(self, "beta", 1.0)))
         if self.eval_dataset is not None:

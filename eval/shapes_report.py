@@ -12,9 +12,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from base.charts import Chart, series, svg
 from common.errors import InputError, run
 from common.files import write_json, write_text
 from common.flags import FlagParser
+from common.pages import page
 from data.scenes import Thing
 from eval.shapes import marked, mentions, read_scenes
 
@@ -34,14 +36,14 @@ CURVES = {
 }
 PICTURES = 24
 
-STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:72em;padding:0 1em;color:#222;background:#fff}
-table{border-collapse:collapse;margin:1em 0}td,th{padding:.35em .9em;border-bottom:1px solid #ccc;text-align:left;vertical-align:top}
-td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}td.stage{color:#666;white-space:nowrap}
-.card{display:flex;gap:1.2em;padding:.8em 0;border-bottom:1px solid #ddd}.card img{width:96px;height:96px;image-rendering:pixelated}
-.card table{margin:0}.card td{border:0;padding:.1em .8em .1em 0}mark{background:#ffb3ab}del{color:#888}
-.curves{display:flex;flex-wrap:wrap;gap:1.2em}figure{margin:0}figcaption{color:#666}svg{background:#f7f7f7}
-"""
+STYLE = (
+    ".scroll{overflow-x:auto}table{border-collapse:collapse;margin:.6rem 0}td,th{padding:.3rem .8rem;text-align:left;vertical-align:top}"
+    "thead th,tbody tr{border-bottom:1px solid var(--line)}.n{text-align:right;font-variant-numeric:tabular-nums}"
+    ".scene{display:flex;flex-wrap:wrap;gap:1rem}.scene img{width:96px;height:96px;image-rendering:pixelated}"
+    ".scene table{margin:0;flex:1;min-width:14rem}.scene td{border:0;padding:.1rem .6rem .1rem 0}.scene tr{border:0}"
+    "mark{background:var(--warn);color:var(--ground);border-radius:2px;padding:0 .15em}del{color:var(--soft)}"
+    "svg{width:100%;height:auto;display:block}svg text{font:11px system-ui,sans-serif;fill:var(--soft)}svg .rule{stroke:var(--line)}"
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,37 +125,18 @@ def table(report: dict[str, dict[str, float]]) -> list[list[str]]:
     return lines
 
 
-def curve(title: str, points: Sequence[tuple[float, float]]) -> str:
-    """A line over steps as an SVG figure, with the lowest and highest value written at the axis."""
-    width, height, left, pad = 300, 150, 48, 10
-    xs, ys = zip(*points, strict=True)
-    low, high = min(ys), max(ys)
-    x_span, y_span = max(xs) - min(xs) or 1, high - low or 1
-    line = " ".join(
-        f"{left + (x - min(xs)) / x_span * (width - left - pad):.1f},{height - pad - (y - low) / y_span * (height - 2 * pad):.1f}"
-        for x, y in points
-    )
-    labels = "".join(
-        f'<text x="{left - 5}" y="{y}" text-anchor="end" font-size="11">{value:.3g}</text>'
-        for value, y in ((high, pad + 6), (low, height - pad))
-    )
-    return (
-        f'<figure><svg width="{width}" height="{height}" role="img" aria-label="{html.escape(title)}">{labels}'
-        f'<polyline points="{line}" fill="none" stroke="#2456b8" stroke-width="1.5"/></svg>'
-        f"<figcaption>{html.escape(title)}, {max(xs):.0f} steps</figcaption></figure>"
-    )
-
-
 def curves(folder: Path) -> str:
-    """The curves of the runs as one SVG text."""
+    """The curves of the runs, a card each."""
     figures = []
     for stage, metrics in CURVES.items():
-        history = read_history(folder / stage)
+        found = series(read_history(folder / stage))
         for title, name in metrics.items():
-            points = [(entry["step"], entry[name]) for entry in history if name in entry]
-            if len(points) > 1:
-                figures.append(curve(f"{stage.upper()}: {title}", points))
-    return f'<div class="curves">{"".join(figures)}</div>'
+            if len(found.get(name, [])) > 1:
+                chart = Chart(f"{stage.upper()}: {title}", "", (name,))
+                figures.append(
+                    f'<div class="card"><h3>{html.escape(chart.title)}</h3>{svg(chart, {name: found[name]})}</div>'
+                )
+    return f'<div class="grid">{"".join(figures)}</div>'
 
 
 def marked_html(text: str, scene: Sequence[Thing]) -> str:
@@ -176,30 +159,33 @@ def cards(folder: Path, stages: Sequence[str]) -> str:
     for i in sorted(chosen):
         picture = base64.b64encode(Path(rows[i]["image"]).read_bytes()).decode()
         said = "".join(
-            f'<tr><td class="stage">{stage.upper()}<td>{marked_html(captions[stage][i], rows[i]["scene"])}'
+            f'<tr><td class="soft">{stage.upper()}<td>{marked_html(captions[stage][i], rows[i]["scene"])}'
             for stage in stages
         )
         parts.append(
-            f'<div class="card"><img src="data:image/png;base64,{picture}" alt="{html.escape(rows[i]["caption"])}"><table>{said}</table></div>'
+            f'<div class="card scene"><img src="data:image/png;base64,{picture}" alt="{html.escape(rows[i]["caption"])}"><table>{said}</table></div>'
         )
     return "".join(parts)
 
 
-def page(folder: Path, report: dict[str, dict[str, float]]) -> str:
+def html_page(folder: Path, report: dict[str, dict[str, float]]) -> str:
     """report.html."""
     header, *lines = table(report)
     cells = "".join(f'<th class="n">{name}' for name in header)
     body = "".join(f"<tr><th>{line[0]}" + "".join(f'<td class="n">{cell}' for cell in line[1:]) for line in lines)
     stages = [stage for stage in report if (folder / "eval" / stage / "answers.jsonl").is_file()]
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>VL-RLHF demo</title><style>{STYLE}</style><h1>VL-RLHF demo</h1>'
+    return page(
+        "VL-RLHF demo",
+        "<h1>VL-RLHF demo</h1>"
         "<p>A tiny LLaVA learns to describe coloured shapes from captions of which about 30 % name an object that is not there. "
         "Preference learning then corrects what it hallucinates. All numbers are of held-out pictures: CHAIR_i is the share of the objects "
         "mentioned that are not there, CHAIR_s the share of captions that mention one.</p>"
-        f"<table><tr>{cells}{body}</table><h2>Training</h2>{curves(folder)}<h2>Held-out pictures</h2>"
+        f'<div class="scroll"><table><thead><tr>{cells}</thead><tbody>{body}</tbody></table></div>'
+        f"<h2>Training</h2><p>Over steps; thin: as logged, thick: smoothed.</p>{curves(folder)}<h2>Held-out pictures</h2>"
         "<p><mark>Wrong</mark> words are marked, <del>objects left out</del> are struck through. "
         "Half of these pictures are ones that the SFT model describes wrongly; the others come as they are drawn.</p>"
-        f"{cards(folder, stages)}</html>\n"
+        f'<div class="grid">{cards(folder, stages)}</div>',
+        STYLE,
     )
 
 
@@ -210,7 +196,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     report = report_of(folder)
     write_json(folder / "report.json", report)
-    write_text(folder / "report.html", page(folder, report))
+    write_text(folder / "report.html", html_page(folder, report))
     lines = table(report)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for line in lines:

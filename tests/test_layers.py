@@ -59,6 +59,7 @@ BASE = [
         "charts",
         "checkpoints",
         "dynamic_sampling",
+        "log_lines",
         "ppo_batches",
         "ppo_metrics",
         "ppo_trainer",

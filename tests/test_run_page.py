@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
-from base import run_page
+from base import answer_samples, run_page
 from base.charts import CHARTS, Chart, charts_of, draw_png, series, smoothed, svg, ticks
+from base.log_lines import log_line
 from base.run_warnings import LAST, run_warnings
-from base.samples import Sample, asked_and_told, html_page
+from base.samples import Sample, asked_and_told, html_page, report_table, write_samples
 from tests.processes import history
 
 SCRIPT = {name: importlib.import_module(f"train_{name}") for name in ("sft", "dpo", "rm", "ppo")}
@@ -257,3 +260,93 @@ def test_what_data_answer():
     turns = [("user", "Q"), ("assistant", "A"), ("user", "R"), ("assistant", "B")]
     prompt, told = asked_and_told({"messages": [{"role": r, "content": c} for r, c in turns]})
     assert [m["content"] for m in prompt] == ["Q", "A", "R"] and told == [("in the data", "B")]
+
+
+# -- trackers and the terminal -----------------------------------------------------------------------------------------------
+
+
+class FakeTracker:
+    """What wandb and trackio have in common, and TensorBoard's writer."""
+
+    run = object()
+
+    def __init__(self):
+        self.logged, self.texts, self.pictures = [], [], []
+
+    def Image(self, picture):  # their name
+        return picture.size
+
+    def Table(self, columns, data):  # their name
+        assert all(len(row) == len(columns) for row in data)
+        return [dict(zip(columns, row, strict=True)) for row in data]
+
+    def log(self, values):
+        self.logged.append(values)
+
+    def add_text(self, tag, text, step):
+        self.texts.append((tag, text, step))
+
+    def add_image(self, tag, picture, step, dataformats):
+        self.pictures.append((tag, picture.shape, step, dataformats))
+
+
+def callback_of(kind: type, name: str, tracker: FakeTracker) -> TrainerCallback:
+    callback = object.__new__(kind)  # its own __init__ wants the package
+    setattr(callback, name, tracker)
+    return callback
+
+
+@pytest.mark.parametrize(("kind", "name"), [(WandbCallback, "_wandb"), (TrackioCallback, "_trackio")])
+def test_trackers_get_samples_with_pictures(image_dir: Path, tmp_path: Path, kind: type, name: str):
+    tracker = FakeTracker()
+    prompt = [{"role": "user", "content": "What?"}]
+    samples = [Sample([str(image_dir / "0.png")], prompt, "A | B", 0.5, None)]
+    write_samples(samples, tmp_path, 3, [callback_of(kind, name, tracker)])
+    size = Image.open(image_dir / "0.png").size
+    row = {"pictures": [size], "prompt": "user: What?", "response": "A | B", "reward": 0.5, "KL": None}
+    assert tracker.logged == [{"samples": [row], "train/global_step": 3}]
+
+
+def test_tensorboard_gets_every_picture_once(command, tmp_path: Path, monkeypatch):
+    tracker = FakeTracker()
+    monkeypatch.setattr(
+        answer_samples,
+        "report_table",
+        lambda *table: report_table(*table[:3], [callback_of(TensorBoardCallback, "tb_writer", tracker)]),
+    )
+    SCRIPT["dpo"].main(command("dpo", "--use_lora True --lora_r 4 --num_sample_generations 1"))
+    (tag, first, _), (_, second, step) = tracker.texts
+    assert (tag, step) == ("samples", 2) and first.splitlines()[0] == "| prompt | whose | answer |"
+    whose = [line.split(" | ")[1] for line in second.splitlines()[2:]]
+    assert whose[:4] == ["chosen", "rejected", "before training", "at step 2"]
+    rows = len(whose) // 4
+    assert len(tracker.pictures) == 2 * rows  # though each stands beside four answers
+    tag, shape, _, order = tracker.pictures[0]
+    assert tag == "samples/picture 0" and shape[2] == 3 and order == "HWC"
+
+
+def test_a_line_of_the_log_by_hand():
+    logs = {"epoch": 0.5, "mine": 7, "grad_norm": 2.0, "loss": 0.69314, "learning_rate": 5e-5, "total_flos": 1.0}
+    first, second = log_line(logs, 8, 120), log_line(logs | {"loss": 12345.6, "grad_norm": 0.03}, 10, 120)
+    assert first == "step       8/120  loss 0.6931     learning_rate 5e-05      grad_norm 2          mine 7"
+    assert [first.index(name) for name in ("grad_norm", "mine")] == [second.index(n) for n in ("grad_norm", "mine")]
+    held_out = log_line({"eval_loss": float("nan"), "eval_runtime": 2.0, "epoch": 1.0}, 10, 120)
+    assert held_out == "held out  10/120  loss nan"
+    assert (
+        log_line({"train_runtime": 61.4, "train_loss": 0.5, "epoch": 1.0}, 120, 120)
+        == "120 steps in 61 s, mean loss 0.5"
+    )
+    many = log_line({f"m{i}": 1.0 for i in range(30)} | {"loss": 1.0}, 1, 2)
+    assert many.count("  m") == 7 and "  loss 1" in many
+
+
+@pytest.mark.parametrize("bars", [True, False])
+def test_a_run_prints_one_line_per_log(command, capsys, bars: bool):
+    argv = command("sft", "--use_lora True --lora_r 4 --eval_ratio 0.25")
+    argv[argv.index("--disable_tqdm") + 1] = str(not bars)
+    SCRIPT["sft"].main(argv)
+    out, err = capsys.readouterr()
+    lines = [line for line in out.splitlines() if line.startswith(("step ", "held out"))]
+    assert [line[:12] for line in lines] == ["step     1/2", "step     2/2", "held out 2/2"] and "{'" not in out
+    assert all("loss 6." in line or "loss 5." in line for line in lines)
+    assert ("2/2 [" in err) == bars
