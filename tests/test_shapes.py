@@ -4,6 +4,8 @@ import io
 import itertools
 import json
 import random
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from data import load_train_eval, scenes, shapes
 from data.scenes import CELL, COLOURS, PLACES, Thing
 from eval import shapes_report
 from eval.shapes import marked, mentions, read_scenes, score_answers, score_captions
+from tests.processes import ROOT
 
 SCENE = (Thing("red", "circle", 0), Thing("blue", "star", 7))  # top left, bottom
 
@@ -309,6 +312,35 @@ def test_report(demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert page.count("<polyline") == 2 and page.count("data:image/png;base64,") == 12 and "http" not in page
     assert page.count("<mark>") == 1 + 12 and "0.750" in page
     assert "CHAIR_i" in capsys.readouterr().out
+
+
+def test_the_notebook(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cell, as it stands, on the folder of a demo; only `make demo` itself is not run."""
+    shown: list[str] = []
+    display = types.ModuleType("IPython.display")
+    for name in ("HTML", "Image", "Markdown"):
+        setattr(display, name, lambda data, name=name, **_: f"{name}: {data}")
+    display.display = shown.append
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    ran: list[list[str]] = []
+    monkeypatch.setattr("subprocess.run", lambda command, check: ran.append(command))
+    monkeypatch.setattr("sys.argv", ["shapes_report", str(demo)])
+    shapes_report.main()
+    (demo / "dpo" / "curves.png").write_bytes(b"")
+    monkeypatch.chdir(demo / "eval" / "sft")
+    (demo / "train_dpo.py").touch()
+    (demo / "runs").mkdir()
+    (demo / "runs" / "demo").symlink_to(demo)
+    cells = json.loads((ROOT / "docs/demo.ipynb").read_text())["cells"]
+    names: dict[str, object] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)  # our own file
+    assert ran == [["make", "demo"]]
+    assert "| sft | 0.25 | 0.25 | 0.25 |" in shown[0] and "| rm |  |  |  | 0.75 |" in shown[0]
+    assert shown[1] == "Image: runs/demo/dpo/curves.png"
+    assert len(shown) == 2 + 2 * 6 and "<td>sft<td>Top a purple circle." in shown[3]
 
 
 def test_report_of_nothing_is_one_sentence(tmp_path: Path) -> None:
