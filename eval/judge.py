@@ -10,8 +10,9 @@ twice. Trouble is tried again with growing pauses (common/openai_client.py).
 import argparse
 import hashlib
 import json
+import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -30,8 +31,8 @@ Reply = TypeVar("Reply")
 class Ask(Protocol):
     """What scorers take instead of a Judge. `sample` tells repeated questions apart: each number is a fresh reply."""
 
-    def __call__(self, prompt: str, *, temperature: float = 0.0, sample: int = 0) -> str:
-        """The reply to one prompt; `sample` numbers repeated questions."""
+    def __call__(self, prompt: str, *, temperature: float = 0.0, sample: int = 0, pictures: Sequence[str] = ()) -> str:
+        """The reply to one prompt; `sample` numbers repeated questions. `pictures` are data URLs, shown before the text."""
 
 
 class Judge:
@@ -78,9 +79,13 @@ class Judge:
         """What is stored with every score."""
         return {"model": self.model, "url": self.client.shown_url, "max_tokens": self.max_tokens}
 
-    def ask(self, prompt: str, *, temperature: float = 0.0, sample: int = 0) -> str:
+    def ask(self, prompt: str, *, temperature: float = 0.0, sample: int = 0, pictures: Sequence[str] = ()) -> str:
         """Return the reply to one user message. Raises InputError when the endpoint refuses or keeps failing."""
-        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": temperature,
+        content: str | list[dict] = prompt
+        if pictures:
+            shown = [{"type": "image_url", "image_url": {"url": url}} for url in pictures]
+            content = [*shown, {"type": "text", "text": prompt}]
+        body = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": temperature,
                 "max_tokens": self.max_tokens}  # fmt: skip
         key = hashlib.sha256(json.dumps([body, sample], sort_keys=True).encode()).hexdigest()
         with self._lock:
@@ -156,3 +161,8 @@ def judge_template(args: argparse.Namespace, default: str, fields: str) -> tuple
             if f"{{{field}}}" not in text:
                 raise InputError(f"{args.judge_prompt} has no {{{field}}}; the prompt needs {fields}")
     return text, {"prompt": args.judge_prompt or "built in", "prompt_sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def fill(template: str, **fields: object) -> str:
+    """Put the fields into a prompt; braces within the fields are left alone."""
+    return re.sub(r"\{(\w+)\}", lambda m: str(fields[m[1]]) if m[1] in fields else m[0], template)

@@ -19,15 +19,9 @@ import numpy as np
 from common.errors import InputError, run
 from eval.benchmark_files import Row
 from eval.files import need, read_records, read_text
-from eval.judge import Ask, Judge, add_judge_arguments, ask_all, judge_template
+from eval.judge import Ask, Judge, add_judge_arguments, ask_all, fill, judge_template
 from eval.results import Scores, load, save, scorer_parser
 from eval.yesno import hallusion_scores
-
-
-def fill(template: str, **fields: object) -> str:
-    """Put the fields into a prompt; braces within the fields are left alone."""
-    return re.sub(r"\{(\w+)\}", lambda m: str(fields[m[1]]) if m[1] in fields else m[0], template)
-
 
 # ------------------------------------------------------------------------------------------------ MMHal-Bench
 

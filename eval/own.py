@@ -2,6 +2,7 @@
 
     python -m eval.generate --task plain --data_path questions.json --model_name_or_path runs/dpo --output runs/dpo/eval/plain.jsonl
     python -m eval.own --data_path questions.json --answers runs/dpo/eval/plain.jsonl
+    python -m eval.own --data_path questions.json --answers A --rule judge --rubric rubric.txt --judge URL --judge_model M
     python -m eval.report runs/sft/eval runs/dpo/eval
 
 A question is {"image", "question"} and may have what is right, `answer`: a text, or a list of texts of which one suffices.
@@ -11,22 +12,41 @@ A question is {"image", "question"} and may have what is right, `answer`: a text
     contains    one of them stands in the answer, as whole words
     choice      the option meant, by its letter; the question has `choices`, {"A": "red", ...} or a list
     yesno       yes or no stands in the answer, and not the other word
+    judge       a language model that sees the picture gives 0 to 10 points by a rubric of yours
     none        nothing is right or wrong: the report shows the answers
 
 By default a question with `choices` goes by choice, one whose answer is yes or no by yesno, others with an answer by contains.
 """
 
+import argparse
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from base.images import load_image, png
 from common.errors import InputError, run
+from common.openai_client import data_url
 from eval.benchmark_files import Row
 from eval.choice import infer_letter
+from eval.files import read_text
+from eval.judge import Ask, Judge, add_judge_arguments, ask_all, fill, judge_template
 from eval.results import Scores, load, save, scorer_parser
 from eval.yesno import hallusion_parse
 
-RULES = ("exact", "contains", "choice", "yesno", "none")
+RULES = ("exact", "contains", "choice", "yesno", "judge", "none")
+PICTURE_SIDE = 1024  # pixels that the judge sees
+ATTEMPTS = 5
+Grade = tuple[float, str]  # points and the judge's words
+
+RUBRIC_PROMPT = """You grade a model's answer to a question about the picture, by this rubric and nothing else.
+
+Rubric: {rubric}
+
+Question: {question}
+Right answer, as far as one is known: {gt_answer}
+The model's answer: {answer}
+
+Explain in a few sentences, then end with the line "Score: N", where N is a number from 0 (worst) to 10 (best)."""
 
 
 def normalised(text: str) -> str:
@@ -84,7 +104,7 @@ def rule_of(row: Row, given: str | None) -> str:
     rule = row.get("rule") or given or guess
     if rule not in RULES:
         raise InputError(f"question {row['id']} has the rule {rule!r}: one of {', '.join(RULES)}.")
-    if rule != "none" and guess == "none":
+    if rule not in ("none", "judge") and guess == "none":
         raise InputError(
             f"question {row['id']} has no `answer`, which the rule {rule} reads: add it, or give --rule none."
         )
@@ -95,20 +115,94 @@ def rule_of(row: Row, given: str | None) -> str:
     return rule
 
 
-def score(rows: list[Row], answers: list[str], given: str | None = None) -> tuple[Scores, list[dict]]:
-    """`accuracy` over questions with a rule, per category where rows have one (fractions), and words per answer."""
-    details, verdicts = [], dict[str, list[bool]]()
-    for row, answer in zip(rows, answers, strict=True):
+def points(reply: str) -> float | None:
+    """The number behind the last "Score:" if it lies between 0 and 10, else None."""
+    found = re.findall(r"score\W*?(-?\d+(?:\.\d+)?)", reply.lower())
+    return float(found[-1]) if found and 0 <= float(found[-1]) <= 10 else None
+
+
+def grade(row: Row, answer: str, rubric: str, template: str, ask: Ask, pictures: Sequence[str]) -> Grade:
+    """A judge's points for an answer.
+
+    Raises:
+        InputError: ATTEMPTS replies without points.
+    """
+    right = row.get("answer") or "not given"
+    prompt = fill(template, rubric=rubric, question=row["question"], gt_answer=right, answer=answer)
+    for attempt in range(ATTEMPTS):
+        reply = ask(prompt, temperature=0.0 if attempt == 0 else 0.5, sample=attempt, pictures=pictures)
+        found = points(reply)
+        if found is not None:
+            return found, reply
+    raise InputError(
+        f'the judge gave question {row["id"]} no "Score: N" from 0 to 10 in {ATTEMPTS} replies, the last was {reply[:80]!r}; '
+        "use a stronger --judge_model"
+    )
+
+
+def judged(
+    rows: list[Row], answers: list[str], given: str | None, args: argparse.Namespace
+) -> tuple[dict[int, Grade], dict]:
+    """Grades of the questions whose rule is `judge`, by their place; and what is stored of the judge.
+
+    Raises:
+        InputError: no judge or no rubric is named, or see `grade`.
+    """
+    places = [i for i, row in enumerate(rows) if rule_of(row, given) == "judge"]
+    if not places:
+        return {}, {}
+    rubric = read_text(args.rubric) if args.rubric else None
+    bare = next((rows[i] for i in places if not rows[i].get("rubric")), None)
+    if rubric is None and bare is not None:
+        raise InputError(
+            f"question {bare['id']} has the rule judge and no `rubric`: give --rubric FILE, a text that says what is worth how much."
+        )
+    judge = Judge.from_args(args)
+    template, about = judge_template(args, RUBRIC_PROMPT, "rubric question answer")
+
+    def ask(place: int) -> Grade:
+        row = rows[place]
+        pictures = [] if args.judge_text_only else [_shown(image) for image in row["images"]]
+        return grade(row, answers[place], row.get("rubric") or rubric or "", template, judge.ask, pictures)
+
+    grades = dict(zip(places, ask_all(ask, places, args.judge_workers), strict=True))
+    text_only = {"text_only": True} if args.judge_text_only else {}
+    return grades, judge.describe() | about | {"rubric": rubric} | text_only
+
+
+def _shown(image: str | dict) -> str:
+    picture = load_image(image)
+    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    return data_url(png(picture))
+
+
+def score(
+    rows: list[Row], answers: list[str], given: str | None = None, grades: Mapping[int, Grade] | None = None
+) -> tuple[Scores, list[dict]]:
+    """`accuracy` over questions with a rule (fractions), `judge_score` over judged ones (0 to 10), both also per category where rows
+    have one, and words per answer.
+
+    Args:
+        grades: of the judged questions, by their place.
+    """
+    details, verdicts = [], dict[str, list[float]]()
+    for place, (row, answer) in enumerate(zip(rows, answers, strict=True)):
         rule = rule_of(row, given)
         detail = {"id": row["id"], "answer": answer, "correct": None, "category": row.get("category", rule)}
-        if rule != "none":
+        metric, value = "accuracy", 0.0
+        if rule == "judge":
+            metric = "judge_score"
+            value, detail["review"] = (grades or {})[place]
+            detail["parsed"] = f"{value:g} of 10"
+        elif rule != "none":
             right = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
             detail["correct"], detail["parsed"] = _BY_RULE[rule](answer, [str(r) for r in right], row)
-            detail["label"] = row["answer"]
-            for group in ("", *([str(row["category"])] if row.get("category") else [])):
-                verdicts.setdefault(group, []).append(detail["correct"])
+            detail["label"], value = row["answer"], detail["correct"]
+        if rule != "none":
+            for group in ("", *([f"{row['category']}/"] if row.get("category") else [])):
+                verdicts.setdefault(group + metric, []).append(value)
         details.append(detail)
-    scores = {f"{group}/accuracy".lstrip("/"): sum(v) / len(v) for group, v in verdicts.items()}
+    scores = {name: sum(v) / len(v) for name, v in verdicts.items()}
     scores["words"] = sum(len(answer.split()) for answer in answers) / len(answers)
     return scores, details
 
@@ -117,10 +211,16 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line (`argv` in its place)."""
     parser = scorer_parser(__doc__, ("plain",))
     parser.add_argument("--rule", choices=RULES, help="what counts as right, of questions that name no rule themselves")
+    add_judge_arguments(parser)
+    parser.add_argument(
+        "--rubric", help="file that says what a good answer is, for the rule judge; a question's `rubric` goes first"
+    )
+    parser.add_argument("--judge_text_only", action="store_true", help="the judge sees no pictures, because it cannot")
     args = parser.parse_args(argv)
     rows, answers, meta = load(args)
-    scores, details = score(rows, answers, args.rule)
-    save(args, "plain", scores, details, meta, rule=args.rule)
+    grades, judge = judged(rows, answers, args.rule, args)
+    scores, details = score(rows, answers, args.rule, grades)
+    save(args, "plain", scores, details, meta, judge or None, rule=args.rule)
 
 
 if __name__ == "__main__":

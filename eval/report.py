@@ -88,7 +88,11 @@ HEADLINES: dict[str, list[Metric]] = {
     "mmvet": [Metric("MM-Vet", "total")],
     "vlrewardbench": [Metric("VL-RB", "overall"), Metric("VL-RB macro", "macro")],
     "mmrb": [_percent("MM-RB", "all")],
-    "plain": [_percent("own questions", "accuracy"), Metric("words", "words")],
+    "plain": [
+        _percent("own questions", "accuracy"),
+        Metric("judge, of 10", "judge_score", best=10),
+        Metric("words", "words"),
+    ],
     "mmrlhf": [_percent("MM-RLHF-RB", "overall/accuracy"), _percent("MM-RLHF-RB+", "overall/acc_plus")],
 }
 NO_AXIS = ("POPE yes", "words")  # neither high nor low is better
@@ -141,7 +145,8 @@ def columns(runs: list[Run]) -> list[tuple[str, Metric]]:
     for name in names:
         scores = next(r.results[name]["scores"] for r in runs if name in r.results)
         plain = [Metric(f"{name} {key}", key) for key in list(scores)[:4]]
-        out += [(name, metric) for metric in HEADLINES.get(name, plain)]
+        found = [r.results[name]["scores"] for r in runs if name in r.results]
+        out += [(name, m) for m in HEADLINES.get(name, plain) if any(m.value(s) is not None for s in found)]
     return out
 
 

@@ -1,13 +1,18 @@
 """The user's own questions: rules by hand, the table, and answers side by side without a rule."""
 
+import base64
+import io
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from common.errors import InputError
 from eval import own, report
+from tests.fake_server import FakeServer, completion
 
 
 def question(n: int = 0, **fields: object) -> dict:
@@ -108,3 +113,98 @@ def test_without_any_rule_the_answers_stand_side_by_side(tmp_path: Path):
     (row,) = shown["rows"]
     assert [row["runs"][str(i)]["answer"] for i in range(2)] == ["said by a", "said by b"]
     assert row["runs"]["0"]["correct"] is None and row["question"] == "Describe."
+
+
+# -- a judge with a rubric ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reply", "found"),
+    [
+        ("Good.\nScore: 7", 7.0),
+        ("**Score:** 7.5/10", 7.5),
+        ("Score: 3? No.\nscore: 10", 10.0),
+        ("Score: 11", None),
+        ("Score: -1", None),
+        ("7", None),
+        ("I would score it.", None),
+    ],
+)
+def test_points_of_a_reply(reply: str, found: float | None):
+    assert own.points(reply) == found
+
+
+@pytest.fixture
+def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    points = {"a dog": "A cat is there.\nScore: 2", "a cat": "Right.\nScore: 9"}
+    server = FakeServer(lambda path, body: completion(next(v for k, v in points.items() if k in json.dumps(body))))
+    yield server
+    server.close()
+
+
+def judged_run(folder: Path, data: Path, url: str, *flags: str) -> dict:
+    file = folder / "plain.jsonl"
+    file.write_text(
+        "".join(json.dumps({"id": str(n), "answer": a}) + "\n" for n, a in enumerate(["a dog", "a cat", "yes"]))
+    )
+    argv = [
+        "--data_path",
+        str(data),
+        "--image_root",
+        str(folder),
+        "--answers",
+        str(file),
+        "--judge",
+        url,
+        "--judge_model",
+        "j",
+    ]
+    own.main([*argv, *flags])
+    return json.loads((folder / "results.json").read_text())["plain"]
+
+
+def test_a_judge_sees_the_picture_and_the_rubric(tmp_path: Path, judge: FakeServer):
+    Image.new("RGB", (2000, 500), "red").save(tmp_path / "0.png")
+    data, rubric = tmp_path / "questions.json", tmp_path / "rubric.txt"
+    rows = [
+        {"image": "0.png", "question": "What?", "rule": "judge", "category": "animals"},
+        {"image": "0.png", "question": "What?", "rule": "judge", "rubric": "Cats {only}.", "answer": "cat"},
+        {"image": "0.png", "question": "Is it?", "answer": "yes"},
+    ]
+    data.write_text(json.dumps(rows))
+    rubric.write_text("Name the animal.")
+    entry = judged_run(tmp_path, data, judge.url, "--rubric", str(rubric), "--judge_workers", "1")
+    assert entry["scores"] == {"animals/judge_score": 2.0, "judge_score": 5.5, "accuracy": 1.0, "words": 5 / 3}
+    assert entry["judge"]["rubric"] == "Name the animal." and entry["judge"]["model"] == "j"
+    (first, text), (_, second) = (body["messages"][0]["content"] for body in judge.requests)
+    picture = Image.open(io.BytesIO(base64.b64decode(first["image_url"]["url"].partition(",")[2])))
+    assert picture.size == (1024, 256) and picture.getpixel((0, 0)) == (255, 0, 0)
+    assert "Rubric: Name the animal." in text["text"] and "answer: a dog" in text["text"]
+    assert "Rubric: Cats {only}." in second["text"] and "known: cat" in second["text"]
+    reviews = [json.loads(line) for line in (tmp_path / "scored" / "plain.jsonl").read_text().splitlines()]
+    assert reviews[1]["parsed"] == "9 of 10" and reviews[1]["review"].startswith("Right.")
+    report.main([str(tmp_path), "--output", str(tmp_path / "report")])
+    assert "| own questions | judge, of 10 | words |" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_a_judge_that_sees_no_pictures(tmp_path: Path, judge: FakeServer):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    data, rubric = tmp_path / "questions.json", tmp_path / "rubric.txt"
+    data.write_text(
+        json.dumps(
+            [{"image": "0.png", "question": q, "rule": r} for q, r in [("a", "judge"), ("b", "judge"), ("c", "none")]]
+        )
+    )
+    rubric.write_text("R")
+    assert judged_run(tmp_path, data, judge.url, "--rubric", str(rubric), "--judge_text_only")["judge"]["text_only"]
+    assert all(isinstance(body["messages"][0]["content"], str) for body in judge.requests)
+    with pytest.raises(InputError, match="question 0 has the rule judge and no `rubric`: give --rubric FILE"):
+        judged_run(tmp_path, data, judge.url)
+
+
+def test_a_judge_without_points_is_an_error():
+    replies = iter(["fine", "fine", "Score: 4"])
+    assert own.grade(question(), "a", "R", own.RUBRIC_PROMPT, lambda *_, **__: next(replies), []) == (4.0, "Score: 4")
+    with pytest.raises(InputError, match=r'question 0 no "Score: N" from 0 to 10 in 5 replies, the last was \'fine\''):
+        own.grade(question(), "a", "R", own.RUBRIC_PROMPT, lambda *_, **__: "fine", [])
