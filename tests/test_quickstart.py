@@ -1,4 +1,4 @@
-"""Every command of docs/quickstart.md, as it stands, on a tiny checkpoint; and eval.chat, with which it ends."""
+"""Every command of docs/quickstart.md, as it stands, on a tiny checkpoint."""
 
 import csv
 import importlib
@@ -8,10 +8,6 @@ import shlex
 import shutil
 from pathlib import Path
 
-import pytest
-
-from common.errors import InputError
-from eval import chat
 from tests.conftest import ANSWERS
 
 ROOT = Path(__file__).parents[1]
@@ -62,52 +58,3 @@ def test_every_command(tmp_path: Path, monkeypatch, llava: str, image_dir: Path,
         assert (tmp_path / "runs" / page / "index.html").is_file()
     assert "own questions" in (tmp_path / "runs" / "report" / "report.md").read_text()
     assert json.loads((tmp_path / "runs/dpo/run.json").read_text())["data"]["eval_rows"] >= 1
-
-
-# -- chat --------------------------------------------------------------------------------------------------------------------
-
-
-class Echo(chat.Chat):
-    """Says how many turns it has seen, and of which picture."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.messages = name, []
-
-    def answer(self, question: str, images: list[str]) -> str:
-        self.messages += [question, ""]
-        return f"{self.name} {len(self.messages) // 2} {images}"
-
-
-def test_a_conversation_goes_on_until_an_empty_line(image_dir: Path):
-    other = str(image_dir / "1.png")
-    lines = ["one\n", "two\n", "/new\n", "three\n", f"/image {other}\n", "four\n", "\n", "five\n"]
-    said = list(chat.talk({"a": Echo("a")}, ["0.png"], lines))
-    assert said == ["a 1 ['0.png']", "a 2 ['0.png']", "a 1 ['0.png']", f"a 1 ['{other}']"]
-
-
-def test_several_checkpoints_answer_one_below_the_other():
-    said = list(chat.talk({"sft": Echo("x"), "dpo-2": Echo("y")}, [], ["one"]))
-    assert said == ["sft    x 1 []", "dpo-2  y 1 []"]
-
-
-def test_a_real_conversation_remembers(llava: str, image_dir: Path):
-    """The second question is read behind the first and its answer: the prompt of the second turn holds both."""
-    import torch
-
-    from eval.generate import Answerer
-
-    answerer = Answerer(llava, None, torch.device("cpu"), bf16=False)
-    talker = chat.Chat(answerer, {"max_new_tokens": 4, "do_sample": False}, 0)
-    seen = []
-    answer = answerer.answer
-    answerer.answer = lambda encoded, *rest: seen.append(encoded[0]["ids"]) or answer(encoded, *rest)  # type: ignore[method-assign]
-    first = talker.answer("What is it?", [str(image_dir / "0.png")])
-    talker.answer("And now?", [str(image_dir / "0.png")])
-    decoded = answerer.processor.tokenizer.decode(seen[1])
-    assert [m["role"] for m in talker.messages] == ["user", "assistant"] * 2 and talker.messages[1]["content"] == first
-    assert decoded.index("What is it?") < decoded.index("And now?") and len(seen[1]) > len(seen[0])
-
-
-def test_a_picture_that_is_not_there():
-    with pytest.raises(InputError, match=r"the image nowhere\.png does not exist"):
-        chat.main(["--model_name_or_path", "m", "--image", "nowhere.png"])
