@@ -85,7 +85,7 @@ def reply(answerer: Answerer, row: Row, reward: Reward | None) -> Reply:
 
 
 def save_pairs(path: Path, question: str, image: str | None, better: str, others: Mapping[str, str], who: str) -> int:
-    """Append a pair of the better answer with each other answer that differs from it, as rows of plain_dpo; returns their number.
+    """Append a pair of the better answer with each different one, as rows of plain_dpo; returns their number.
 
     The picture is copied beside the file, under the name of its content: `--image_root` is the file's folder.
 
@@ -102,10 +102,13 @@ def save_pairs(path: Path, question: str, image: str | None, better: str, others
         if not copy.exists():
             shutil.copyfile(image, copy)
         row["image"] = str(copy.relative_to(path.parent))
+    rejected: dict[str, list[str]] = {}  # text -> who gave it
+    for name, text in others.items():
+        if text.strip() != better.strip():
+            rejected.setdefault(text.strip(), []).append(name)
     pairs = [
-        row | {"chosen": better, "rejected": text, "chosen_by": who, "rejected_by": name}
-        for name, text in others.items()
-        if text.strip() != better.strip()
+        row | {"chosen": better.strip(), "rejected": text, "chosen_by": who, "rejected_by": ", ".join(names)}
+        for text, names in rejected.items()
     ]
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
@@ -113,7 +116,7 @@ def save_pairs(path: Path, question: str, image: str | None, better: str, others
 
 
 def shade(logp: float) -> float:
-    """For gradio's colours, from -1 (red) to 0 (none): the probability that other tokens had."""
+    """For gradio's colours, from -1 (full) to 0 (none): the probability that other tokens had."""
     return math.exp(logp) - 1.0
 
 
@@ -154,7 +157,11 @@ def build(answer: Callable[[str, list[str]], dict[str, Reply]], names: Sequence[
             raise gradio.Error("Write your answer first.")
         others = {name: text for name, text in said.items() if name != who}
         saved = save_pairs(pairs, question.strip(), image, better, others, who)
-        return f"{saved} pairs appended to {pairs}." if saved else "No pair: the answers are the same."
+        return (
+            f"{saved} pair{'' if saved == 1 else 's'} appended to {pairs}."
+            if saved
+            else "No pair: the answers are the same."
+        )
 
     with gradio.Blocks(title="VL-RLHF: " + ", ".join(names), analytics_enabled=False) as page:
         said = gradio.State({})
@@ -163,7 +170,7 @@ def build(answer: Callable[[str, list[str]], dict[str, Reply]], names: Sequence[
             with gradio.Column():
                 question = gradio.Textbox(label="Question", lines=3)
                 button = gradio.Button("Ask", variant="primary")
-                gradio.Markdown("The redder a token, the less likely it was.")
+                gradio.Markdown("The stronger the colour of a token, the less likely it was.")
         outputs: list[Any] = [said]
         buttons = []
         with gradio.Row():

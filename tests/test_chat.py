@@ -98,12 +98,12 @@ def test_preferences_become_pairs_that_scripts_read(image_dir: Path, tmp_path: P
     said = {"sft": "A cat.", "dpo": "A dog.", "ppo": " A dog. "}
     others = {name: text for name, text in said.items() if name != "dpo"}
     assert chat_page.save_pairs(pairs, "What?", image, said["dpo"], others, "dpo") == 1  # ppo says the same
-    assert chat_page.save_pairs(pairs, "And?", None, "Both.", said, "you") == 3
+    assert chat_page.save_pairs(pairs, "And?", None, "Both.", said, "you") == 2  # two say the same
     read = DataArguments(dataset_name=str(pairs), image_root=str(pairs.parent))
     rows = load_train_eval(read, "preference", 0).train
-    assert [row["responses"] for row in rows] == [["A dog.", "A cat."], *(["Both.", text] for text in said.values())]
+    assert [row["responses"] for row in rows] == [["A dog.", "A cat."], ["Both.", "A cat."], ["Both.", "A dog."]]
     assert Path(rows[0]["images"][0]).read_bytes() == Path(image).read_bytes() and rows[1]["images"] == []
-    assert rows[0]["rejected_by"] == "sft" and rows[3]["chosen_by"] == "you"
+    assert rows[0]["rejected_by"] == "sft" and rows[2]["rejected_by"] == "dpo, ppo"
 
 
 class FakeGradio(types.ModuleType):
@@ -165,7 +165,7 @@ def test_the_page_asks_all_and_saves_what_is_better(monkeypatch: pytest.MonkeyPa
     buttons = {made.args[0]: made.clicks for made in gradio.made if made.kind == "Button" and made.clicks}
     assert list(buttons) == ["a is better", "b is better", "Mine is better"]
     ((prefer, *_),) = buttons["b is better"]
-    assert prefer(image, "Which?", shown[0], "") == f"1 pairs appended to {pairs}."
+    assert prefer(image, "Which?", shown[0], "") == f"1 pair appended to {pairs}."
     ((mine, *_),) = buttons["Mine is better"]
     assert mine(image, "Which?", shown[0], "green").startswith("2 pairs")
     chosen = [(row["chosen"], row["rejected"]) for row in map(json.loads, pairs.read_text().splitlines())]
