@@ -28,6 +28,7 @@ from common.dataclass_flags import USUAL, DataclassParser
 from common.errors import InputError
 from common.files import check_writable, write_text
 from common.flags import nearest
+from common.fsdp_flags import Sharding, sharding_of, sharding_of_launcher
 from common.versions import installed_versions
 
 __all__ = [
@@ -284,8 +285,6 @@ REFUSED: dict[str, str] = {
     "use_cache": "does nothing: training passes keep no cache, rollouts always do",
     "bf16_full_eval": "would leave the weights in bf16 after the first evaluation: --bf16 True evaluates in bf16, too",
     "fp16_full_eval": "would leave the weights in float16 after the first evaluation: --fp16 True evaluates in float16, too",
-    "fsdp": "is not supported: --deepspeed ds_configs/zero3.json partitions the weights",
-    "fsdp_config": "is not supported: --deepspeed ds_configs/zero3.json partitions the weights",
     "parallelism_config": "is not supported: use DDP or --deepspeed",
     "enable_jit_checkpoint": "does nothing more: SIGTERM always saves a checkpoint (docs/distributed.md)",
 }
@@ -294,6 +293,8 @@ REFUSED_IN_COMPARISONS: dict[str, str] = {
 }
 REFUSED_IN_RM: dict[str, str] = {"num_sample_generations": "does nothing here: a reward model writes no answers"}
 REFUSED_IN_PPO: dict[str, str] = {
+    "fsdp": "is not supported in PPO, whose rollouts would gather all weights for every token: --deepspeed ds_configs/zero3.json gathers them once",
+    "fsdp_config": "is not supported in PPO: --deepspeed ds_configs/zero3.json shares the weights out",
     "per_device_eval_batch_size": "does nothing in PPO: evaluation samples --per_device_train_batch_size answers at a time",
     "dataloader_drop_last": "does nothing in PPO: an update always takes whole micro batches",
     "train_sampling_strategy": "does nothing in PPO: prompts are shuffled with --seed",
@@ -304,6 +305,9 @@ REFUSED_IN_PPO: dict[str, str] = {
     "include_num_input_tokens_seen": "does nothing in PPO: episode counts rollouts",
 }
 
+
+# Whose state is a tensor of the weight's shape, or a number: what base/fsdp.py shares out and puts together again
+OPTIMIZERS_OF_FSDP = ("adamw_torch_fused", "adamw_torch", "sgd")
 
 # Where services read the name of a run's project; trackio reads TrainingArguments.project
 PROJECT_VARIABLES = (
@@ -401,6 +405,16 @@ class VLConfig(TrainingArguments):
         metadata={"help": "At each evaluation, log how much response log-probs change when the images are swapped."},
     )
 
+    @property
+    def sharding(self) -> Sharding | None:
+        """How FSDP2 shares the model out; None without FSDP."""
+        return sharding_of(self.fsdp, self.fsdp_config)
+
+    @property
+    def place_model_on_device(self) -> bool | None:
+        """For Trainer: a model that FSDP shares out does not go to a device as a whole; None leaves it to Trainer."""
+        return False if self.fsdp else None
+
     def _refuse_flags(self) -> None:
         known = {f.name: f for f in dataclasses.fields(self)}
         for name, why in self.refused.items():
@@ -417,7 +431,41 @@ class VLConfig(TrainingArguments):
         if not self.do_train and self.deepspeed:
             raise InputError("--do_train False evaluates without DeepSpeed: leave --deepspeed out.")
 
+    def _settle_fsdp(self) -> None:
+        """Take FSDP from the flags or from accelerate's launcher, and write it in one form: `sharding`.
+
+        Raises:
+            InputError: it is given twice, asks for what is not supported, or stands beside flags that it does not work with.
+        """
+        launcher = sharding_of_launcher(os.environ)
+        if launcher and self.fsdp:
+            raise InputError("--fsdp stands in the config of accelerate launch, too: leave the flag out.")
+        sharding = launcher or self.sharding
+        self.fsdp, self.fsdp_config = (sharding.words, sharding.config) if sharding else (None, None)
+
+    def _refuse_beside_fsdp(self) -> None:
+        if not self.fsdp:
+            return
+        beside = {
+            "deepspeed": (None, "both share the weights out: leave one of them out"),
+            "fp16": (False, "take --bf16 True"),
+            "torch_compile": (False, "leave it out"),
+            "auto_find_batch_size": (False, "give --per_device_train_batch_size"),
+        }
+        for name, (value, instead) in beside.items():
+            if getattr(self, name) not in (value, ""):
+                raise InputError(f"--{name} does not work with --fsdp: {instead}.")
+        optim = str(getattr(self.optim, "value", self.optim))
+        if optim not in OPTIMIZERS_OF_FSDP:
+            raise InputError(f"--optim {optim} does not work with --fsdp: take {', '.join(OPTIMIZERS_OF_FSDP)}.")
+        if not torch.distributed.is_initialized():
+            raise InputError(
+                "--fsdp shares weights out over several processes, and this is one: start it with torchrun --nproc_per_node 8, "
+                "or accelerate launch (docs/distributed.md)."
+            )
+
     def __post_init__(self) -> None:
+        self._settle_fsdp()
         self._refuse_flags()
         if self.output_dir is None:
             raise InputError("--output_dir is missing: name the folder of this run, for example runs/first.")
@@ -450,7 +498,10 @@ class VLConfig(TrainingArguments):
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             # Reentrant checkpointing drops the gradients of a frozen base with LoRA.
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        fsdp, self.fsdp = self.fsdp, None  # Trainer would hand it to accelerate, whose FSDP is another
         super().__post_init__()
+        self.fsdp = fsdp
+        self._refuse_beside_fsdp()
 
 
 @dataclass
@@ -1043,6 +1094,8 @@ def _refuse_contradictions(parsed: Sequence[Any]) -> None:
         raise InputError(
             "--q_lora does not work with ZeRO-3, which cannot partition quantised weights: take ZeRO-2, or DDP."
         )
+    if flags.get("q_lora") and flags.get("fsdp"):
+        raise InputError("--q_lora does not work with --fsdp, which cannot share quantised weights out: take DDP.")
     _refuse_training_in_16_bits(flags)
     if any(isinstance(p, PPOConfig) for p in parsed) and flags.get("lora_bias") not in (None, "none"):
         raise InputError(

@@ -23,7 +23,7 @@ GREW = 2.0  # answers against those before training
 class AnswerSamples(TrainerCallback):
     """Pages with answers to the first held-out rows (of training, if none are held out): before training, then --num_sample_generations times.
 
-    A run with fewer steps than that writes none, nor one under ZeRO-3, where an answer would need all processes at every token.
+    A run with fewer steps than that writes none, nor one under ZeRO-3 or FSDP, where an answer would need all processes at every token.
     """
 
     def __init__(self, trainer: VLTrainer) -> None:
@@ -37,7 +37,9 @@ class AnswerSamples(TrainerCallback):
         return [data[i] for i in range(min(PROMPTS, len(data)))]
 
     def _every(self, args: Any, state: TrainerState) -> int:
-        if not args.num_sample_generations or is_deepspeed_zero3_enabled() or not state.is_world_process_zero:
+        if not args.num_sample_generations or not state.is_world_process_zero:
+            return 0
+        if is_deepspeed_zero3_enabled() or args.sharding is not None:
             return 0
         return state.max_steps // args.num_sample_generations
 

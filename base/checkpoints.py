@@ -23,12 +23,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from args import RUN_JSON
 from base.bad_steps import BadSteps
+from base.fsdp import ShardedTrainer
 from base.layout import ADAPTER_CONFIG
 from base.loading import load_weights
 from base.model_card import model_card
@@ -82,7 +83,7 @@ def ignore_sigterm(then: Callable[[int], None] | None, worker: int) -> None:
         then(worker)
 
 
-class SafeCheckpoints(Trainer):
+class SafeCheckpoints(ShardedTrainer):
     """transformers.Trainer that writes checkpoints whole, resumes by the names on disk, and stops after SIGTERM."""
 
     _save_root: str | None = None
@@ -94,6 +95,7 @@ class SafeCheckpoints(Trainer):
             SystemExit: with EXIT_PREEMPTED after a SIGTERM, EXIT_INTERRUPTED after Ctrl-C, and a checkpoint.
         """
         self.__dict__.pop("bad_steps", None)  # of an earlier call
+        self.shard_model()
         preemption = Preemption(self._on_any_process)
         self.add_callback(preemption)
         try:
@@ -137,6 +139,7 @@ class SafeCheckpoints(Trainer):
             raise InputError("--do_train False needs rows to evaluate on: add --eval_ratio or --eval_data_path.")
         if checkpoint is not None:
             self._load_from_checkpoint(checkpoint)
+        self.shard_model()
         self.model_wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=True)
         metrics = self.evaluate()
         self.save_metrics("eval", metrics)

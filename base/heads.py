@@ -212,7 +212,7 @@ class HeadModel(nn.Module):
 
     def apply_head(self, head: nn.Linear, hidden: Tensor) -> Tensor:
         """(N, D) -> (N,) float32."""
-        return head(hidden).squeeze(-1)
+        return torch.squeeze_copy(head(hidden), -1)  # FSDP warns of views, on which nobody could add in place
 
     def save_pretrained(self, save_directory: str, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:
         """Save backbone or adapter as transformers and peft do, and the head beside.

@@ -5,6 +5,7 @@ row. A class whose forward does more (scales its logits, reads further inputs) w
 generates with, and nothing else would show it.
 """
 
+import functools
 import inspect
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from base.batch import ResponseBatch
 from base.collator import VLDPODataCollatorWithPadding
+from base.fsdp import in_root
 from base.loading import core_mapper_for
 from base.model import VLModelMixin
 from base.processor import VLProcessor
@@ -37,9 +39,14 @@ class SelfCheck(TrainerCallback):
         trainer = self.trainer
         share_prefix = getattr(trainer.data_collator, "share_prefix", False)
         with torch.no_grad(), trainer.accelerator.autocast():
-            check_log_probs(
-                trainer.base_model(trainer.model), trainer.processing_class, share_prefix, trainer._prepare_inputs
+            check = functools.partial(
+                check_log_probs,
+                trainer.base_model(trainer.model),
+                trainer.processing_class,
+                share_prefix,
+                trainer._prepare_inputs,
             )
+            in_root(trainer.model, check)
 
 
 def check_log_probs(model: VLModelMixin, processor: VLProcessor, share_prefix: bool, prepare: Any = dict) -> None:

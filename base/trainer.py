@@ -24,6 +24,7 @@ from base.adapters import REFERENCE_ADAPTER, adapter_active
 from base.answer_samples import AnswerSamples
 from base.batch import Batch
 from base.callbacks import RunningDelta, SetEpoch
+from base.fsdp import layers_of, shard
 from base.model import CompletionOutput
 from base.packing import scatter_to_responses
 from base.preference_inputs import (
@@ -161,6 +162,9 @@ class VLDPOTrainer(VLTrainer):
         ref_model.requires_grad_(False)
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(ref_model, self.accelerator)
+        if self.args.sharding is not None:
+            sharding = self.args.sharding
+            shard(ref_model, layers_of(ref_model, sharding.layers), sharding.reshard_after_forward)
         return self.accelerator.prepare_model(ref_model, evaluation_mode=True)
 
     # -- the four steps that papers change -----------------------------------------------------------------------------------
@@ -332,6 +336,7 @@ class VLDPOTrainer(VLTrainer):
         cache = ReferenceCache(self.args.ref_log_probs_dir or default_folder(), about)
         if self.is_deepspeed_enabled and self.ref_model is None:
             self.model.to(self.args.device)  # Trainer leaves it to DeepSpeed, which has not started
+        self.shard_model()  # the digest above is that of the whole weights
 
         def reference_logps(batch: Batch) -> Tensor:
             batch = self._prepare_inputs(batch)

@@ -22,6 +22,7 @@ from base.callbacks import EvaluateAtEnd
 from base.checkpoints import SafeCheckpoints
 from base.collator import VLDataCollator
 from base.features import pooled_features
+from base.fsdp import in_root
 from base.log_lines import Bars, LogLines
 from base.model import CompletionOutput, VLModelMixin
 from base.packing import scatter_to_responses
@@ -189,9 +190,9 @@ class VLTrainer(SafeCheckpoints):
         for module in modules:  # no dropout in a frozen encoder (InstructBLIP's Q-Former has some)
             module.training = False
         with torch.no_grad(), self.accelerator.autocast():
-            features = core.encode_images(images)
+            features = in_root(model, lambda: core.encode_images(images))
             if dummy is not None:
-                core.encode_images(dummy)
+                in_root(model, lambda: core.encode_images(dummy))
         return pooled_features(features)
 
     @functools.cached_property
@@ -357,8 +358,10 @@ class VLTrainer(SafeCheckpoints):
     def metrics_of_evaluation(self) -> set[str] | None:
         """Names that evaluation logs, read off one row; None where that cannot say."""
         training = self.model.training
+        self.shard_model()
         self.model.eval()
-        self.prediction_step(self.model, self.data_collator([self.eval_dataset[0]]), True)
+        with self.accelerator.autocast():  # which the model enters by itself once it is prepared
+            self.prediction_step(self.model, self.data_collator([self.eval_dataset[0]]), True)
         self.model.train(training)
         names = {*self._metrics["eval"]}
         self._metrics["eval"].clear()

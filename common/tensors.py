@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
 
 Nested = TypeVar("Nested")  # a tensor, or dicts, lists and tuples of such
@@ -24,11 +25,17 @@ def to_device(value: Nested, device: torch.device, dtype: torch.dtype | None = N
     return type(value)(to_device(v, device, dtype) for v in value) if isinstance(value, list | tuple) else value
 
 
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What of a weight lies on this process, without gradient: a part of it under ZeRO-3 and FSDP."""
+    tensor = getattr(tensor, "ds_tensor", tensor).detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def first_not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> str | None:
     """The name of the first tensor that holds NaN or infinity, or None. Waits for the device once."""
     names, flags = [], []
     for name, tensor in named:
-        tensor = getattr(tensor, "ds_tensor", tensor).detach()  # ZeRO-3: this rank's part
+        tensor = local_part(tensor)
         floating = tensor.dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
         if floating and tensor.numel() and tensor.device.type != "meta":
             names.append(name)

@@ -44,7 +44,7 @@ OTHER_VALUES = {
     "eval_accumulation_steps": "2",
     "include_for_metrics": "loss",
     "label_names": "labels",
-    "fsdp": "full_shard",
+    "fsdp": "full_shard,auto_wrap",
     "fsdp_config": "{}",
     "neftune_noise_alpha": "5",
     "per_device_eval_batch_size": "3",

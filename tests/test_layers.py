@@ -60,6 +60,7 @@ BASE = [
         "checkpoints",
         "dynamic_sampling",
         "log_lines",
+        "fsdp",
         "ppo_batches",
         "ppo_metrics",
         "ppo_trainer",

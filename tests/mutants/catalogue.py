@@ -1426,3 +1426,39 @@ faults(
         "answers are never sampled": ("generation_settings", "args.temperature > 0", "False"),
     },
 )
+
+# --------------------------------------------------------------------------------------------------------------- FSDP
+
+faults(
+    "base/fsdp.py",
+    "tests/test_fsdp.py",
+    weights_out_and_in_again={
+        "weights that are loaded are lost with the gathered ones": ("_take_parts", "reshard(root)", "None"),
+        "tied weights come apart in a checkpoint": (
+            "whole_weights",
+            "id(parameter) not in done",
+            "True",
+        ),
+    },
+    run_in_its_root__or__part_of_the_model={
+        "the vision tower runs with parts of its weights": ("in_root", "isinstance(model, FSDPModule)", "False"),
+    },
+)
+faults(
+    "common/fsdp_flags.py",
+    "tests/test_fsdp.py",
+    config_of_accelerate={
+        "accelerate shares a model out a second time": (
+            "sharding_of_launcher",
+            'environment.pop("ACCELERATE_USE_FSDP", "false")',
+            'environment.get("ACCELERATE_USE_FSDP", "false")',
+        ),
+    },
+    refused_says_what_to_write={
+        "--fsdp full_shard gathers the whole model at once": (
+            "sharding_of",
+            'len(how) != 1 or "auto_wrap" not in given',
+            "len(how) != 1",
+        ),
+    },
+)
