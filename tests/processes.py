@@ -39,6 +39,7 @@ def break_step(step: int, rank: int, what: str) -> None:
         what: "loss" or "gradient" is NaN in the step, or a "weight" is infinite after it, behind the trainer's back.
     """
     from base import trainer
+    from common.tensors import local_part
 
     for kind in (trainer.VLSFTTrainer, trainer.VLDPOTrainer):
 
@@ -54,7 +55,7 @@ def break_step(step: int, rank: int, what: str) -> None:
         def step_end(self, *args, step_end=kind._maybe_log_save_evaluate, **kwargs):
             if (self.state.global_step, self.args.process_index, what) == (step, rank, "weight"):
                 weight = next(p for p in self.model.parameters() if p.requires_grad)
-                getattr(weight, "ds_tensor", weight).data.view(-1)[0] = float("inf")
+                local_part(weight).view(-1)[0] = float("inf")
             step_end(self, *args, **kwargs)
 
         kind.compute_loss, kind._maybe_log_save_evaluate = compute_loss, step_end

@@ -1,10 +1,11 @@
-"""Two ranks against one: DDP and every DeepSpeed config, all four scripts, all weights and LoRA, through the real launchers."""
+"""Two ranks against one: DDP, every DeepSpeed config and FSDP, all weights and LoRA, through the real launchers."""
 
 import contextlib
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 from safetensors.torch import load_file
 
 from base.ppo_trainer import VLPPOTrainer
+from tests import zoo
 from tests.distributed_jobs import SCRIPTS
 from tests.processes import RL, ROOT, ZERO_OR_ONE, history
 
@@ -139,9 +141,10 @@ def assert_same_curve(one: Path, other: Path, tolerance: float = 1e-5) -> None:
             assert difference.max() < 4e-3 and (difference.mean() < 1e-5 or name.endswith("k_proj.bias")), name
 
 
-LAUNCH = {"ddp": ("torchrun", "--use_cpu True --ddp_backend gloo")} | {
-    name: ("deepspeed", f"--deepspeed ds_configs/{name}.json") for name in QUICK
-}
+LAUNCH = {
+    "ddp": ("torchrun", "--use_cpu True --ddp_backend gloo"),
+    "fsdp": ("torchrun", '--use_cpu True --ddp_backend gloo --fsdp "full_shard auto_wrap"'),
+} | {name: ("deepspeed", f"--deepspeed ds_configs/{name}.json") for name in QUICK}
 
 
 def check_cells(cells: list[tuple[str, str]], setup: str, job, tmp_path: Path) -> None:
@@ -166,6 +169,80 @@ def test_ddp_equals_one_process(job, tmp_path: Path):
 @pytest.mark.parametrize("config", QUICK)
 def test_deepspeed_equals_one_process(job, tmp_path: Path, config: str):
     check_cells(QUICK[config], config, job, tmp_path)
+
+
+OF_FSDP = [*itertools.product(("sft", "dpo", "rm"), MODES)]
+QUICK_OF_FSDP = [("sft", "full"), ("dpo", "lora"), ("rm", "full")]
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        QUICK_OF_FSDP,
+        pytest.param([cell for cell in OF_FSDP if cell not in QUICK_OF_FSDP], marks=pytest.mark.slow),
+    ],
+)
+def test_fsdp_equals_one_process(job, tmp_path: Path, cells: list[tuple[str, str]]):
+    check_cells(cells, "fsdp", job, tmp_path)
+    held = re.findall(r"this process holds ([\d,]+) of ([\d,]+) weights", (tmp_path / "log").read_text())
+    assert len(held) == len(cells)  # the first process says it; its part is half, rounded up in every weight
+    for part, total in ([int(n.replace(",", "")) for n in pair] for pair in held):
+        assert 0.5 * total <= part < 0.52 * total
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", zoo.BUILDERS)
+def test_families_under_fsdp(job, tmp_path: Path, family: str):
+    """Towers, projectors and decoders of all kinds, with tied and untied heads, in layers that FSDP finds by itself."""
+    launcher, flags = LAUNCH["fsdp"]
+    cells = [("sft", "full"), ("dpo", "lora")]
+    alone = [job(*cell, "one", 4, model=zoo.checkpoint(family)) for cell in cells]
+    two = [job(*cell, "two", 2, flags, model=zoo.checkpoint(family)) for cell in cells]
+    for one in alone:
+        SCRIPTS[one["script"]].main(one["argv"])
+    launch(launcher, two, tmp_path)
+    for one, other in zip(alone, two, strict=True):
+        assert_same_curve(Path(one["out"]), Path(other["out"]))
+
+
+@pytest.mark.slow
+def test_fsdp_by_the_launcher_of_accelerate(job, tmp_path: Path):
+    """Its config file in place of the flag."""
+    alone = job("sft", "full", "one", 4)
+    two = job("sft", "full", "two", 2, "--use_cpu True --ddp_backend gloo")
+    SCRIPTS["sft"].main(alone["argv"])
+    command = ["accelerate", "launch", "--config_file", "accelerate_configs/fsdp2.yaml", "--num_processes", "2"]
+    log = tmp_path / "log"
+    finish(start([*command, "--main_process_port", free_port(), "train_sft.py", *two["argv"]], log), log)
+    assert "FSDP gathers 4 layers" in log.read_text()
+    assert_same_curve(Path(alone["out"]), Path(two["out"]))
+
+
+@pytest.mark.slow
+def test_checkpoints_of_fsdp_are_those_of_one_process(job, tmp_path: Path):
+    """One goes on where two have stopped and the other way round; evaluation alone and the best checkpoint read them as well."""
+    launcher, flags = LAUNCH["fsdp"]
+    saving = "--save_strategy steps --save_steps 1 --eval_strategy steps --eval_steps 1 --eval_ratio 0.25"
+    saving += " --dataloader_drop_last True --lr_scheduler_type constant --load_best_model_at_end True"
+    cells = [("sft", "full"), ("rm", "lora")]
+    half = [job(*cell, "half", 4, saving) for cell in cells]
+    whole, crossed, evaluated = [], [], []
+    for cell, one in zip(cells, half, strict=True):
+        second = f"{flags} --resume_from_checkpoint {one['out']}/checkpoint-2"
+        whole.append(job(*cell, "whole", 2, f"{saving} --max_steps 4 {flags}"))
+        crossed.append(job(*cell, "crossed", 2, f"{saving} --max_steps 4 {second}"))
+        evaluated.append(job(*cell, "evaluated", 2, f"--do_train False --eval_ratio 0.25 {second}"))
+    for one in half:
+        SCRIPTS[one["script"]].main(one["argv"])
+    launch(launcher, [*whole, *crossed, *evaluated], tmp_path)
+    for i, cell in enumerate(cells):
+        back = job(*cell, "back", 4, f"{saving} --max_steps 4 --resume_from_checkpoint {whole[i]['out']}/checkpoint-2")
+        SCRIPTS[back["script"]].main(back["argv"])
+        assert_same_curve(Path(back["out"]), Path(whole[i]["out"]))
+        assert_same_curve(Path(back["out"]), Path(crossed[i]["out"]))
+        expected = next(entry for entry in history(Path(half[i]["out"])) if entry["step"] == 2 and "eval_loss" in entry)
+        found = json.loads((Path(evaluated[i]["out"]) / "eval_results.json").read_text())
+        assert found["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-5)
 
 
 @pytest.mark.slow
@@ -194,7 +271,7 @@ def mixed_files(preference_rows: list[dict], image_dir: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setup", ["ddp", "zero3"])
+@pytest.mark.parametrize("setup", ["ddp", "zero3", "fsdp"])
 def test_ranks_without_images(job, mixed_files, tmp_path: Path, setup: str):
     """Text-only rows on one rank, images on the other: no rank waits forever, and the curve is that of one process."""
     reward_model = tmp_path / "one" / "rm-full"
@@ -212,6 +289,8 @@ def test_ranks_without_images(job, mixed_files, tmp_path: Path, setup: str):
         ),
     ]
     launcher, flags = LAUNCH[setup]
+    if setup == "fsdp":
+        cells = [*cells[:3], ("sft", "full", "--freeze_vision_tower False --gradient_accumulation_steps 2")]
 
     def build(script: str, mode: str, extra: str, folder: str, batch: int, more: str) -> dict:
         data = mixed_files["sft" if script == "sft" else "other"]
@@ -264,7 +343,7 @@ def test_rollouts_of_different_lengths(job, talkative, tmp_path: Path, monkeypat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setup", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("setup", ["ddp", "zero2", "zero3", "fsdp"])
 def test_cached_reference_on_two_ranks(job, pairs_json, tmp_path: Path, setup: str):
     """All weights, a fresh adapter, a continued one: the online reference's curve; a second run computes nothing."""
     rows = tmp_path / "five.json"  # one rank gets a row more
@@ -299,12 +378,10 @@ def test_cached_reference_on_two_ranks(job, pairs_json, tmp_path: Path, setup: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["--use_cpu True --ddp_backend gloo", "--deepspeed ds_configs/zero3.json"])
-def test_killed_on_two_ranks_and_resumed(command, tmp_path: Path, flags: str):
+@pytest.mark.parametrize("setup", ["ddp", "zero3", "fsdp"])
+def test_killed_on_two_ranks_and_resumed(command, tmp_path: Path, setup: str):
     """Both ranks and their launcher die; the resumed curve is the uninterrupted one to 1e-6."""
-    saving = (
-        f"--use_lora True --max_steps 5 --per_device_train_batch_size 2 --save_strategy steps --save_steps 1 {flags}"
-    )
+    saving = f"--use_lora True --max_steps 5 --per_device_train_batch_size 2 --save_strategy steps --save_steps 1 {LAUNCH[setup][1]}"
 
     def run(out: Path, **more: float) -> tuple[subprocess.Popen, Path]:
         launcher = ["torchrun", "--nproc_per_node", "2", "--master_port", free_port()]
