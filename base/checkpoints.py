@@ -260,12 +260,13 @@ class SafeCheckpoints(ShardedTrainer):
         self._report_bad_steps()
         with self._aside(f"The checkpoint of step {self.state.global_step}") as folder:
             super()._save_checkpoint(model, trial)
-            if self.args.should_save and self.state.best_global_step:
-                # Trainer recorded where the best checkpoint is written; record where it will be.
+            if self.state.best_global_step:
+                # Trainer recorded where the best checkpoint is written; record where it will be, where every process looks for it.
                 best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
                 if best.exists() or best == final:
                     self.state.best_model_checkpoint = str(best)
-                    self.state.save_to_json(str(folder / name / TRAINER_STATE_NAME))
+                    if self.args.should_save:
+                        self.state.save_to_json(str(folder / name / TRAINER_STATE_NAME))
             self.accelerator.wait_for_everyone()  # all files of all processes are written
             if self.args.should_save:
                 make_valid_json(folder / name / TRAINER_STATE_NAME)
