@@ -7,6 +7,7 @@ values the command line overrides. The `*Config` classes add their algorithm's f
 import common.compat  # isort: skip  # must come before transformers
 import common.compile_lock  # isort: skip  # DeepSpeed's compilation
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -19,8 +20,10 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import yaml
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.trainer_optimizer import is_optimizer_factory
+from transformers.utils import is_liger_kernel_available
 
 import losses
 from common import errors, other_flags
@@ -77,6 +80,27 @@ class ModelArguments:
     freeze_vision_tower: bool = field(
         default=True, metadata={"help": "Keep the vision encoder fixed; its features are then shared by every pass."}
     )
+    train_vision_layers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Of a frozen vision tower let the last N layers train; with --lora_vision True they alone get adapters."
+        },
+    )
+    train_projector: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Train the modules between vision tower and language model, all their weights; by default they train without "
+            "--use_lora, and not with it.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    freeze_language_model: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the language model fixed: the projector alone trains, and what else of the tower is named."
+        },
+    )
     q_lora: bool = field(
         default=False, metadata={"help": "Load the base in --bits and train LoRA on it (needs --use_lora)."}
     )
@@ -112,7 +136,21 @@ NEW_ADAPTER: dict[str, Any] = {
     "lora_dropout": 0.05,
     "lora_target_modules": ["auto"],
     "lora_bias": "none",
+    "use_dora": False,
+    "use_rslora": False,
+    "init_lora_weights": "default",
+    "lora_vision": False,
 }
+# --init_lora_weights, and what is said of them; pissa_niter_N is pissa by N subspace iterations
+LORA_INITS: dict[str, str] = {
+    "default": "A random, B 0",
+    "gaussian": "A normal, B 0",
+    "orthogonal": "A and B orthogonal, their product 0",
+    "pissa": "the largest singular values of each weight, 2404.02948; pissa_niter_16 is quicker",
+    "olora": "the QR decomposition of each weight, 2406.01775",
+    "loftq": "what --q_lora rounds off, 2310.08659",
+}
+CHANGE_BASE = ("pissa", "olora")  # take what the adapter starts with out of the base's weights
 OF_NEW_ADAPTER = "by default the adapter's that training continues, of a new one"
 
 
@@ -142,6 +180,37 @@ class LoraArguments:
             "help": f"Which biases train: none, all, or lora_only (of layers with an adapter); {OF_NEW_ADAPTER} none."
         },
     )
+    use_dora: bool | None = field(
+        default=None,
+        metadata={
+            "help": "DoRA (2402.09353): direction by LoRA and a trained length per output; better at small ranks, slower.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    use_rslora: bool | None = field(
+        default=None,
+        metadata={
+            "help": "rsLoRA (2312.03732): the scale is alpha / sqrt(r), which does not fade at large ranks.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    init_lora_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": f"What a new adapter starts with. {'; '.join(f'{name}: {what}' for name, what in LORA_INITS.items())}."
+        },
+    )
+    lora_vision: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Adapters also in the layers of the vision tower (--train_vision_layers: in the last of them), whose "
+            "features are then computed in every pass.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained in full and saved beside the adapter, e.g. lm_head."}
     )
@@ -151,6 +220,21 @@ class LoraArguments:
             "help": "Compute LoRA layers with fewer passes over wide tensors (base/fast_lora.py). False keeps peft's own layers."
         },
     )
+
+    def __post_init__(self) -> None:
+        for name in ("lora_r", "lora_alpha"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"--{name} is 1 or more, not {value}.")
+        if self.lora_dropout is not None and not 0 <= self.lora_dropout < 1:
+            raise InputError(f"--lora_dropout is a share from 0 to below 1, not {self.lora_dropout}.")
+        init = self.init_lora_weights
+        if init is not None and init not in LORA_INITS and not re.fullmatch(r"pissa_niter_\d+", init):
+            known = ", ".join(LORA_INITS)
+            if init in ("eva", "corda", "lora_ga"):
+                raise InputError(
+                    f"--init_lora_weights {init} reads data first, which is not supported: one of {known}."
+                )
+            raise InputError(f"--init_lora_weights {init} is unknown: one of {known}, pissa_niter_N.")
 
 
 @dataclass
@@ -226,6 +310,9 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
+        for name in ("dataset_num_proc", "max_length", "max_prompt_length", "max_target_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"--{name} is 1 or more, not {value}.")
         for name in ("data_ratio", "eval_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"--{name} is a share between 0 and 1, not {getattr(self, name)}.")
@@ -309,6 +396,44 @@ REFUSED_IN_PPO: dict[str, str] = {
 # Whose state is a tensor of the weight's shape, or a number: what base/fsdp.py shares out and puts together again
 OPTIMIZERS_OF_FSDP = ("adamw_torch_fused", "adamw_torch", "sgd")
 
+# Of torch.utils.checkpoint
+CHECKPOINTING_OPTIONS = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
+AT_LEAST_ONE = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "save_total_limit",
+    "dataloader_prefetch_factor",
+    "ddp_timeout",
+    "torch_empty_cache_steps",
+)
+NOT_NEGATIVE = (
+    "learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "num_train_epochs",
+    "warmup_steps",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+    "eval_delay",
+    "seed",
+    "data_seed",
+    "dataloader_num_workers",
+    "num_sample_generations",
+)
+
+
+def _name_of(value: object) -> str:
+    """The word of a choice, before transformers has made its own type of it and after."""
+    return str(getattr(value, "value", value))
+
+
+def _one_line(error: BaseException) -> str:
+    """What a library says of a mistake, as the end of a sentence."""
+    return " ".join(str(error).split()).rstrip(".")[:300] + "."
+
+
 # Where services read the name of a run's project; trackio reads TrainingArguments.project
 PROJECT_VARIABLES = (
     "WANDB_PROJECT",
@@ -348,6 +473,7 @@ class VLConfig(TrainingArguments):
 
     title: ClassVar[str] = USUAL
     refused: ClassVar[dict[str, str]] = REFUSED | REFUSED_IN_COMPARISONS
+    default_metric: ClassVar[str] = "loss"  # of the best checkpoint
     report_to: None | str | list[str] = field(  # noqa: RUF036  the parser reads the members in this order
         default="none",
         metadata={
@@ -400,6 +526,28 @@ class VLConfig(TrainingArguments):
         default=None, metadata={"help": "Project of the run in wandb, trackio, mlflow, comet_ml, clearml, swanlab."}
     )
     group_name: str | None = field(default=None, metadata={"help": "Group of the run in wandb."})
+    vision_lr: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of the vision tower; --learning_rate by default, LLaVA-OneVision takes a fifth."
+        },
+    )
+    projector_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the projector; --learning_rate by default."}
+    )
+    loraplus_lr_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "LoRA+ (2402.12354): the rate of lora_B is this many times that of lora_A; 16 is the paper's, with half the "
+            "--learning_rate."
+        },
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after so many evaluations without a better --metric_for_best_model; needs --load_best_model_at_end True."
+        },
+    )
     log_image_sensitivity: bool = field(
         default=False,
         metadata={"help": "At each evaluation, log how much response log-probs change when the images are swapped."},
@@ -414,6 +562,11 @@ class VLConfig(TrainingArguments):
     def place_model_on_device(self) -> bool | None:
         """For Trainer: a model that FSDP shares out does not go to a device as a whole; None leaves it to Trainer."""
         return False if self.fsdp else None
+
+    @property
+    def rates_differ(self) -> bool:
+        """Whether any part has a learning rate of its own."""
+        return any(rate is not None for rate in (self.vision_lr, self.projector_lr, self.loraplus_lr_ratio))
 
     def _refuse_flags(self) -> None:
         known = {f.name: f for f in dataclasses.fields(self)}
@@ -470,26 +623,12 @@ class VLConfig(TrainingArguments):
         if self.output_dir is None:
             raise InputError("--output_dir is missing: name the folder of this run, for example runs/first.")
         self.report_to = _trackers(self.report_to)
-        if (self.project_name or self.group_name) and not {*self.report_to} - {"none", "tensorboard"}:
-            raise InputError(
-                "--project_name and --group_name name a run in a service: add --report_to wandb (or another), or leave them out."
-            )
-        if self.project_name:
-            self.project = self.project_name  # which trackio reads
-            os.environ.update(dict.fromkeys(PROJECT_VARIABLES, self.project_name))
-        if self.group_name:
-            os.environ["WANDB_RUN_GROUP"] = self.group_name
+        self._name_project()
         if self.logging_nan_inf_filter:
             raise InputError("--logging_nan_inf_filter True would hide a loss that is not finite: leave it out.")
         if self.remove_unused_columns:
             raise InputError("--remove_unused_columns True would drop the images: leave it out.")
-        if self.deepspeed and isinstance(self.deepspeed, str) and not self.deepspeed.lstrip().startswith("{"):
-            try:
-                json.loads(Path(self.deepspeed).read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise InputError(
-                    f"--deepspeed {self.deepspeed} cannot be read ({error}): give a file of ds_configs/, or one like them."
-                ) from error
+        self._read_deepspeed_file()
         if not torch.accelerator.is_available():
             self.use_cpu = True  # else several CPU processes would each train alone, without an error
             self.dataloader_pin_memory = False  # pinned memory needs an accelerator to copy to
@@ -498,10 +637,153 @@ class VLConfig(TrainingArguments):
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             # Reentrant checkpointing drops the gradients of a frozen base with LoRA.
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        self._fill_in_metric()
+        self._check_early_stopping()
+        self._check_numbers()
         fsdp, self.fsdp = self.fsdp, None  # Trainer would hand it to accelerate, whose FSDP is another
-        super().__post_init__()
+        self._let_transformers_check()
         self.fsdp = fsdp
         self._refuse_beside_fsdp()
+        self._check_learning_rates()
+        self._check_optimizer_and_schedule()
+        self._check_combinations()
+
+    def _let_transformers_check(self) -> None:
+        try:
+            super().__post_init__()
+        except (InputError, torch.distributed.DistError):
+            raise
+        except (ValueError, TypeError, KeyError, ImportError, NotImplementedError, OSError) as error:
+            raise InputError(f"transformers refuses these flags: {_one_line(error)}") from error
+
+    def _name_project(self) -> None:
+        """Hand --project_name and --group_name to the services; tensorboard's project is a folder."""
+        services = {*self.report_to} - {"none"}
+        if (self.project_name or self.group_name) and not services:
+            raise InputError(
+                "--project_name and --group_name name a run in a service: add --report_to wandb (or another), or leave them out."
+            )
+        if self.group_name and services == {"tensorboard"}:
+            raise InputError("--group_name has no part in tensorboard: leave it out, or add --report_to wandb.")
+        if self.project_name:
+            self.project = self.project_name  # which trackio reads
+            os.environ.update(dict.fromkeys(PROJECT_VARIABLES, self.project_name))
+            if "tensorboard" in services:
+                place = os.environ.get("TENSORBOARD_LOGGING_DIR") or os.path.join(self.output_dir, "runs")
+                run = os.path.join(
+                    self.project_name, self.run_name or os.path.basename(os.path.abspath(self.output_dir))
+                )
+                if not place.endswith(run):
+                    os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(place, run)
+        if self.group_name:
+            os.environ["WANDB_RUN_GROUP"] = self.group_name
+
+    def _read_deepspeed_file(self) -> None:
+        if self.deepspeed and isinstance(self.deepspeed, str) and not self.deepspeed.lstrip().startswith("{"):
+            try:
+                json.loads(Path(self.deepspeed).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise InputError(
+                    f"--deepspeed {self.deepspeed} cannot be read ({error}): give a file of ds_configs/, or one like them."
+                ) from error
+        if self.deepspeed and "RANK" not in os.environ and importlib.util.find_spec("mpi4py") is None:
+            raise InputError(
+                "--deepspeed needs a launcher, on one device, too: write `deepspeed` or `torchrun` in place of `python`."
+            )
+
+    def _fill_in_metric(self) -> None:
+        """What the best checkpoint, early stopping and schedules that wait for progress look at."""
+        best, schedule = _name_of(self.save_strategy) == "best", _name_of(self.lr_scheduler_type)
+        looks = self.load_best_model_at_end or best or schedule in ("reduce_lr_on_plateau", "greedy")
+        if looks and self.metric_for_best_model is None:
+            self.metric_for_best_model = self.default_metric
+        evaluates, saves = _name_of(self.eval_strategy), _name_of(self.save_strategy)
+        if self.load_best_model_at_end and not best and evaluates != saves:
+            raise InputError(
+                f"--load_best_model_at_end True needs an evaluation of every checkpoint: with --save_strategy {saves} write "
+                f"--eval_strategy {saves}, not {evaluates}."
+            )
+        if best and evaluates == "no":
+            raise InputError("--save_strategy best saves at evaluations: add --eval_strategy steps or epoch.")
+
+    def _check_numbers(self) -> None:
+        for name in AT_LEAST_ONE:
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"--{name} is 1 or more, not {value}.")
+        for name in NOT_NEGATIVE:
+            if (value := getattr(self, name)) is not None and float(value) < 0:
+                raise InputError(f"--{name} is 0 or more, not {value}.")
+
+    def _check_optimizer_and_schedule(self) -> None:
+        """Make both for one weight: what a package lacks or refuses would show after the data are read."""
+        if self.deepspeed:
+            return  # its file may bring both
+        flags = f"--optim {_name_of(self.optim)}" + (f" --optim_args {self.optim_args}" if self.optim_args else "")
+        layer = torch.nn.utils.skip_init(torch.nn.Linear, 1, 1)  # draws no random number
+        try:
+            kind, options = Trainer.get_optimizer_cls_and_kwargs(self, layer)
+            optimizer = None if is_optimizer_factory(kind) else kind(layer.parameters(), **options)
+        except (ValueError, TypeError, ImportError, RuntimeError, AttributeError, NotImplementedError) as error:
+            if self.optim_target_modules is not None and not isinstance(error, ImportError):
+                return  # it is made for layers that this one is not
+            raise InputError(f"{flags} cannot be had with these flags: {_one_line(error)}") from error
+        if optimizer is None:
+            return
+        try:
+            get_scheduler(self.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=self.lr_scheduler_kwargs)
+        except (ValueError, TypeError, KeyError) as error:
+            given = f" --lr_scheduler_kwargs {json.dumps(self.lr_scheduler_kwargs)}" * bool(self.lr_scheduler_kwargs)
+            raise InputError(
+                f"--lr_scheduler_type {_name_of(self.lr_scheduler_type)}{given} does not work: {_one_line(error)}"
+            ) from error
+
+    def _check_combinations(self) -> None:
+        """What Trainer would refuse when the model is loaded."""
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise InputError("--use_liger_kernel needs a package that is not installed: pip install liger-kernel.")
+        if self.torch_compile and self.torch_compile_backend not in torch.compiler.list_backends(()):
+            raise InputError(
+                f"--torch_compile_backend {self.torch_compile_backend} is unknown"
+                f"{nearest(str(self.torch_compile_backend), torch.compiler.list_backends(()))}"
+            )
+        if "num_steps" in (getattr(self.accelerator_config, "gradient_accumulation_kwargs", None) or {}):
+            raise InputError("--accelerator_config with num_steps: write --gradient_accumulation_steps.")
+        unknown = {*(self.gradient_checkpointing_kwargs or {})} - {*CHECKPOINTING_OPTIONS}
+        if unknown:
+            raise InputError(
+                f"--gradient_checkpointing_kwargs has {min(unknown)}, which torch does not: {', '.join(CHECKPOINTING_OPTIONS)}."
+            )
+        if self.deepspeed and self.save_only_model and self.load_best_model_at_end:
+            raise InputError(
+                "--save_only_model True leaves out what DeepSpeed needs for --load_best_model_at_end: leave one of them out."
+            )
+        if self.deepspeed and self.auto_find_batch_size:
+            raise InputError("--auto_find_batch_size does not work with --deepspeed: leave it out.")
+
+    def _check_early_stopping(self) -> None:
+        if self.early_stopping_patience is None:
+            return
+        if self.early_stopping_patience < 1:
+            raise InputError(f"--early_stopping_patience counts evaluations, not {self.early_stopping_patience}.")
+        if not self.load_best_model_at_end:
+            raise InputError(
+                "--early_stopping_patience waits for a better evaluation: add --load_best_model_at_end True, and the same "
+                "--eval_strategy and --save_strategy."
+            )
+        self.restore_callback_states_from_checkpoint = True  # how long it has waited
+
+    def _check_learning_rates(self) -> None:
+        for name in ("vision_lr", "projector_lr"):
+            if (rate := getattr(self, name)) is not None and rate <= 0:
+                raise InputError(f"--{name} is above 0, not {rate}: what is not to train is frozen.")
+        if self.loraplus_lr_ratio is not None and self.loraplus_lr_ratio < 1:
+            raise InputError(f"--loraplus_lr_ratio is 1 or more, not {self.loraplus_lr_ratio}.")
+        config = getattr(getattr(self, "hf_deepspeed_config", None), "config", {})
+        if self.rates_differ and "optimizer" in config:
+            raise InputError(
+                "--vision_lr, --projector_lr and --loraplus_lr_ratio have no part in an optimizer of DeepSpeed's: leave "
+                "`optimizer` out of the file of --deepspeed."
+            )
 
 
 @dataclass
@@ -640,6 +922,7 @@ class PPOConfig(VLConfig):
     """Policy optimisation against rewards (base/ppo_trainer.py), with a value function or without. Batch sizes are counted in rollouts."""
 
     title: ClassVar[str] = "PPO and other policy gradients"
+    default_metric: ClassVar[str] = "eval_objective/scores"  # evaluation has no loss
     advantage_estimator: Literal["gae", "rloo", "grpo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"] = field(
         default="gae",
         metadata={
@@ -847,8 +1130,6 @@ class PPOConfig(VLConfig):
         return self.has_value_function or self.kl_coef != 0 or self.num_ppo_epochs > 1 or self.num_mini_batches > 1
 
     def __post_init__(self) -> None:
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
-            self.metric_for_best_model = "eval_objective/scores"  # evaluation has no loss
         super().__post_init__()
         self._fill_in_for_estimator()
         self._check_loss_flags()
@@ -948,7 +1229,7 @@ def parse(*classes: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
     except InputError:
         raise
     except ValueError as error:
-        raise InputError(str(error)) from error
+        raise InputError(_one_line(error)) from error
     except torch.distributed.DistError as error:
         raise InputError(_unreachable(error)) from error
     _refuse_contradictions(parsed)
@@ -1007,7 +1288,16 @@ def _settle_lora(model_args: ModelArguments, lora_args: LoraArguments) -> None:
         "lora_bias": config.get("bias"),
         "lora_target_modules": [targets] if isinstance(targets, str) else sorted(targets or ()),
         "modules_to_save": sorted(saved) if saved else None,
+        "use_dora": bool(config.get("use_dora")),
+        "use_rslora": bool(config.get("use_rslora")),
+        "init_lora_weights": "default" if (init := config.get("init_lora_weights", True)) is True else str(init),
+        "lora_vision": isinstance(targets, str) and "(?P<vision>" in targets,
     }
+    if model_args.train_projector and not saved:
+        raise InputError(
+            f"--train_projector True adds weights to the adapter in {file.parent}, which has none of the projector: leave it out, or "
+            "start a new adapter with --merge_first True."
+        )
     for name, value in has.items():
         given = getattr(lora_args, name)
         same = value
@@ -1080,8 +1370,16 @@ def _refuse_contradictions(parsed: Sequence[Any]) -> None:
     flags = {f.name: getattr(p, f.name) for p in parsed for f in dataclasses.fields(p)}
     if flags.get("q_lora") and not flags.get("use_lora"):
         raise InputError("--q_lora trains an adapter on a quantised base: add --use_lora True.")
-    if flags.get("use_lora") and not flags.get("freeze_vision_tower", True):
-        raise InputError("--use_lora trains adapters in the language model: leave --freeze_vision_tower False out.")
+    if flags.get("use_lora") and (flags.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant"):
+        raise InputError(
+            "--gradient_checkpointing_kwargs with use_reentrant true gives adapters no gradient: leave it out."
+        )
+    _refuse_what_would_not_train(flags)
+    _refuse_starts_of_adapters(flags)
+    if flags.get("loraplus_lr_ratio") is not None and not flags.get("use_lora"):
+        raise InputError("--loraplus_lr_ratio needs --use_lora True: it is a ratio of the rates of lora_B and lora_A.")
+    if any(isinstance(p, PPOConfig) for p in parsed):
+        _refuse_in_ppo(flags)
     if not flags.get("use_lora"):
         defaults = {
             f.name: (f.default_factory() if f.default is dataclasses.MISSING else f.default)
@@ -1097,14 +1395,65 @@ def _refuse_contradictions(parsed: Sequence[Any]) -> None:
     if flags.get("q_lora") and flags.get("fsdp"):
         raise InputError("--q_lora does not work with --fsdp, which cannot share quantised weights out: take DDP.")
     _refuse_training_in_16_bits(flags)
-    if any(isinstance(p, PPOConfig) for p in parsed) and flags.get("lora_bias") not in (None, "none"):
-        raise InputError(
-            "--lora_bias must be none in PPO: trained biases belong to the base, which the reference and the rewards share."
-        )
     if flags.get("eval_data_path") and flags.get("eval_ratio"):
         raise InputError("--eval_data_path and --eval_ratio both say what to evaluate on: give one of them.")
     if flags.get("pairs") == "score_margin" and flags.get("score_margin") is None:
         raise InputError("--pairs score_margin needs --score_margin.")
+
+
+def _refuse_what_would_not_train(flags: dict[str, Any]) -> None:
+    """Flags of the vision side that name what the others keep fixed, or the other way round."""
+    lora, layers = flags.get("use_lora"), flags.get("train_vision_layers")
+    if lora and not flags.get("freeze_vision_tower", True):
+        raise InputError(
+            "--use_lora trains adapters: leave --freeze_vision_tower False out; --lora_vision True puts adapters into the vision tower."
+        )
+    if layers is not None and layers < 1:
+        raise InputError(f"--train_vision_layers counts layers, 1 or more, and is {layers}.")
+    if layers is not None and not flags.get("freeze_vision_tower", True):
+        raise InputError(
+            "--train_vision_layers trains a part of the tower that --freeze_vision_tower False trains whole."
+        )
+    if layers is not None and lora and not flags.get("lora_vision"):
+        raise InputError("--train_vision_layers with --use_lora says where adapters go: add --lora_vision True.")
+    if flags.get("freeze_language_model") and lora:
+        raise InputError("--freeze_language_model True trains without adapters: leave --use_lora out.")
+    trains_vision = not flags.get("freeze_vision_tower", True) or layers
+    if flags.get("freeze_language_model") and flags.get("train_projector") is False and not trains_vision:
+        raise InputError("--freeze_language_model True and --train_projector False leave nothing to train.")
+
+
+def _refuse_starts_of_adapters(flags: dict[str, Any]) -> None:
+    """--init_lora_weights beside what it cannot be combined with."""
+    init = flags.get("init_lora_weights") or "default"
+    changes_base = init.startswith(CHANGE_BASE)
+    if init == "loftq" and not (flags.get("q_lora") and flags.get("bits") == 4):
+        raise InputError("--init_lora_weights loftq makes up for what 4 bits lose: add --q_lora True --bits 4.")
+    if changes_base and flags.get("q_lora"):
+        raise InputError(f"--init_lora_weights {init} changes weights, which --q_lora has rounded: take loftq.")
+    if changes_base and (flags.get("deepspeed") or flags.get("fsdp")):
+        raise InputError(
+            f"--init_lora_weights {init} changes the base, which checkpoints of DeepSpeed and FSDP leave out: train with DDP."
+        )
+    if (changes_base or init == "loftq") and flags.get("use_dora"):
+        raise InputError(f"--use_dora starts from the base's own weights: leave --init_lora_weights {init} out.")
+    if init == "orthogonal" and (flags.get("lora_r") or 0) % 2:
+        raise InputError(f"--init_lora_weights orthogonal needs an even --lora_r, not {flags['lora_r']}.")
+
+
+def _refuse_in_ppo(flags: dict[str, Any]) -> None:
+    """What would change the base or the image features that the roles of PPO share."""
+    for name in ("lora_vision", "train_projector", "train_vision_layers", "freeze_language_model"):
+        if flags.get(name):
+            raise InputError(f"--{name} is not supported in PPO, whose roles share the features of an image.")
+    if flags.get("lora_bias") not in (None, "none"):
+        raise InputError(
+            "--lora_bias must be none in PPO: trained biases belong to the base, which the reference and the rewards share."
+        )
+    if (init := flags.get("init_lora_weights") or "default").startswith(CHANGE_BASE):
+        raise InputError(
+            f"--init_lora_weights {init} changes the base, which rewards and value function share in PPO: take another."
+        )
 
 
 def _refuse_training_in_16_bits(flags: dict[str, Any]) -> None:

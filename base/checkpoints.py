@@ -32,6 +32,7 @@ from base.bad_steps import BadSteps
 from base.fsdp import ShardedTrainer
 from base.layout import ADAPTER_CONFIG
 from base.loading import load_weights
+from base.lora_start import LoraOnChangedBase
 from base.model_card import model_card
 from base.resume import checkpoints_of, newest_whole_checkpoint, write_checksums
 from common.errors import InputError, disk_trouble
@@ -347,7 +348,7 @@ class SafeCheckpoints(ShardedTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = self.accelerator.unwrap_model(model if model is not None else self.model)
-        if isinstance(model, PeftModel):
+        if isinstance(model, PeftModel) and not isinstance(model, LoraOnChangedBase):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         # Names on disk differ from names in memory. Trainer reads the file as it is: it would load nothing and only warn.
@@ -360,14 +361,19 @@ class SafeCheckpoints(ShardedTrainer):
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As Trainer's; the next step's rate is that of this run's schedule, which may be longer than the one that was saved."""
-        super()._load_optimizer_and_scheduler(checkpoint)
+        """As Trainer's; rates, weight decay and schedule are those of this run's flags, which may differ from those that were saved."""
         schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate's wrapper
         if checkpoint is None or not isinstance(schedule, LambdaLR):
+            super()._load_optimizer_and_scheduler(checkpoint)
             return
-        rates = [
-            base * rate(schedule.last_epoch) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-        ]
-        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        base_lrs = [*schedule.base_lrs]
+        groups = schedule.optimizer.param_groups
+        options = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups]
+        if self.is_deepspeed_enabled:  # which has loaded its own already, with the rates that were saved
+            base_lrs = base_lrs if self.args.rates_differ else [self.args.learning_rate] * len(base_lrs)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        schedule.base_lrs = base_lrs
+        rates = [base * rate(schedule.last_epoch) for base, rate in zip(base_lrs, schedule.lr_lambdas, strict=True)]
+        for group, rate, option in zip(schedule.optimizer.param_groups, rates, options, strict=True):
+            group.update(option | {"lr": rate})
         schedule._last_lr = rates

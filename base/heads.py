@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
-from base.adapters import recompute_with_same_adapter
+from base.adapters import Role, recompute_with_same_adapter
 from base.loading import base_model_path, load_model, load_weights
 from common.errors import InputError
 
@@ -227,6 +227,8 @@ class HeadModel(nn.Module):
         save_head(self.backbone, weight, save_directory, self.head_name)
 
     def _save_backbone(self, save_directory: str, state_dict: dict[str, Tensor] | None, **kwargs: Any) -> None:
+        if isinstance(self.backbone, PeftModel):  # adapters in memory for the reference are not part of the result
+            kwargs = {"selected_adapters": [Role.POLICY.adapter]} | kwargs
         self.backbone.save_pretrained(save_directory, state_dict=state_dict, **kwargs)
 
     def load_checkpoint(self, folder: str) -> None:

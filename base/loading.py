@@ -21,6 +21,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file, is_flash_attn_2_available
 
 from base.layout import ADAPTER_CONFIG, base_model_path, check_weights, damaged_file
+from base.lora_start import LoraOnChangedBase
 from common.compat import keep_quantised_linears_trainable
 from common.errors import InputError
 from common.tensors import first_not_finite
@@ -191,6 +192,8 @@ def load_adapter(
         InputError: it is an adapter of another kind; its modules are not in the model, are of another size, or some of
             its weights are missing. peft itself only warns, and such an adapter would compute what the base computes.
     """
+    if is_trainable or isinstance(model, PeftModel):
+        _refuse_parts_of_the_base(folder)
     with _must_fit(model, folder) as renames:
         config = _with_names_of_today(_core(model), folder) if renames else None
         if isinstance(model, PeftModel):
@@ -213,6 +216,17 @@ def load_adapter(
     if (Path(folder) / ADAPTER_CONFIG).is_file():
         model.peft_config[adapter_name].base_model_name_or_path = base_model_path(folder)  # where it lies now
     return model
+
+
+def _refuse_parts_of_the_base(folder: str) -> None:
+    """peft would change the base for such an adapter, and with it the reference and every other adapter on it."""
+    config = Path(folder) / ADAPTER_CONFIG
+    start = str(json.loads(config.read_text()).get("init_lora_weights")).lower() if config.is_file() else ""
+    if start.startswith(("pissa", "olora", "loftq", "corda", "lora_ga")):
+        raise InputError(
+            f"The adapter in {folder} holds a part of its base ({start}): save it with peft's path_initial_model_for_weight_conversion, "
+            "or merge it with merge_lora.py and start from that."
+        )
 
 
 def _set_adapter_weights(model: PeftModel, folder: str, adapter_name: str) -> None:
@@ -311,6 +325,9 @@ def _must_fit(model: nn.Module, folder: str) -> Iterator[dict[str, str]]:
 
 def load_weights(backbone: nn.Module, folder: str, adapter_name: str = "default") -> None:
     """Overwrite the weights of a model, or of one adapter, with those saved in `folder`."""
+    if isinstance(backbone, LoraOnChangedBase):
+        backbone.load_saved(folder)
+        return
     if isinstance(backbone, PeftModel):
         _set_adapter_weights(backbone, folder, adapter_name)
         return

@@ -70,6 +70,9 @@ class VLModelMixin:
         "multi_modal_projector.": "model.multi_modal_projector.",
     }
 
+    # Parts of the vision tower that are the projector, where it has none of its own: names below the tower
+    projector_in_tower: ClassVar[list[str]] = []
+
     # Whether responses can share a row. Not if layers mix a row's tokens whatever the mask says (convolutions, linear attention).
     packs: ClassVar[bool] = True
 
@@ -105,6 +108,42 @@ class VLModelMixin:
         """Stop gradients into the vision encoder; projector and language model keep theirs."""
         self.get_vision_tower().requires_grad_(False)
 
+    def vision_layers(self) -> list[nn.Module]:
+        """The blocks of the vision tower whose output is used, first to last."""
+        stacks = [m for m in self.get_vision_tower().modules() if isinstance(m, nn.ModuleList)]
+        blocks = [*max(stacks, key=len)]
+        read = getattr(self.config, "vision_feature_layer", None)  # numbers of hidden states, the first is the input
+        if read is None:
+            return blocks
+        numbers = [n % (len(blocks) + 1) for n in ([read] if isinstance(read, int) else read)]
+        return blocks[: max(numbers)]
+
+    def projector(self) -> list[nn.Module]:
+        """What lies between vision tower and language model: the outermost modules, no lists of them."""
+        tower = self.get_vision_tower()
+        inside = {id(m) for m in tower.modules()}
+        outside = [m for m in self.vision_modules() if not any(id(part) in inside for part in m.modules())]
+        names = {id(m): name for name, m in self.named_modules()}
+        outside = [m for m in outside if "audio" not in names[id(m)] and any(True for _ in m.parameters())]
+        found = _without_lists([*outside, *(tower.get_submodule(name) for name in self.projector_in_tower)])
+        within = {id(inner) for m in found for inner in m.modules() if inner is not m}
+        return [m for m in dict.fromkeys(found) if id(m) not in within]
+
+    def projector_parameters(self) -> list[nn.Parameter]:
+        """The weights of `projector`, and single ones that lie beside it (`image_newline`)."""
+        tower = {id(p) for p in self.get_vision_tower().parameters()}
+        own = {id(p) for part in self.projector() for p in part.parameters()}
+        return [
+            p
+            for name, p in self.vision_parameters().items()
+            if id(p) in own or (id(p) not in tower and "audio" not in name)
+        ]
+
+    def freeze_language_model(self) -> None:
+        """Stop gradients into decoder and head."""
+        for part in (self.get_decoder(), self.get_output_embeddings()):
+            part.requires_grad_(False)
+
     @classmethod
     def prepare_default_generation_kwargs(cls) -> dict[str, Any]:
         """Generation settings of an evaluation: greedy, up to 1024 new tokens."""
@@ -135,6 +174,25 @@ class VLModelMixin:
                     f"LoRA target {target} is not a linear layer of the language model: choose from {', '.join(known)}."
                 )
         return rf"{re.escape(prefix)}\.(.*\.)?({'|'.join(map(re.escape, targets))})"
+
+    def vision_lora_regex(self, last: int | None = None) -> str:
+        """Regular expression over full module names that matches the linear layers of `vision_layers`, or of the last ones of them.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        blocks = self.vision_layers()
+        if last is not None and last > len(blocks):
+            raise ValueError(
+                f"--train_vision_layers {last} is more than the {len(blocks)} layers whose output is used."
+            )
+        names = {id(module): name for name, module in self.named_modules()}
+        blocks = blocks[-last:] if last else blocks
+        inside = {names[id(m)] for block in blocks for m in block.modules() if isinstance(m, nn.Linear)}
+        places = [names[id(block)] for block in blocks]
+        # The name of the group says in adapter_config.json which part is the tower's.
+        leaves = sorted({name.rpartition(".")[2] for name in inside})
+        return rf"(?P<vision>{'|'.join(map(re.escape, places))})\.(?:.*\.)?(?:{'|'.join(map(re.escape, leaves))})"
 
     # -- vision -------------------------------------------------------------------------------------------------------
 
@@ -309,6 +367,14 @@ class VLModelMixin:
     def last_hidden_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Hook: hidden states (B, L, D) that lm_head reads."""
         return self.base_model(*args, **kwargs).last_hidden_state
+
+
+def _without_lists(modules: list[nn.Module]) -> list[nn.Module]:
+    """Lists of modules replaced by what they hold: they have no forward of their own."""
+    found: list[nn.Module] = []
+    for module in modules:
+        found += _without_lists([*module.children()]) if isinstance(module, nn.ModuleList | nn.ModuleDict) else [module]
+    return found
 
 
 def _with_completions(native_forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -647,4 +647,5 @@ class VLPPOTrainer(UpdateLoop):
             del metrics[f"{metric_key_prefix}_objective/kl"]
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.check_best_metric(metrics)
         return metrics

@@ -28,9 +28,17 @@ from common.errors import InputError
 LOCK = ".lock"
 # What makes another run of it: with other values the weights, the optimizer's state or the order of the rows would not be those of the checkpoint.
 FIXED = {
-    "ModelArguments": ["q_lora", "bits", "merge_first", "freeze_vision_tower"],
-    "LoraArguments": ["use_lora", "lora_r", "lora_alpha", "lora_target_modules", "lora_bias", "modules_to_save"],
-    "config": ["optim", "seed", "value_adapter"],
+    "ModelArguments": [
+        "q_lora",
+        "bits",
+        "merge_first",
+        "freeze_vision_tower",
+        "train_vision_layers",
+        "train_projector",
+        "freeze_language_model",
+    ],
+    "LoraArguments": ["use_lora", "modules_to_save", *(name for name in NEW_ADAPTER if name != "lora_dropout")],
+    "config": ["optim", "seed", "value_adapter", "vision_lr", "projector_lr", "loraplus_lr_ratio"],
 }
 # What changes no number of a run. Data are compared by their content, the base by its weights.
 _NEUTRAL = (

@@ -25,6 +25,7 @@ from base.answer_samples import AnswerSamples
 from base.batch import Batch
 from base.callbacks import RunningDelta, SetEpoch
 from base.fsdp import layers_of, shard
+from base.lora_start import LoraOnChangedBase
 from base.model import CompletionOutput
 from base.packing import scatter_to_responses
 from base.preference_inputs import (
@@ -352,7 +353,8 @@ class VLDPOTrainer(VLTrainer):
                 setattr(self, name, reference_pass.add_to(dataset, name))
         self.model.train(training)
         self.ref_model = None
-        if isinstance(self.model, PeftModel) and REFERENCE_ADAPTER in self.model.peft_config:
+        needed = isinstance(self.model, LoraOnChangedBase)  # to save
+        if isinstance(self.model, PeftModel) and REFERENCE_ADAPTER in self.model.peft_config and not needed:
             self.model.delete_adapter(REFERENCE_ADAPTER)
 
     def _as_deepspeed_computes(self) -> AbstractContextManager[None]:

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments
+from transformers.optimization import GreedyLR
 from transformers.trainer_callback import ExportableState
 
 from args import PPOConfig
@@ -159,7 +161,10 @@ class UpdateLoop(VLHeadTrainer):
             self._where = [place for batch in of_update for place in self.data_collator.places(batch["rows"])]
             self.update(of_update, seed, places)
             learning_rate = self._get_learning_rate()
-            if not self.accelerator.optimizer_step_was_skipped:
+            waits = isinstance(
+                self.lr_scheduler, ReduceLROnPlateau | GreedyLR
+            )  # for an evaluation, where Trainer tells it
+            if not waits and not self.accelerator.optimizer_step_was_skipped:
                 self.lr_scheduler.step()
             self.state.global_step += 1
             self.state.epoch = epoch + (update + 1) / order.updates

@@ -11,8 +11,9 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
-from transformers import PrinterCallback, ProgressCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 from trl.trainer.utils import disable_dropout_in_model
 
@@ -23,6 +24,7 @@ from base.checkpoints import SafeCheckpoints
 from base.collator import VLDataCollator
 from base.features import pooled_features
 from base.fsdp import in_root
+from base.learning_rates import learning_rates, split_by_rate
 from base.log_lines import Bars, LogLines
 from base.model import CompletionOutput, VLModelMixin
 from base.packing import scatter_to_responses
@@ -95,7 +97,7 @@ class VLTrainer(SafeCheckpoints):
             kwargs: go to transformers.Trainer.
 
         Raises:
-            InputError: --log_image_sensitivity without evaluation rows.
+            InputError: --log_image_sensitivity without evaluation rows, or a learning rate of what does not train.
         """
         if args.log_image_sensitivity and eval_dataset is None:
             raise InputError(
@@ -133,6 +135,9 @@ class VLTrainer(SafeCheckpoints):
         self.add_callback(RunPage(lambda: self.tokens_seen, getattr(self, "beta", 1.0)))
         if self.eval_dataset is not None:
             self.add_callback(EvaluateAtEnd())
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+        self._rates = learning_rates(self.model, args) if args.rates_differ else None
         # Parameters and modules of the vision side: finding them walks the whole tree, which every step would pay for
         self._vision: WeakKeyDictionary[nn.Module, tuple[list[nn.Parameter], list[nn.Module]]] = WeakKeyDictionary()
         # Sums and counts, (2,), or (2, 2) for the sum of two means
@@ -298,7 +303,17 @@ class VLTrainer(SafeCheckpoints):
             sensitivity = {"eval_image_sensitivity": self.image_sensitivity(self.eval_dataset)}
             self.log(dict(sensitivity))
             metrics |= sensitivity
+        self.check_best_metric(metrics)
         return metrics
+
+    def check_best_metric(self, metrics: dict[str, float]) -> None:
+        """Raise InputError if an evaluation during training lacks the metric that --metric_for_best_model names."""
+        asked = self.args.metric_for_best_model
+        if self.is_in_train and asked is not None and f"eval_{asked.removeprefix('eval_')}" not in metrics:
+            names = sorted(name.removeprefix("eval_") for name in metrics if name.startswith("eval_"))
+            raise InputError(
+                f"--metric_for_best_model {asked} is not what evaluation logs: choose from {', '.join(names)}."
+            )
 
     def response_scores(self, model: nn.Module, batch: Batch) -> Tensor:
         """One number per response (or conversation) that should depend on the image: its log-prob, or its reward."""
@@ -336,6 +351,23 @@ class VLTrainer(SafeCheckpoints):
         """As Trainer's; streamed rows come in order, they are shuffled where they are read."""
         rows = train_dataset if train_dataset is not None else self.train_dataset
         return SequentialSampler(rows) if isinstance(rows, StreamedRows) else super()._get_train_sampler(train_dataset)
+
+    def _load_callback_state(self) -> None:
+        """As Trainer's; early stopping goes on waiting where it was, as long as this run's flag says."""
+        super()._load_callback_state()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                callback.early_stopping_patience = self.args.early_stopping_patience
+
+    # -- learning rates -----------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """As Trainer's, with a learning rate of their own for the parts that flags name."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh and self._rates is not None:
+            split_by_rate(optimizer, self._rates)
+        return optimizer
 
     # -- evaluation ---------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,9 @@ precision that load_policy and DeepSpeed give them. Activations are the peak of 
 real modules, run on tensors without content (torch's FakeTensorMode). What DeepSpeed, DDP and peft add is one formula
 each, in `memory`. tests/test_memory.py compares with tensors counted by torch's allocator in real steps.
 
-Not counted: the vision tower's activations (it is frozen by default), and what OVERHEAD and FRAGMENTATION assume.
+Not counted: the vision tower's activations (it is frozen by default: with --lora_vision, --train_vision_layers or
+--freeze_vision_tower False a run needs more), DoRA's weights as large as the layers they belong to, a projector that trains
+beside LoRA, and what OVERHEAD and FRAGMENTATION assume.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""Flags of VL-RLHF, TRL, LLaMA-Factory, ms-swift and older versions of transformers, in the words of this project.
+"""Flags of VL-RLHF, TRL, LLaMA-Factory, ms-swift, LLaVA and older versions of transformers, in the words of this project.
 
 `translate` runs before the parser. A flag with a meaning of its own here is not looked up: `--beta` stays `--beta`. What
 means the same is taken, and said; what means something else is refused with the flag to use. docs/from_others.md has the
@@ -51,6 +51,7 @@ FOUR_BITS, EIGHT_BITS = "--q_lora True --bits 4", "--q_lora True --bits 8"
 FLASH = "--use_flash_attention_2 True"
 ATTENTION = {"flash_attention_2": FLASH, "flash_attn": FLASH, "fa2": FLASH, "sdpa": "", "auto": ""}
 LORA_OR_FULL = {"lora": "--use_lora True", "full": "--use_lora False"}
+PROJECTOR_FROZEN = switch("--train_projector False", "--train_projector True")
 BY_SCRIPT = Refused("the script says it: train_sft.py, train_rm.py, train_dpo.py or train_ppo.py")
 ZERO_HEAD = Ignored("a value head starts at zero; --init_value_from_reward True starts it as the reward's")
 REWARD_FUNCTION = Refused("write --reward_fn file.py:name")
@@ -132,7 +133,10 @@ LLAMA_FACTORY: dict[str, Entry] = {
     "create_new_adapter": Refused("write --merge_first True"),
     "plot_loss": Ignored("the numbers of a run lie in its trainer_state.json"),
     "overwrite_cache": Ignored("what is cached is compared with the files"),
-    "freeze_multi_modal_projector": Refused("leave it out: without --use_lora the projector trains, with it only LoRA"),
+    "freeze_multi_modal_projector": PROJECTOR_FROZEN,
+    "pissa_init": switch("--init_lora_weights pissa"),
+    "pissa_iter": Refused("write --init_lora_weights pissa_niter_N"),
+    "pissa_convert": switch("", None),  # what is saved works on the base as it was
 }
 MS_SWIFT: dict[str, Entry] = {
     "model": "model_name_or_path",
@@ -142,7 +146,16 @@ MS_SWIFT: dict[str, Entry] = {
     "tuner_type": LORA_OR_FULL,
     "target_modules": "lora_target_modules",
     "freeze_vit": "freeze_vision_tower",
-    "freeze_aligner": Refused("leave it out: without --use_lora the projector trains, with it only LoRA"),
+    "freeze_aligner": PROJECTOR_FROZEN,
+    "freeze_llm": "freeze_language_model",
+    "vit_lr": "vision_lr",
+    "aligner_lr": "projector_lr",
+    "lorap_lr_ratio": "loraplus_lr_ratio",
+    "init_weights": {
+        **switch("", None),
+        **{name: f"--init_lora_weights {name}" for name in ("gaussian", "pissa", "olora", "loftq", "orthogonal")},
+    },
+    "early_stop_interval": "early_stopping_patience",
     "rlhf_type": BY_SCRIPT,
     "attn_impl": ATTENTION,
     "quant_bits": {"4": FOUR_BITS, "8": EIGHT_BITS},
@@ -151,12 +164,29 @@ MS_SWIFT: dict[str, Entry] = {
     "external_plugins": REWARD_FUNCTION,
     "padding_free": Ignored("--share_prefix says how the tokens of a batch are laid out"),
 }
+# LLaVA, Qwen2-VL-Finetune and their kin
+LLAVA: dict[str, Entry] = {
+    "lora_enable": "use_lora",
+    "lora_weight_path": Refused("write --model_name_or_path ADAPTER: its adapter_config.json names the base"),
+    "mm_projector_lr": "projector_lr",
+    "mm_vision_tower_lr": "vision_lr",
+    "merger_lr": "projector_lr",
+    "tune_mm_mlp_adapter": switch("--freeze_language_model True"),
+    "freeze_mm_mlp_adapter": PROJECTOR_FROZEN,
+    "freeze_merger": PROJECTOR_FROZEN,
+    "freeze_backbone": "freeze_language_model",
+    "unfreeze_mm_vision_tower": switch("--freeze_vision_tower False", "--freeze_vision_tower True"),
+    "vision_lora": "lora_vision",
+    "model_max_length": "max_length",
+    "image_folder": "image_root",
+}
 OTHERS: dict[str, dict[str, Entry]] = {
     "VL-RLHF": VL_RLHF,
     "older transformers": OLDER_TRANSFORMERS,
     "TRL": TRL,
     "LLaMA-Factory": LLAMA_FACTORY,
     "ms-swift": MS_SWIFT,
+    "LLaVA": LLAVA,
 }
 
 

@@ -16,11 +16,13 @@ from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
-from args import NEW_ADAPTER, LoraArguments, ModelArguments, VLConfig
+from args import CHANGE_BASE, NEW_ADAPTER, LoraArguments, ModelArguments, VLConfig
 from base.adapters import Role
 from base.fast_lora import use_fast_lora
 from base.layout import without_cwd
 from base.loading import base_model_path, load_adapter, load_model
+from base.lora_start import LoraOnChangedBase, keep_start, start_as_rounding_error
+from base.model import VLModelMixin
 from base.resume import checkpoint_to_resume
 from base.run_folder import run_of
 from common.errors import InputError
@@ -43,6 +45,10 @@ class LoadPlan:
         fast_lora: whether LoRA layers compute as base/fast_lora.py; False without LoRA.
         bits: 4 or 8 for a quantised base.
         freeze_vision_tower: whether the vision encoder does not train.
+        train_vision_layers: how many of its last layers train all the same (with LoRA: get adapters); None for none of a
+            frozen one, and all that get any.
+        train_projector: whether all weights between tower and language model train; None leaves it to LoRA or not.
+        freeze_language_model: whether decoder and head do not train.
         enable_thinking, date: what chat templates are told; the date is the day on which the run began.
         min_pixels, max_pixels: of a picture (base/resolution.py); None is the checkpoint's own.
     """
@@ -59,6 +65,9 @@ class LoadPlan:
     date: str
     min_pixels: int | None = None
     max_pixels: int | None = None
+    train_vision_layers: int | None = None
+    train_projector: bool | None = None
+    freeze_language_model: bool = False
 
     @classmethod
     def of(cls, model_args: ModelArguments, lora_args: LoraArguments, training_args: VLConfig) -> Self:
@@ -84,13 +93,17 @@ class LoadPlan:
             dtype=dtype,
             attention="flash_attention_2" if model_args.use_flash_attention_2 else "sdpa",
             share_prefix=share_prefix,
-            fast_lora=lora_args.fast_lora and (lora_args.use_lora or checkpoint != base),
+            # DoRA's layers are peft's
+            fast_lora=lora_args.fast_lora and (lora_args.use_lora or checkpoint != base) and not lora_args.use_dora,
             bits=model_args.bits if model_args.q_lora else None,
             freeze_vision_tower=model_args.freeze_vision_tower,
             enable_thinking=model_args.enable_thinking,
             date=_date_of(training_args),
             min_pixels=model_args.min_pixels,
             max_pixels=model_args.max_pixels,
+            train_vision_layers=model_args.train_vision_layers,
+            train_projector=model_args.train_projector,
+            freeze_language_model=model_args.freeze_language_model,
         )
         if training_args.process_index == 0:
             print(f"Loading\n{plan}", flush=True)
@@ -118,7 +131,7 @@ class LoadPlan:
 
 
 def load_policy(plan: LoadPlan, lora_args: LoraArguments, training_args: VLConfig) -> torch.nn.Module:
-    """Load what is trained, freeze its vision tower, add LoRA.
+    """Load what is trained, freeze what does not train, add LoRA.
 
     Raises:
         InputError: the checkpoint is an adapter and --use_lora is not given, or flags name modules that the model does not have.
@@ -130,7 +143,16 @@ def load_policy(plan: LoadPlan, lora_args: LoraArguments, training_args: VLConfi
         )
     model = _load(plan)
     if lora_args.use_lora and not isinstance(model, PeftModel):
-        model = add_lora(model, lora_args, gradient_checkpointing=training_args.gradient_checkpointing)
+        model = add_lora(
+            model,
+            lora_args,
+            gradient_checkpointing=training_args.gradient_checkpointing,
+            vision_layers=plan.train_vision_layers,
+            with_projector=bool(plan.train_projector),
+        )
+        if lora_args.init_lora_weights == "loftq":
+            start_as_rounding_error(model, load_model(plan.base, dtype=getattr(torch, plan.dtype)))
+            keep_start(model)
     if plan.fast_lora:
         use_fast_lora(model)
     if not training_args.deepspeed:  # whose optimizers keep float32 copies of 16-bit weights
@@ -148,9 +170,31 @@ def _load(plan: LoadPlan) -> torch.nn.Module:
         bits=plan.bits,
         is_trainable=True,
     )
-    if plan.freeze_vision_tower:
-        (model.get_base_model() if isinstance(model, PeftModel) else model).freeze_vision_tower()
+    choose_what_trains(model.get_base_model() if isinstance(model, PeftModel) else model, plan)
     return model
+
+
+def choose_what_trains(core: VLModelMixin, plan: LoadPlan) -> None:
+    """Freeze what the flags keep fixed of a model whose weights all train. LoRA freezes all of them later.
+
+    Raises:
+        InputError: the vision tower has fewer layers than --train_vision_layers says.
+    """
+    if plan.freeze_vision_tower:
+        core.freeze_vision_tower()
+    if plan.train_vision_layers is not None:
+        layers = core.vision_layers()
+        if plan.train_vision_layers > len(layers):
+            raise InputError(
+                f"--train_vision_layers {plan.train_vision_layers} is more than the {len(layers)} layers whose output is used."
+            )
+        for layer in layers[-plan.train_vision_layers :]:
+            layer.requires_grad_(True)
+    if plan.train_projector is not None:
+        for parameter in core.projector_parameters():
+            parameter.requires_grad_(plan.train_projector)
+    if plan.freeze_language_model:
+        core.freeze_language_model()
 
 
 def load_reference(policy: torch.nn.Module, plan: LoadPlan, training_args: VLConfig) -> torch.nn.Module | None:
@@ -158,6 +202,7 @@ def load_reference(policy: torch.nn.Module, plan: LoadPlan, training_args: VLCon
 
     - All weights train: a second copy of the checkpoint.
     - A fresh LoRA adapter: None, the base itself is the reference.
+    - An adapter that starts elsewhere than at zero (base/lora_start.py): None, its start lies in the policy as "ref".
     - A loaded adapter that training continues: None, and a frozen copy of it inside the policy, under the name "ref".
     - With `--precompute_ref_log_probs` the policy answers before its first step: None. Only ZeRO-3 needs a copy for that, because it cannot run a
       model before its optimizer exists.
@@ -212,11 +257,21 @@ def one_process_loads() -> Iterator[None]:
             deepspeed.set_hf_deepspeed_config(config)
 
 
-def add_lora(model: torch.nn.Module, lora_args: LoraArguments, gradient_checkpointing: bool = False) -> PeftModel:
+def add_lora(
+    model: torch.nn.Module,
+    lora_args: LoraArguments,
+    gradient_checkpointing: bool = False,
+    vision_layers: int | None = None,
+    with_projector: bool = False,
+) -> PeftModel:
     """Wrap a model with a fresh LoRA adapter.
 
-    Named targets are looked up in the language model only; a regular expression is used as given. Flags that were not
-    given get the values of a new adapter.
+    Named targets are looked up in the language model, and with --lora_vision all linear layers of the tower's blocks are
+    added; a regular expression is used as given. Flags that were not given get the values of a new adapter.
+
+    Args:
+        vision_layers: the last ones of the tower's that --lora_vision adds; None for all.
+        with_projector: all weights of the projector train, and are saved beside the adapter.
 
     Raises:
         InputError: a target does not name a linear layer of the language model, or --modules_to_save no module.
@@ -224,6 +279,11 @@ def add_lora(model: torch.nn.Module, lora_args: LoraArguments, gradient_checkpoi
     new = {name: value for name, value in NEW_ADAPTER.items() if getattr(lora_args, name) is None}
     lora_args = dataclasses.replace(lora_args, **new)
     targets = _targets(lora_args.lora_target_modules, model)
+    if lora_args.lora_vision:
+        try:
+            targets = f"{model.vision_lora_regex(vision_layers)}|{targets}"
+        except ValueError as error:
+            raise InputError(str(error)) from error
     _check_modules_to_save(lora_args.modules_to_save, model)
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(
@@ -231,13 +291,18 @@ def add_lora(model: torch.nn.Module, lora_args: LoraArguments, gradient_checkpoi
             use_gradient_checkpointing=gradient_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False},
         )
+    whole = [*(lora_args.modules_to_save or []), *(_names_of(model.projector(), model) if with_projector else [])]
     config = LoraConfig(
         r=lora_args.lora_r,
         lora_alpha=lora_args.lora_alpha,
         lora_dropout=lora_args.lora_dropout,
         target_modules=targets,
         bias=lora_args.lora_bias,
-        modules_to_save=lora_args.modules_to_save,
+        modules_to_save=whole or None,
+        use_dora=lora_args.use_dora,
+        use_rslora=lora_args.use_rslora,
+        # LoftQ begins from the quantised layers, which peft does not do by itself
+        init_lora_weights=True if lora_args.init_lora_weights in ("default", "loftq") else lora_args.init_lora_weights,
         task_type="CAUSAL_LM",
     )
     try:
@@ -246,6 +311,9 @@ def add_lora(model: torch.nn.Module, lora_args: LoraArguments, gradient_checkpoi
         raise InputError(f"--lora_target_modules: {' '.join(str(error).split())[:300]}") from error
     if config.base_model_name_or_path:  # None of a model that was never saved
         config.base_model_name_or_path = without_cwd(config.base_model_name_or_path)  # goes to adapter_config.json
+    if lora_args.init_lora_weights.startswith(CHANGE_BASE):
+        peft_model.__class__ = LoraOnChangedBase
+        keep_start(peft_model)
     return peft_model
 
 
@@ -257,6 +325,11 @@ def _targets(targets: list[str], model: torch.nn.Module) -> str:
         return model.lora_target_regex(None if targets == ["auto"] else targets)
     except ValueError as error:
         raise InputError(f"--lora_target_modules: {error}") from error
+
+
+def _names_of(modules: list[torch.nn.Module], model: torch.nn.Module) -> list[str]:
+    wanted = {id(module) for module in modules}
+    return [name for name, module in model.named_modules() if id(module) in wanted]
 
 
 def _check_modules_to_save(wanted: list[str] | None, model: torch.nn.Module) -> None:

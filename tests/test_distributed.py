@@ -305,6 +305,28 @@ def test_ranks_without_images(job, mixed_files, tmp_path: Path, setup: str):
         assert_same_curve(Path(one["out"]), Path(other["out"]))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("setup", ["ddp", "zero3"])
+def test_kinds_of_adapters(job, tmp_path: Path, setup: str):
+    """DoRA, rsLoRA, adapters in the tower beside a projector that trains, rates by part; PiSSA, whose base DeepSpeed would lose."""
+    cells = {
+        "dora": ("sft", "--use_dora True --use_rslora True"),
+        "vision": ("dpo", "--lora_vision True --train_projector True --vision_lr 1e-4 --loraplus_lr_ratio 4"),
+    }
+    if setup == "ddp":
+        cells["pissa"] = ("dpo", "--init_lora_weights pissa")
+    launcher, flags = LAUNCH[setup]
+    alone, two = (
+        [job(script, "lora", folder, batch, f"{extra} {more}", name=name) for name, (script, extra) in cells.items()]
+        for folder, batch, more in (("one", 4, ""), ("two", 2, flags))
+    )
+    for one in alone:
+        SCRIPTS[one["script"]].main(one["argv"])
+    launch(launcher, two, tmp_path)
+    for one, other in zip(alone, two, strict=True):
+        assert_same_curve(Path(one["out"]), Path(other["out"]))
+
+
 @pytest.fixture
 def talkative(llava: str, tmp_path: Path) -> str:
     """A checkpoint for which a sixth of all tokens end an answer, so that answers end anywhere."""

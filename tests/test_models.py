@@ -5,6 +5,7 @@ it cannot do, with the reason); without them its tests fail. The reference every
 one unpadded row.
 """
 
+import dataclasses
 import importlib
 import io
 import json
@@ -353,6 +354,37 @@ class TestFamily:
         assert not core.vision_trains()
         with pytest.raises(ValueError, match="no_such_proj"):
             core.lora_target_regex(["no_such_proj"])
+
+    def test_adapters_in_the_tower_and_a_projector_that_trains(self, it: SimpleNamespace):
+        """--lora_vision, --train_projector: every adapter gets a gradient, and so does each part of the projector."""
+        batch = collate(it, rows(it))
+        torch.manual_seed(0)
+        model = add_lora(load_model(it.path), dataclasses.replace(LORA, lora_vision=True), with_projector=True).eval()
+        core = model.get_base_model()
+        with torch.no_grad(), model.disable_adapter():
+            expected = response_logps(it.model, batch, batch["img_input_dict"])
+            torch.testing.assert_close(
+                response_logps(model, batch, batch["img_input_dict"]), expected, atol=1e-5, rtol=0
+            )
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.1)
+        response_logps(model, batch, batch["img_input_dict"]).sum().backward()
+        names = {id(p): name for name, p in core.named_parameters()}
+        names_of = {module: name for name, module in core.named_modules()}
+        trained = {p for p in core.parameters() if p.requires_grad}
+        tower = {p for block in core.vision_layers() for p in block.parameters() if p.requires_grad}
+        assert tower and all(".lora_" in names[id(p)] for p in tower)
+        projector = {names_of[part]: [p for p in part.parameters() if p.requires_grad] for part in core.projector()}
+        without = [n for n, part in projector.items() if not any(p.grad is not None and p.grad.any() for p in part)]
+        if it.name == "granite4_vision":  # the tiny configuration reads one of the four
+            without = [n for n in without if n[:-1] != "model.spatial_projectors."]
+        assert projector and not without, without
+        adapters = [p for p in trained if ".lora_" in names[id(p)]]
+        still = sorted(names[id(p)] for p in adapters if p.grad is None or not p.grad.any())
+        assert not still, still
+        of_projector = {p for part in projector.values() for p in part}
+        assert tower < {*adapters} and trained == {*adapters} | of_projector
 
     def test_processor_methods(self, it: SimpleNamespace):
         processor = it.processor

@@ -82,6 +82,21 @@ TAKEN = {  # script, their flags, ours
         {"use_lora": True, "lora_target_modules": ["all-linear"], "eval_ratio": 0.2},
     ),
     "its tower": ("sft", "--freeze_vit false", {"freeze_vision_tower": False}),
+    "its parts": (
+        "sft",
+        "--freeze_llm true --freeze_aligner false --aligner_lr 1e-4 --vit_lr 1e-5",
+        {"freeze_language_model": True, "train_projector": True, "projector_lr": 1e-4, "vision_lr": 1e-5},
+    ),
+    "LLaVA's first stage": (
+        "sft",
+        "--tune_mm_mlp_adapter True --mm_projector_lr 1e-3",
+        {"freeze_language_model": True, "projector_lr": 1e-3},
+    ),
+    "LLaMA-Factory's PiSSA": (
+        "sft",
+        "--finetuning_type lora --pissa_init True --freeze_multi_modal_projector False",
+        {"init_lora_weights": "pissa", "train_projector": True},
+    ),
     "VL-RLHF's PPO": (
         "ppo",
         "--batch_size 64 --mini_batch_size 2 --gradient_accumulation_steps 8 --ppo_epochs 3 --adap_kl_ctrl False --init_kl_coef .3 "
@@ -162,7 +177,12 @@ def test_config_file(parsed, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("VL_TEST", "")
     file = tmp_path / "c.yaml"
     lines = ["warmup_ratio: 0.1", "pref_beta: 0.3", "loss_type: [sigmoid, ipo]", "bf16: false", "run_name: null"]
-    lines += ["lr_scheduler_kwargs: {num_cycles: 2}", "env: {VL_TEST: 1}", "learning_rate: 1e-5"]
+    lines += [
+        "lr_scheduler_type: cosine",
+        "lr_scheduler_kwargs: {num_cycles: 2}",
+        "env: {VL_TEST: 1}",
+        "learning_rate: 1e-5",
+    ]
     file.write_text("\n".join(lines))
     found = parsed("dpo", f"--config {file} --beta .4")
     assert (found["warmup_steps"], found["beta"], found["loss_type"]) == (0.1, 0.4, ["sigmoid", "ipo"])

@@ -11,6 +11,8 @@ from models.qwen2_vl import MRopeMixin
 class Glm46VForRL(MRopeMixin, VLModelMixin, Glm46VForConditionalGeneration):
     """GLM-4.6V with the project's model methods."""
 
+    projector_in_tower = ["merger"]
+
     # gate and up projection are one layer
     default_lora_target = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
 

@@ -11,6 +11,8 @@ from models.qwen2_vl import MRopeMixin
 class Glm4vForRL(MRopeMixin, VLModelMixin, Glm4vForConditionalGeneration):
     """GLM-4.1V with the project's model methods."""
 
+    projector_in_tower = ["merger"]
+
     # gate and up projection are one layer
     default_lora_target = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
 

@@ -15,6 +15,10 @@ from models.core_mapper import ModelCoreMapper
 class Granite4VisionForRL(VLModelMixin, Granite4VisionForConditionalGeneration):
     """Granite 4 Vision with the project's model methods."""
 
+    def vision_layers(self) -> list[torch.nn.Module]:
+        """All: each projector reads a layer of its own, whatever `vision_feature_layer` says."""
+        return [*self.get_vision_tower().encoder.layers]
+
     def last_hidden_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As in the base class, divided by what the class divides its logits by."""
         return super().last_hidden_state(*args, **kwargs) / self.config.text_config.logits_scaling

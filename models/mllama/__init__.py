@@ -31,6 +31,11 @@ class MllamaForRL(VLModelMixin, MllamaForConditionalGeneration):
             lambda _, args, kwargs: (args, self.hide_absent_images(kwargs)), with_kwargs=True
         )
 
+    def vision_layers(self) -> list[torch.nn.Module]:
+        """The tower has two stacks; the first one's hidden states are read, too."""
+        tower = self.get_vision_tower()
+        return [*tower.transformer.layers, *tower.global_transformer.layers]
+
     def encode_images(self, img_inputs: dict[str, Any]) -> dict[str, Any]:
         """Pixels -> `cross_attention_states`, zero for rows without images.
 

@@ -11,6 +11,8 @@ from models.qwen2_vl import MRopeMixin, Qwen2VLForRL
 class Qwen2_5_VLForRL(MRopeMixin, VLModelMixin, Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL with the project's model methods."""
 
+    projector_in_tower = ["merger"]
+
     adapter_renames = Qwen2VLForRL.adapter_renames
 
 

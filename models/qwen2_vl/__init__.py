@@ -38,6 +38,8 @@ class MRopeMixin:
 class Qwen2VLForRL(MRopeMixin, VLModelMixin, Qwen2VLForConditionalGeneration):
     """Qwen2-VL with the project's model methods."""
 
+    projector_in_tower = ["merger"]
+
     adapter_renames = {"visual.": "model.visual.", "model.": "model.language_model."}
 
 

@@ -11,6 +11,8 @@ from models.qwen2_vl import MRopeMixin
 class Qwen3_5ForRL(MRopeMixin, VLModelMixin, Qwen3_5ForConditionalGeneration):
     """Qwen3.5 with the project's model methods."""
 
+    projector_in_tower = ["merger"]
+
     packs = False  # linear attention reads a row from left to right, whatever the mask says
     default_lora_target = [
         *["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],

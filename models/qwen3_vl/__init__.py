@@ -11,6 +11,8 @@ from models.qwen2_vl import MRopeMixin
 class Qwen3VLForRL(MRopeMixin, VLModelMixin, Qwen3VLForConditionalGeneration):
     """Qwen3-VL with the project's model methods."""
 
+    projector_in_tower = ["merger", "deepstack_merger_list"]
+
 
 class Qwen3VLProcessor(VLProcessor):
     """ChatML without a default system message."""

@@ -11,6 +11,8 @@ from models.qwen2_vl import MRopeMixin
 class Qwen3VLMoeForRL(MRopeMixin, VLModelMixin, Qwen3VLMoeForConditionalGeneration):
     """Qwen3-VL-MoE with the project's model methods."""
 
+    projector_in_tower = ["merger", "deepstack_merger_list"]
+
     # The experts are single tensors, not linear layers: LoRA goes into the attention.
     default_lora_target = ["q_proj", "k_proj", "v_proj", "o_proj"]
 

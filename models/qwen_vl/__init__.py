@@ -32,6 +32,7 @@ AutoImageProcessor.register(
 class QwenVLForRL(VLModelMixin, QwenVLForConditionalGeneration):
     """Qwen-VL with the project's model methods."""
 
+    projector_in_tower = ["attn_pool"]
     end_to_end = False  # the rotary base depends on the length of the row
     # The released fine-tuning script leaves the down projection out.
     default_lora_target = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]

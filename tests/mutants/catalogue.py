@@ -1037,10 +1037,8 @@ faults(
         "another script is taken for the same run": ("_why_another_run", "config != old_config", "False"),
         "the optimizer and the seed are not compared": (
             "",
-            '{"ModelArguments": ["q_lora", "bits", "merge_first", "freeze_vision_tower"], "LoraArguments": ["use_lora", "lora_r", '
-            '"lora_alpha", "lora_target_modules", "lora_bias", "modules_to_save"], "config": ["optim", "seed", "value_adapter"]}',
-            '{"ModelArguments": ["q_lora", "bits", "merge_first", "freeze_vision_tower"], "LoraArguments": ["use_lora", "lora_r", '
-            '"lora_alpha", "lora_target_modules", "lora_bias", "modules_to_save"], "config": ["value_adapter"]}',
+            '["optim", "seed", "value_adapter", "vision_lr", "projector_lr", "loraplus_lr_ratio"]',
+            '["value_adapter", "vision_lr", "projector_lr", "loraplus_lr_ratio"]',
         ),
     },
     other_settings={
@@ -1459,6 +1457,56 @@ faults(
             "sharding_of",
             'len(how) != 1 or "auto_wrap" not in given',
             "len(how) != 1",
+        ),
+    },
+)
+
+# ------------------------------------------------------------------------------------------------ kinds of adapters, rates
+
+faults(
+    "base/lora_start.py",
+    "tests/test_lora_variants.py",
+    numbers_and_files={
+        "the saved adapter keeps its start": ("less_start", "first if is_A else -first", "first"),
+        "the saved adapter has twice the scale": (
+            "LoraOnChangedBase.save_pretrained",
+            "config.r *= 2",
+            "config.r *= 1",
+        ),
+    },
+    another_processor={
+        "a resumed run keeps the base of its own start": (
+            "LoraOnChangedBase.load_saved",
+            "layer.scaling[START] * (B @ A - now_B @ now_A).float()",
+            "0",
+        ),
+    },
+    loftq={
+        "LoftQ forgets the scale": (
+            "start_as_rounding_error",
+            "(S[: len(A)] / layer.scaling[POLICY]).sqrt()",
+            "S[: len(A)].sqrt()",
+        ),
+    },
+)
+faults(
+    "base/learning_rates.py",
+    "tests/test_what_trains.py",
+    lora_plus={
+        "LoRA+ speeds up lora_A": ("learning_rates.rate_of", '".lora_B." in name', '".lora_A." in name'),
+    },
+    rates_of_tower={
+        "--projector_lr ignored": ("learning_rates", "flag if given else DEFAULT", "DEFAULT"),
+    },
+)
+faults(
+    "base/checkpoints.py",
+    "tests/test_what_trains.py",
+    resumed_run_has_the_rates={
+        "a resumed run keeps the rate that was saved": (
+            "SafeCheckpoints._load_optimizer_and_scheduler",
+            "schedule.base_lrs = base_lrs",
+            "base_lrs = schedule.base_lrs",
         ),
     },
 )
