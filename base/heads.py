@@ -7,7 +7,6 @@ in a file of its own, so that the folder stays an ordinary checkpoint for AutoMo
 import functools
 import hashlib
 import json
-import os
 import struct
 from pathlib import Path
 from typing import Any, Self
@@ -18,10 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.utils import cached_file
 
 from base.adapters import Role, recompute_with_same_adapter
-from base.loading import base_model_path, load_model, load_weights
+from base.layout import base_model_path, checkpoint_file
+from base.loading import load_model, load_weights
+from base.other_heads import other_head
 from common.errors import InputError
 
 REWARD_HEAD = "reward_head.safetensors"
@@ -34,15 +34,19 @@ VALUE_HEAD = "value_head.safetensors"
 
 
 class ScalarHead(nn.Linear):
-    """D -> 1, no bias, computed in float32 whatever the precision around it: on the bf16 grid close rewards would tie."""
+    """D -> 1, computed in float32 whatever the precision around it: on the bf16 grid close rewards would tie.
 
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__(hidden_size, 1, bias=False)
+    Ours have no bias; other programs' may have one.
+    """
+
+    def __init__(self, hidden_size: int, bias: bool = False) -> None:
+        super().__init__(hidden_size, 1, bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N, 1) float32."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return nn.functional.linear(hidden.float(), self.weight.float())
+            bias = None if self.bias is None else self.bias.float()
+            return nn.functional.linear(hidden.float(), self.weight.float(), bias)
 
 
 def scalar_head(backbone: nn.Module) -> ScalarHead:
@@ -53,39 +57,38 @@ def scalar_head(backbone: nn.Module) -> ScalarHead:
     return head
 
 
-def checkpoint_file(folder: str, name: str) -> Path | None:
-    """A file of a checkpoint folder or hub repository, or None."""
-    if os.path.isdir(folder):
-        path = Path(folder) / name
-        return path if path.is_file() else None
-    found = cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
-    return Path(found) if found else None
-
-
 def load_head(folder: str, name: str, backbone: nn.Module) -> nn.Linear:
-    """Read a head that was trained on a backbone of this size.
+    """Read a head that was trained on a backbone of this size; a reward head also as other programs write it.
 
     Raises:
         InputError: the file is missing, or the head is of another size.
     """
     path = checkpoint_file(folder, name)
-    if path is None:
+    other = other_head(folder) if path is None and name == REWARD_HEAD else None
+    if other is not None:
+        path, tensors = other.file, other.tensors
+    elif path is None:
         script = "train_rm.py" if name == REWARD_HEAD else "train_ppo.py"
         raise InputError(f"{folder} has no {name}: give the output folder of {script}, or train a reward model first.")
+    else:
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"{path} is damaged ({error}): take another checkpoint, or copy the file again."
+            ) from error
+    weight, bias = tensors["weight"], tensors.get("bias")
     head = scalar_head(backbone)
-    try:
-        with safe_open(path, "pt") as file:
-            weight = file.get_tensor("weight")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is damaged ({error}): take another checkpoint, or copy the file again.") from error
     if weight.shape != head.weight.shape:
         raise InputError(
             f"{path} is a head for hidden size {weight.shape[1]}, the model has {head.weight.shape[1]}: "
             "they were not trained together."
         )
-    if not weight.isfinite().all():
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise InputError(f"{path} holds values that are not finite: its training diverged. Take another checkpoint.")
     head.weight = nn.Parameter(weight.float())
+    head.bias = None if bias is None else nn.Parameter(bias.float())
     return head
 
 
@@ -143,14 +146,15 @@ def sub_state_dict(state_dict: dict[str, Tensor] | None, prefix: str) -> dict[st
     return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
 
 
-def save_head(backbone: nn.Module, weight: Tensor, folder: str, name: str) -> None:
+def save_head(backbone: nn.Module, tensors: dict[str, Tensor], folder: str, name: str) -> None:
     """Write a head, and the fingerprint of the base of its adapter."""
     metadata = {}
     if isinstance(backbone, PeftModel):
         base = backbone.peft_config[backbone.active_adapter].base_model_name_or_path
         metadata["base"] = (checkpoint_fingerprint(base) if base else None) or ""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file({"weight": weight.detach().float().cpu().contiguous()}, Path(folder) / name, metadata)
+    tensors = {key: tensor.detach().float().cpu().contiguous() for key, tensor in tensors.items()}
+    save_file(tensors, Path(folder) / name, metadata)
 
 
 def check_same_base(folder: str, metadata: dict[str, str], base: str) -> None:
@@ -223,8 +227,8 @@ class HeadModel(nn.Module):
         self._save_backbone(save_directory, sub_state_dict(state_dict, "backbone."), **kwargs)
         if self.head is None:
             return
-        weight = self.head.weight if state_dict is None else state_dict["head.weight"]
-        save_head(self.backbone, weight, save_directory, self.head_name)
+        tensors = self.head.state_dict() if state_dict is None else sub_state_dict(state_dict, "head.")
+        save_head(self.backbone, tensors, save_directory, self.head_name)
 
     def _save_backbone(self, save_directory: str, state_dict: dict[str, Tensor] | None, **kwargs: Any) -> None:
         if isinstance(self.backbone, PeftModel):  # adapters in memory for the reference are not part of the result
@@ -250,7 +254,8 @@ class HeadModel(nn.Module):
         """
         metadata = head_metadata(model_name_or_path, cls.head_name)
         check_same_base(model_name_or_path, metadata, base_model_path(model_name_or_path))
-        model = load_model(model_name_or_path, **{"dtype": torch.float32, **kwargs})
+        of_others = cls.head_name == REWARD_HEAD and checkpoint_file(model_name_or_path, REWARD_HEAD) is None
+        model = load_model(model_name_or_path, **{"dtype": torch.float32, **kwargs}, with_other_head=of_others)
         return cls(model, load_head(model_name_or_path, cls.head_name, model))
 
 

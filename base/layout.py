@@ -155,3 +155,12 @@ def check_weights(path: str) -> None:
             f"{path} holds its weights as pytorch_model.bin, and only safetensors are read: convert it once, in Python, by "
             f"AutoModelForImageTextToText.from_pretrained({path!r}, dtype='auto').save_pretrained(OUT), and copy the other files."
         )
+
+
+def checkpoint_file(folder: str, name: str) -> Path | None:
+    """A file of a checkpoint folder or hub repository, or None."""
+    if os.path.isdir(folder):
+        path = Path(folder) / name
+        return path if path.is_file() else None
+    found = cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
+    return Path(found) if found else None

@@ -4,7 +4,7 @@ import importlib
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -20,8 +20,9 @@ from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file, is_flash_attn_2_available
 
-from base.layout import ADAPTER_CONFIG, base_model_path, check_weights, damaged_file
+from base.layout import ADAPTER_CONFIG, base_model_path, check_weights, checkpoint_file, damaged_file
 from base.lora_start import LoraOnChangedBase
+from base.other_heads import is_head_weight
 from common.compat import keep_quantised_linears_trainable
 from common.errors import InputError
 from common.tensors import first_not_finite
@@ -94,6 +95,7 @@ def load_model(
     use_flash_attention_2: bool = False,
     bits: int | None = None,
     is_trainable: bool = False,
+    with_other_head: bool = False,
     **kwargs: Any,
 ) -> torch.nn.Module:
     """Load a checkpoint, or a LoRA adapter on its base, as its adapter's class. Every weight must be found.
@@ -101,6 +103,8 @@ def load_model(
     Args:
         bits: 4 (NF4 with double quantisation) or 8 quantise the language model, not vision tower, projector or lm_head.
         is_trainable: an adapter's weights require gradients.
+        with_other_head: the checkpoint may hold the head of a reward model in place of lm_head (base/other_heads.py), which is
+            left out here.
         kwargs: go to from_pretrained.
 
     Raises:
@@ -130,9 +134,7 @@ def load_model(
         except (SafetensorError, OSError) as error:
             reason = f"{path} cannot be loaded ({' '.join(str(error).split())[:300]})"
             raise InputError(f"{reason}: copy or download the files again.") from error
-    wrong = {
-        name: sorted(map(str, info.get(name) or ())) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
-    }
+    wrong = _misfits(model, info, with_other_head)
     if set(wrong["missing_keys"]) == _head_names(model) and not (wrong["unexpected_keys"] or wrong["mismatched_keys"]):
         raise InputError(
             f"{path} has no {', '.join(wrong['missing_keys'])}: it was saved without a head, as embedding models are, and cannot "
@@ -168,6 +170,17 @@ def load_model(
     return model
 
 
+def _misfits(model: nn.Module, info: Mapping[str, Any], with_other_head: bool) -> dict[str, list[str]]:
+    """What `from_pretrained` says of weights that are missing, unexpected or of another shape, by name."""
+    wrong = {
+        name: sorted(map(str, info.get(name) or ())) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
+    if with_other_head:
+        wrong["unexpected_keys"] = [name for name in wrong["unexpected_keys"] if not is_head_weight(name)]
+        wrong["missing_keys"] = [name for name in wrong["missing_keys"] if name not in _head_names(model)]
+    return wrong
+
+
 def check_finite(model: nn.Module, path: str) -> None:
     """Raise InputError if a weight is NaN or infinite: every number that the model computes would be, too."""
     if bad := first_not_finite(model.named_parameters()):
@@ -195,7 +208,7 @@ def load_adapter(
     if is_trainable or isinstance(model, PeftModel):
         _refuse_parts_of_the_base(folder)
     with _must_fit(model, folder) as renames:
-        config = _with_names_of_today(_core(model), folder) if renames else None
+        config = _with_names_of_today(_core(model), folder) if renames else _without_head(folder)
         if isinstance(model, PeftModel):
             if config is not None:
                 config.inference_mode = not is_trainable
@@ -233,6 +246,7 @@ def _set_adapter_weights(model: PeftModel, folder: str, adapter_name: str) -> No
     """Overwrite an adapter's weights. Each weight of the folder has a place, and each place gets one."""
     with _must_fit(model, folder) as renames:
         weights = load_peft_weights(folder, device="cpu", key_mapping=renames)
+        weights = {name: tensor for name, tensor in weights.items() if not is_head_weight(name)}
         result = set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
         if bad := first_not_finite(weights.items()):
             raise ValueError(f"{bad} holds values that are not finite: the file is damaged, or its training diverged.")
@@ -292,6 +306,19 @@ def _with_names_of_today(core: nn.Module, folder: str) -> PeftConfig:
     }
     config.rank_pattern = {newer(name): rank for name, rank in config.rank_pattern.items()}
     config.alpha_pattern = {newer(name): alpha for name, alpha in config.alpha_pattern.items()}
+    return config
+
+
+def _without_head(folder: str) -> PeftConfig | None:
+    """The configuration of an adapter with another program's head in it, as that of the adapter alone; None for all others."""
+    if checkpoint_file(folder, ADAPTER_CONFIG) is None:
+        return None
+    config = PeftConfig.from_pretrained(folder)
+    saved = set(getattr(config, "modules_to_save", None) or ())
+    if not any(is_head_weight(f"{name}.weight") for name in saved):
+        return None
+    config.modules_to_save = [name for name in saved if not is_head_weight(f"{name}.weight")] or None
+    config.task_type = "CAUSAL_LM"
     return config
 
 

@@ -91,7 +91,8 @@ class VLModelWithValueHead(HeadModel):
             self._activate_policy()
         else:
             path = init_from or self.core.config.name_or_path
-            self.value_backbone = load_model(path, dtype=next(self.backbone.parameters()).dtype)
+            dtype = next(self.backbone.parameters()).dtype
+            self.value_backbone = load_model(path, dtype=dtype, with_other_head=init_from is not None)
             freeze_lm_head(self.value_backbone)
         if init_from is not None:
             self.head = load_head(init_from, REWARD_HEAD, self.backbone).to(self.device)

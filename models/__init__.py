@@ -5,6 +5,7 @@ To add a family: a folder with a `core_mapper`, one line in MODEL_NICKNAME_MAP (
 
 import common.compat  # noqa: F401  isort: skip  (must come before transformers)
 import importlib
+import re
 
 from base.loading import architecture_of
 from common.errors import InputError
@@ -101,6 +102,8 @@ def core_mapper_for(model_name_or_path: str) -> ModelCoreMapper:
             f"{model_name_or_path} is a {architecture} in the original remote-code layout: convert it once with "
             f"`python -m models.{CONVERTED_MODELS[architecture]}.convert {model_name_or_path} OUT` and pass OUT."
         )
+    if architecture not in MODEL_NICKNAME_MAP:  # a reward model of TRL or ms-swift (base/other_heads.py)
+        architecture = re.sub("ForSequenceClassification$", "ForConditionalGeneration", architecture)
     if architecture not in MODEL_NICKNAME_MAP:
         raise InputError(
             f"{model_name_or_path} is a {architecture}, which no folder of models/ supports. Known are "

@@ -75,7 +75,7 @@ def merge_to(
         model.save_pretrained(aside)
         core_mapper_for(base).processor(adapter if processor_path(adapter) == adapter else base).save_pretrained(aside)
         if (Path(adapter) / REWARD_HEAD).is_file():
-            save_head(model, load_head(adapter, REWARD_HEAD, model).weight, str(aside), REWARD_HEAD)
+            save_head(model, load_head(adapter, REWARD_HEAD, model).state_dict(), str(aside), REWARD_HEAD)
         if out.exists():
             out.rmdir()
         os.rename(aside, out)

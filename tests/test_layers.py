@@ -47,6 +47,7 @@ BASE = [
         "logps",
         "lora_start",
         "model",
+        "other_heads",
         "packed_attention",
         "reward",
         "rollout_cache",

@@ -1,0 +1,186 @@
+"""Reward models of other programs, in the files that those write: our scores are what those programs compute."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from base.reward import VLRewardModel, score_rows
+from base.value import VLModelWithValueHead
+from common.errors import InputError
+from models import core_mapper_for
+from tests import zoo
+
+ANSWERS = ["A red square.", "no"]
+
+
+@pytest.fixture(scope="module")
+def rows(image_dir: Path) -> list[dict]:
+    """Two rows with two answers each, of different lengths."""
+    return [
+        {
+            "images": [str(image_dir / f"{i}.png")],
+            "prompt": [{"role": "user", "content": "What is this?" + " Say it." * i}],
+            "responses": ANSWERS,
+        }
+        for i in range(2)
+    ]
+
+
+def checkpoint_of(family: str, folder: Path) -> str:
+    """The family's tiny checkpoint, its processor in `folder`."""
+    source = zoo.checkpoint(family)
+    folder.mkdir()
+    for file in Path(source).iterdir():
+        if not file.name.startswith(("model", "config")):
+            shutil.copy(file, folder)
+    return source
+
+
+def inputs_of(checkpoint: str, rows: list[dict]) -> Iterator[dict]:
+    """What the family's own class takes, one answer after the other, without padding."""
+    family = core_mapper_for(checkpoint)
+    collator = family.reward_collator(family.processor(checkpoint), share_prefix=False)
+    for row in rows:
+        for response in row["responses"]:
+            batch = collator.responses_only([row | {"responses": [response]}])
+            ids = batch["input_ids"]
+            yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), **batch["img_input_dict"]}
+
+
+def check(folder: Path, checkpoint: str, rows: list[dict], theirs: Callable[[dict], Tensor]) -> None:
+    """Our scores are theirs, and they differ from answer to answer."""
+    with torch.no_grad():
+        expected = [theirs(inputs).item() for inputs in inputs_of(checkpoint, rows)]
+    model = core_mapper_for(str(folder)).reward_model.from_pretrained(str(folder))
+    scores = score_rows(model, core_mapper_for(str(folder)).processor(str(folder)), rows)
+    found = [score for row in scores for score in row]
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert max(expected) - min(expected) > 1e-2
+
+
+@pytest.fixture
+def classifier(tmp_path: Path) -> tuple[Path, str, nn.Module]:
+    """Folder, base and model of TRL's RewardTrainer: AutoModelForSequenceClassification with one label."""
+    source = checkpoint_of("gemma3", tmp_path / "rm")
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, dtype=torch.float32)
+    nn.init.normal_(model.score.weight)
+    return tmp_path / "rm", source, model.eval()
+
+
+def test_sequence_classification_of_transformers_and_trl(classifier, rows):
+    folder, source, model = classifier
+    model.save_pretrained(folder)
+    assert "Gemma3ForSequenceClassification" in (folder / "config.json").read_text()
+    check(folder, source, rows, lambda inputs: model(**inputs).logits)
+
+
+def test_lora_of_sequence_classification(classifier, rows):
+    """peft keeps the head in the adapter, under modules_to_save."""
+    folder, source, model = classifier
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS",
+        r=4,
+        target_modules=["q_proj", "v_proj"],
+        modules_to_save=["score"],
+        init_lora_weights=False,
+    )
+    model = peft.get_peft_model(model, config).eval()
+    model.save_pretrained(folder)
+    assert "base_model.model.score.weight" in load_file(folder / "adapter_model.safetensors")
+    check(folder, source, rows, lambda inputs: model(**inputs).logits)
+
+
+def test_ms_swift(tmp_path, rows):
+    """ms-swift 4.6 hangs `score` beside an lm_head that passes on the hidden states, and renames the architecture when it saves."""
+    source, folder = checkpoint_of("qwen2_5_vl", tmp_path / "rm"), tmp_path / "rm"
+    model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(source, dtype=torch.float32).eval()
+    torch.manual_seed(0)
+    model.score = nn.Linear(model.config.get_text_config().hidden_size, 1, bias=False)
+    nn.init.normal_(model.score.weight)
+    model.lm_head = nn.Identity()
+    model.config.num_labels = 1
+    model.save_pretrained(folder)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("VLForConditionalGeneration", "VLForSequenceClassification"))
+    check(folder, source, rows, lambda inputs: model.score(model(**inputs).logits)[:, -1])
+
+
+def with_bias(source: str) -> tuple[nn.Module, nn.Linear]:
+    """A model and a head with a bias on its last hidden states, as VL-RLHF and LLaMA-Factory have them."""
+    model = transformers.AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).eval()
+    head = nn.Linear(model.config.get_text_config().hidden_size, 1)
+    nn.init.normal_(head.weight)
+    nn.init.constant_(head.bias, 3.0)
+    return model, head
+
+
+def test_vl_rlhf(tmp_path, rows):
+    source, folder = checkpoint_of("llava", tmp_path / "rm"), tmp_path / "rm"
+    model, head = with_bias(source)
+    model.save_pretrained(folder)
+    torch.save(head.state_dict(), folder / "rm_head.bin")
+    check(
+        folder, source, rows, lambda inputs: head(model(**inputs, output_hidden_states=True).hidden_states[-1])[:, -1]
+    )
+
+    # Saved again, and taken over by a value function, the head keeps its bias.
+    VLRewardModel.from_pretrained(str(folder)).save_pretrained(str(tmp_path / "again"))
+    assert load_file(tmp_path / "again" / "reward_head.safetensors")["bias"].item() == 3.0
+    policy = VLModelWithValueHead(core_mapper_for(source).model.from_pretrained(source, dtype=torch.float32))
+    policy.add_value_function(str(folder))
+    assert policy.head.bias.item() == 3.0 and torch.equal(policy.head.weight, head.weight)
+
+
+def test_llama_factory(tmp_path, rows):
+    source, folder = checkpoint_of("llava", tmp_path / "rm"), tmp_path / "rm"
+    model, head = with_bias(source)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=r".*language_model.*q_proj", init_lora_weights=False
+    )
+    model = peft.get_peft_model(model, config).eval()
+    model.save_pretrained(folder)
+    save_file(
+        {f"v_head.summary.{name}": tensor for name, tensor in head.state_dict().items()},
+        folder / "value_head.safetensors",
+    )
+    check(
+        folder, source, rows, lambda inputs: head(model(**inputs, output_hidden_states=True).hidden_states[-1])[:, -1]
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"score.weight": (2, 32)}, "a head with 2 outputs: a reward model has one"),
+        ({"score.0.weight": (32, 32), "score.2.weight": (1, 32)}, "a head of several layers"),
+        ({"score.weight": (1, 8)}, "a head for hidden size 8, the model has 32"),
+        ({}, r"has no reward_head\.safetensors"),
+    ],
+)
+def test_heads_that_are_no_reward_heads_are_refused(llava, tmp_path, names: dict[str, tuple], message: str):
+    shutil.copytree(llava, tmp_path / "rm")
+    weights = load_file(tmp_path / "rm" / "model.safetensors")
+    weights |= {name: torch.ones(shape) for name, shape in names.items()}
+    save_file(weights, tmp_path / "rm" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=message):
+        VLRewardModel.from_pretrained(str(tmp_path / "rm"))
+
+
+def test_a_pickled_head_runs_no_code(llava, tmp_path):
+    class Bomb:
+        def __reduce__(self) -> tuple:
+            return (Path(tmp_path / "ran").touch, ())
+
+    shutil.copytree(llava, tmp_path / "rm")
+    torch.save({"weight": Bomb()}, tmp_path / "rm" / "rm_head.bin")
+    with pytest.raises(InputError, match=r"rm_head\.bin .*not read"):
+        VLRewardModel.from_pretrained(str(tmp_path / "rm"))
+    assert not (tmp_path / "ran").exists()
