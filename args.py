@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import huggingface_hub
 import torch
 import yaml
 from transformers import Trainer, TrainingArguments, get_scheduler
@@ -583,6 +584,28 @@ class VLConfig(TrainingArguments):
             )
         if not self.do_train and self.deepspeed:
             raise InputError("--do_train False evaluates without DeepSpeed: leave --deepspeed out.")
+        self._check_hub()
+
+    def _check_hub(self) -> None:
+        """Before a model is loaded: whether its upload can begin at all."""
+        if not self.push_to_hub:
+            if self.hub_model_id:
+                raise InputError(
+                    f"--hub_model_id {self.hub_model_id} needs --push_to_hub True: nothing is uploaded without it."
+                )
+            return
+        if not self.do_train:
+            raise InputError(
+                "--do_train False writes no model, which --push_to_hub could upload: leave --push_to_hub out."
+            )
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            raise InputError(
+                "--push_to_hub cannot reach the hub while HF_HUB_OFFLINE is set: unset it, or leave the flag out."
+            )
+        if not (self.hub_token or huggingface_hub.get_token()):
+            raise InputError(
+                "--push_to_hub needs a token that may write: run `hf auth login` once, set HF_TOKEN, or give --hub_token."
+            )
 
     def _settle_fsdp(self) -> None:
         """Take FSDP from the flags or from accelerate's launcher, and write it in one form: `sharding`.
@@ -785,6 +808,10 @@ class VLConfig(TrainingArguments):
                 "`optimizer` out of the file of --deepspeed."
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        # training_args.bin lies in checkpoints, which are handed on
+        return vars(self) | {"hub_token": None}
+
 
 @dataclass
 class SFTConfig(VLConfig):
@@ -864,7 +891,7 @@ class DPOConfig(VLConfig):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Trainer pickles its arguments. pickle cannot find a class that `parse` has made: a plain DPOConfig comes back.
-        return object.__new__, (DPOConfig,), vars(self)
+        return object.__new__, (DPOConfig,), self.__getstate__()
 
 
 def _with_loss_flags(config: type[DPOConfig]) -> type[DPOConfig]:
@@ -1513,7 +1540,7 @@ def write_run_json(output_dir: str | Path, *parsed: Any, **facts: Any) -> Path:
     packages = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets", "pillow")
     training = next(p for p in parsed if isinstance(p, TrainingArguments))
     info = {
-        "argv": sys.argv,
+        "argv": without_token(sys.argv),
         "arguments": describe(*parsed),
         "git": _git_state(),
         "versions": installed_versions(packages) | {"torch": str(torch.__version__)},  # its build, too
@@ -1521,6 +1548,12 @@ def write_run_json(output_dir: str | Path, *parsed: Any, **facts: Any) -> Path:
         "device": str(training.device),
         "world_size": training.world_size,
         **facts,
+def without_token(argv: Sequence[str]) -> list[str]:
+    """A command line without the token that writes to the hub."""
+    secret = {i + 1 for i, word in enumerate(argv) if word in ("--hub_token", "--hub-token")}
+    return ["..." if i in secret else re.sub("^(--hub.token=).*", r"\1...", word) for i, word in enumerate(argv)]
+
+
     }
     if training.device.type == "cuda":
         info["gpu"] = torch.cuda.get_device_name(training.device)

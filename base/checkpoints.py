@@ -30,6 +30,7 @@ from transformers.trainer_utils import TrainOutput
 from args import RUN_JSON
 from base.bad_steps import BadSteps
 from base.fsdp import ShardedTrainer
+from base.hub import HubUploads, model_files
 from base.layout import ADAPTER_CONFIG
 from base.loading import load_weights
 from base.lora_start import LoraOnChangedBase
@@ -84,7 +85,7 @@ def ignore_sigterm(then: Callable[[int], None] | None, worker: int) -> None:
         then(worker)
 
 
-class SafeCheckpoints(ShardedTrainer):
+class SafeCheckpoints(ShardedTrainer, HubUploads):
     """transformers.Trainer that writes checkpoints whole, resumes by the names on disk, and stops after SIGTERM."""
 
     _save_root: str | None = None
@@ -278,9 +279,12 @@ class SafeCheckpoints(ShardedTrainer):
                 if final.exists():  # of an earlier run
                     os.rename(final, folder / f"{name}.old")
                 os.rename(folder / name, final)
+                if self.args.push_to_hub and self.args.save_total_limit:
+                    self._finish_current_push()  # of one that may be deleted now
                 self._move_old_checkpoints(folder)
                 shutil.rmtree(folder)
             self.accelerator.wait_for_everyone()
+        self.push_checkpoint(final)
 
     def _move_old_checkpoints(self, folder: Path) -> None:
         """Move what --save_total_limit leaves out, never the newest or the best: deleted in place, a kill would leave half a checkpoint.
@@ -308,6 +312,7 @@ class SafeCheckpoints(ShardedTrainer):
         if self._save_root is not None:  # part of a checkpoint, which is renamed as a whole
             super().save_model(output_dir, _internal_call=True)
             self._write_card(Path(output_dir or self._save_root))
+            self._model_files = model_files(Path(output_dir or self._save_root))
             return
         out = Path(output_dir or self.args.output_dir)
         with self._aside("The model") as folder:
@@ -315,6 +320,7 @@ class SafeCheckpoints(ShardedTrainer):
             self._write_card(folder)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                self._model_files = model_files(folder)
                 flush(folder)
                 moved: set[Path] = set()
                 for file in sorted(folder.rglob("*")):
@@ -331,8 +337,8 @@ class SafeCheckpoints(ShardedTrainer):
                         stale.unlink()
                 shutil.rmtree(folder)
             self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        if self.args.push_to_hub and not _internal_call and self.is_world_process_zero():
+            self.upload_model()
 
     def _write_card(self, folder: Path) -> None:
         """README.md in place of the empty forms that peft writes, of what run.json says."""

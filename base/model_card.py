@@ -1,10 +1,11 @@
 """README.md of a saved model: what it was trained from, on what, how, and with which result. peft would write an empty form."""
 
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from args import without_token
 
 NAMES = {
     "SFTConfig": "supervised fine-tuning",
@@ -84,15 +85,8 @@ def model_card(run: Mapping[str, Any], log_history: Sequence[Mapping[str, Any]],
             f"| {name} | {_number(results.get(name))} | {_number(results.get(f'eval_{name}'))} |" for name in names
         ]
     versions = ", ".join(f"{name} {version}" for name, version in (run.get("versions") or {}).items() if version)
-    lines += ["", "## Command", "", "```", _command(run["argv"]), "```", "", f"With {versions}."]
+    lines += ["", "## Command", "", "```", shlex.join(without_token(run["argv"])), "```", "", f"With {versions}."]
     return "\n".join([*head, *lines]) + "\n"
-
-
-def _command(argv: Sequence[str]) -> str:
-    """As typed, without the token that writes to the hub: a card is published."""
-    secret = {i + 1 for i, word in enumerate(argv) if word in ("--hub_token", "--hub-token")}
-    words = ["..." if i in secret else re.sub("^(--hub.token=).*", r"\1...", word) for i, word in enumerate(argv)]
-    return shlex.join(words)
 
 
 def _shown(values: Mapping[str, Any]) -> str:

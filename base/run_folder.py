@@ -19,7 +19,7 @@ from typing import IO, Any
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from args import NEW_ADAPTER, RUN_JSON, describe, write_run_json
+from args import NEW_ADAPTER, RUN_JSON, describe, without_token, write_run_json
 from base.heads import weights_fingerprint
 from base.layout import base_model_path
 from base.resume import checkpoint_to_resume, checkpoints_of
@@ -138,7 +138,7 @@ def record_run(*flags: Any, resumed_from: str | None, **about: Any) -> None:
         _remove_other_run(out)
     entry = {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "argv": sys.argv,
+        "argv": without_token(sys.argv),
         "resumed_from": resumed_from,
         "world_size": args.world_size,
         "changed": changed,

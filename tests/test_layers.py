@@ -60,6 +60,7 @@ BASE = [
         "callbacks",
         "charts",
         "checkpoints",
+        "hub",
         "dynamic_sampling",
         "learning_rates",
         "log_lines",
