@@ -863,6 +863,11 @@ class DPOConfig(VLConfig):
     )
 
     @property
+    def row_kind(self) -> Literal["preference", "unpaired"]:
+        """The rows (data/rows.py) that the losses read."""
+        return "preference" if losses.reads_pairs(self.loss_type) else "unpaired"
+
+    @property
     def reads_reference(self) -> bool:
         """Whether any loss depends on the reference's log-probs."""
         return not all(losses.get_loss(name).reference_free for name in self.loss_type)
@@ -884,6 +889,13 @@ class DPOConfig(VLConfig):
                 f"These losses corrupt images in different ways ({', '.join(sorted(ways))}): give --corruption."
             )
         self.corruption = self.corruption or next(iter(ways), None)
+        if "mismatched" in losses.needs_of(self.loss_type):
+            for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+                if getattr(self, name) < 2:
+                    raise InputError(
+                        f"--{name} 1 leaves no other answer in a batch, on which --loss_type {' '.join(self.loss_type)} estimates the KL "
+                        "to the reference: give 2 or more."
+                    )
         if "running_delta" in losses.needs_of(self.loss_type):
             self.restore_callback_states_from_checkpoint = True
         if not 0 <= self.diffusion_step < 1000:
@@ -1403,18 +1415,10 @@ def _refuse_contradictions(parsed: Sequence[Any]) -> None:
         )
     _refuse_what_would_not_train(flags)
     _refuse_starts_of_adapters(flags)
-    if flags.get("loraplus_lr_ratio") is not None and not flags.get("use_lora"):
-        raise InputError("--loraplus_lr_ratio needs --use_lora True: it is a ratio of the rates of lora_B and lora_A.")
     if any(isinstance(p, PPOConfig) for p in parsed):
         _refuse_in_ppo(flags)
     if not flags.get("use_lora"):
-        defaults = {
-            f.name: (f.default_factory() if f.default is dataclasses.MISSING else f.default)
-            for f in dataclasses.fields(LoraArguments)
-        }
-        for name, default in defaults.items():
-            if flags.get(name, default) != default:
-                raise InputError(f"--{name} needs --use_lora True: without it all weights are trained.")
+        _refuse_lora_alone(flags)
     if flags.get("q_lora") and any(c.is_zero3() for p in parsed if (c := getattr(p, "hf_deepspeed_config", None))):
         raise InputError(
             "--q_lora does not work with ZeRO-3, which cannot partition quantised weights: take ZeRO-2, or DDP."
@@ -1422,6 +1426,9 @@ def _refuse_contradictions(parsed: Sequence[Any]) -> None:
     if flags.get("q_lora") and flags.get("fsdp"):
         raise InputError("--q_lora does not work with --fsdp, which cannot share quantised weights out: take DDP.")
     _refuse_training_in_16_bits(flags)
+    for config in parsed:
+        if isinstance(config, DPOConfig):
+            _refuse_pairs_of_single_answers(config, flags)
     if flags.get("eval_data_path") and flags.get("eval_ratio"):
         raise InputError("--eval_data_path and --eval_ratio both say what to evaluate on: give one of them.")
     if flags.get("pairs") == "score_margin" and flags.get("score_margin") is None:
@@ -1448,6 +1455,19 @@ def _refuse_what_would_not_train(flags: dict[str, Any]) -> None:
     trains_vision = not flags.get("freeze_vision_tower", True) or layers
     if flags.get("freeze_language_model") and flags.get("train_projector") is False and not trains_vision:
         raise InputError("--freeze_language_model True and --train_projector False leave nothing to train.")
+
+
+def _refuse_lora_alone(flags: dict[str, Any]) -> None:
+    """Flags of adapters in a run without them."""
+    if flags.get("loraplus_lr_ratio") is not None:
+        raise InputError("--loraplus_lr_ratio needs --use_lora True: it is a ratio of the rates of lora_B and lora_A.")
+    defaults = {
+        f.name: (f.default_factory() if f.default is dataclasses.MISSING else f.default)
+        for f in dataclasses.fields(LoraArguments)
+    }
+    for name, default in defaults.items():
+        if flags.get(name, default) != default:
+            raise InputError(f"--{name} needs --use_lora True: without it all weights are trained.")
 
 
 def _refuse_starts_of_adapters(flags: dict[str, Any]) -> None:
@@ -1481,6 +1501,15 @@ def _refuse_in_ppo(flags: dict[str, Any]) -> None:
         raise InputError(
             f"--init_lora_weights {init} changes the base, which rewards and value function share in PPO: take another."
         )
+
+
+def _refuse_pairs_of_single_answers(config: DPOConfig, flags: dict[str, Any]) -> None:
+    """Losses of single answers have no pairs to choose."""
+    for name, default in (("pairs", "all"), ("score_margin", None)):
+        if config.row_kind == "unpaired" and flags.get(name, default) != default:
+            raise InputError(
+                f"--{name} chooses pairs, and --loss_type {' '.join(config.loss_type)} reads single answers."
+            )
 
 
 def _refuse_training_in_16_bits(flags: dict[str, Any]) -> None:
@@ -1524,6 +1553,12 @@ def _unreachable(error: BaseException) -> str:
     )
 
 
+def without_token(argv: Sequence[str]) -> list[str]:
+    """A command line without the token that writes to the hub."""
+    secret = {i + 1 for i, word in enumerate(argv) if word in ("--hub_token", "--hub-token")}
+    return ["..." if i in secret else re.sub("^(--hub.token=).*", r"\1...", word) for i, word in enumerate(argv)]
+
+
 def describe(*parsed: Any) -> dict[str, dict[str, Any]]:
     """The arguments as run.json holds them: class name -> {flag: value}."""
     arguments = {
@@ -1548,12 +1583,6 @@ def write_run_json(output_dir: str | Path, *parsed: Any, **facts: Any) -> Path:
         "device": str(training.device),
         "world_size": training.world_size,
         **facts,
-def without_token(argv: Sequence[str]) -> list[str]:
-    """A command line without the token that writes to the hub."""
-    secret = {i + 1 for i, word in enumerate(argv) if word in ("--hub_token", "--hub-token")}
-    return ["..." if i in secret else re.sub("^(--hub.token=).*", r"\1...", word) for i, word in enumerate(argv)]
-
-
     }
     if training.device.type == "cuda":
         info["gpu"] = torch.cuda.get_device_name(training.device)

@@ -65,7 +65,7 @@ def build(
         # EDIT: rows of your own, as a Dataset with the columns of docs/data.md
         data = data or load_train_eval(
             data_args,
-            "preference",
+            training_args.row_kind,
             training_args.seed,
             training_args.output_dir,
             ProcessorCheck(processor),

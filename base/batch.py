@@ -63,7 +63,7 @@ class ResponseBatch(PackedBatch, ImageBatch, total=False):
 
 
 class DPOBatch(ResponseBatch, total=False):
-    """Ranked responses as pairs, and what losses ask for (losses.NEEDS)."""
+    """Ranked responses as pairs (or single answers), and what losses ask for (losses.NEEDS)."""
 
     chosen: Tensor  # (M,) long, the better response of each pair, 0..R-1
     rejected: Tensor  # (M,) long, the worse one
@@ -78,6 +78,10 @@ class DPOBatch(ResponseBatch, total=False):
     corrupted_of: Tensor  # (R,) long, on the corrupted image
     image_rejected_of: Tensor  # (R,) long, on the row's second image
     negative_of: Tensor  # (R,) long, on the same image, to be replaced by the policy's tokens
+    # Instead of pairs, from rows with single answers
+    answers: Tensor  # (N,) long, the answers that count
+    desirable: Tensor  # (N,) bool, whether they are good
+    mismatched: Tensor  # (J,) long, other rows' answers to their prompts
     # Segments in which the two answers of a pair differ
     chosen_changed: Tensor  # (M, T) bool
     rejected_changed: Tensor  # (M, T) bool

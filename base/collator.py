@@ -212,6 +212,8 @@ def _noise_last(call: Callable[..., Any]) -> Callable[..., Any]:
 class VLDPODataCollatorWithPadding(VLDataCollator):
     """Prompts with K ranked responses each -> packed rows, their pairs and images: `base.batch.DPOBatch`.
 
+    Rows with one labelled answer each (data/rows.py) form no pairs: `answers`, `desirable` and `mismatched` stand in their place.
+
     What a loss needs beyond that (losses.NEEDS) is added to the same rows, or as further rows of the same forward pass
     (base/views.py), whose images go through the vision tower as well. `text_only` and `probe` are separate batches, for
     passes without gradient.
@@ -264,6 +266,8 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
     def __call__(self, features: Sequence[Row]) -> DPOBatch:
         """Lay out rows and pairs, and what the losses need beyond them."""
         self._to_diffuse = None
+        if "ranks" not in features[0]:
+            return self._unpaired(features)
         self._check_columns(features)
         pairs = [
             [] if row.get("repeated") else ordered_pairs(row["ranks"], row.get("scores"), self.pairs, self.score_margin)
@@ -299,6 +303,21 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
             batch["text_only"] = self.encode_rows([views.without_images(row, remove) for row in features])
         if "changed_tokens" in self.needs:
             batch["chosen_changed"], batch["rejected_changed"] = self._changed(batch)
+        return batch
+
+    def _unpaired(self, features: Sequence[Row]) -> DPOBatch:
+        """Rows with one labelled answer each, and where a loss needs it the answer of another row to the same prompt."""
+        rows = views.with_mismatched(features) if "mismatched" in self.needs else features
+        batch = DPOBatch(**self.encode_rows(rows))
+        places = Places(rows, len(batch["completion_ids"]))
+        counted = [not row.get("repeated") for row in features]
+        batch["answers"] = places.of([[0] * count for count in counted])
+        batch["desirable"] = torch.tensor([row["label"] for row in features])[counted]
+        others = [range(1, len(row["responses"]) if count else 1) for row, count in zip(rows, counted, strict=True)]
+        batch["mismatched"] = places.of(others)
+        batch["where"] = self.places(features)
+        if all(row.get("reference_logps") is not None for row in features):
+            batch["reference_logps"] = self._reference(features, batch)
         return batch
 
     def _add_columns(self, batch: DPOBatch, features: Sequence[Row], pairs: Sequence[Pairs], places: Places) -> None:

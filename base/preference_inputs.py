@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from base.logps import TOKEN_CHUNK, all_logits, token_logits, vocabulary_kl
 from base.packing import scatter_to_responses
 from data.rows import NUMBER_COLUMNS
-from losses import PairLogps, PreferenceBatch, Sides
+from losses import PairLogps, PreferenceBatch, Sides, UnpairedBatch
 
 Batch = dict[str, Any]
 
@@ -77,10 +77,32 @@ def preference_batch(
     )
 
 
+def unpaired_batch(policy: ModelPass, reference: ModelPass | None, batch: Batch) -> UnpairedBatch:
+    """The N single answers of a batch as losses read them.
+
+    Args:
+        reference: None if no loss reads it.
+        batch: with `kl`, (), where a loss needs it.
+    """
+    answers = batch["answers"]
+    return UnpairedBatch(
+        policy=policy.logps.sum(1)[answers],
+        ref=None if reference is None else reference.logps.sum(1)[answers],
+        desirable=batch["desirable"],
+        kl=batch.get("kl"),
+    )
+
+
+def mismatched_log_ratios(policy: ModelPass, reference: ModelPass, batch: Batch) -> Tensor:
+    """log πθ/πref of answers to other rows' prompts, (J,), without gradient: their mean estimates the KL to the reference."""
+    return (policy.logps.detach() - reference.logps).sum(1)[batch["mismatched"]]
+
+
 def pairs_and_chosen_tokens(batch: Batch) -> Tensor:
-    """Number of pairs, and of the tokens of their chosen answers, (2,) long."""
-    tokens = batch["completion_mask"].sum(1)[batch["chosen"]].sum()
-    return torch.stack([tokens.new_full((), len(batch["chosen"])), tokens])
+    """Number of pairs, and of the tokens of their chosen answers, (2,) long; of unpaired rows all answers and their tokens."""
+    counted = batch["answers"] if "answers" in batch else batch["chosen"]
+    tokens = batch["completion_mask"].sum(1)[counted].sum()
+    return torch.stack([tokens.new_full((), len(counted)), tokens])
 
 
 def _pair_logps(model: ModelPass, batch: Batch, needs: Collection[str]) -> PairLogps:

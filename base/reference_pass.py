@@ -6,7 +6,7 @@ rows -> their keys -> those that base/reference_cache.py lacks -> every rank ask
 import dataclasses
 import importlib.metadata
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -90,19 +90,18 @@ class ReferencePass:
         cache: ReferenceCache,
         collator: VLDPODataCollatorWithPadding,
         reference_logps: Callable[[dict[str, Any]], Tensor],
-        second_image: bool,
+        columns: Sequence[str],
     ) -> None:
         """
         Args:
             reference_logps: batch of the collator, on the CPU -> the reference's log-probs of all response tokens, (R, T).
-            second_image: as in `about_reference`.
+            columns: what the reference is asked about beyond prompt, responses and images.
         """
         self.args = args
         self.cache = cache
         self.collator = collator
         self.reference_logps = reference_logps
-        # What the reference is asked about beyond prompt, responses and images
-        self.columns = ["image_rejected", "ranks", "scores"] if second_image else []
+        self.columns = columns
         self.quiet = args.disable_tqdm or args.process_index > 0
 
     def add_to(self, dataset: Dataset, name: str) -> Dataset:

@@ -1,6 +1,6 @@
 """Signs in the numbers of a run that it is going wrong, as sentences. docs/losses.md has the table of healthy curves."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from base.charts import Points
 
@@ -8,6 +8,22 @@ LAST = 10  # steps whose mean is looked at
 SUNK = 50.0  # nats that chosen answers lost against the reference
 SATURATED = 20.0  # reward margin whose gradient, 1 - sigmoid, is 2e-9
 GREW = 2.0  # answers against the first ones
+
+
+def unbalanced(labels: Sequence[bool], desirable_weight: float, undesirable_weight: float) -> str | None:
+    """What to say of labelled answers whose weights in sum are not near those of KTO's paper (2402.01306 eq. 8); None if they are."""
+    good = sum(labels)
+    bad = len(labels) - good
+    if not (good and bad and desirable_weight and undesirable_weight):
+        return None
+    ratio = desirable_weight * good / (undesirable_weight * bad)
+    if 1 <= ratio <= 4 / 3:
+        return None
+    least, most = desirable_weight / ratio, undesirable_weight * ratio
+    return (
+        f"{good} good and {bad} bad answers weigh {ratio:.3g} : 1; the paper of KTO takes 1 : 1 to 4 : 3. Give either --desirable_weight "
+        f"{least:.3g} to {4 / 3 * least:.3g}, or --undesirable_weight {most / (4 / 3):.3g} to {most:.3g}."
+    )
 
 
 def _mean(points: Points) -> float:

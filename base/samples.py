@@ -154,6 +154,8 @@ def asked_and_told(row: dict[str, Any]) -> tuple[list[dict[str, Any]], list[tupl
         last = max(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
         answer = prompt_text([row["messages"][last]]).removeprefix("assistant: ")
         return list(row["messages"][:last]), [("in the data", answer)]
+    if "ranks" not in row:
+        return list(row["prompt"]), [("labelled good" if row["label"] else "labelled bad", row["responses"][0])]
     ranked = sorted(zip(row["ranks"], row["responses"], strict=True), key=lambda pair: pair[0])
     labels = ["chosen", "rejected"] if len(ranked) == 2 else [f"rank {rank:g}" for rank, _ in ranked]
     return list(row["prompt"]), [(label, text) for label, (_, text) in zip(labels, ranked, strict=True)]

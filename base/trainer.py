@@ -1,19 +1,21 @@
 """Trainers of SFT and DPO, thin on transformers.Trainer. A paper changes one method of a subclass.
 
 VLSFTTrainer: `compute_loss`.
-VLDPOTrainer: `response_logps` -> `reference_logps` -> `preference_loss` -> `log_metrics`.
+VLDPOTrainer: `response_logps` -> `reference_logps` -> (`kl_to_reference` of single answers) -> `preference_loss` -> `log_metrics`.
 VLRMTrainer (rm_trainer.py): `response_rewards` -> `ranking_loss` -> `log_metrics`.
 
 What they share is in vl_trainer.py.
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
@@ -30,14 +32,18 @@ from base.model import CompletionOutput
 from base.packing import scatter_to_responses
 from base.preference_inputs import (
     ModelPass,
+    mismatched_log_ratios,
     most_likely_tokens,
     pairs_and_chosen_tokens,
     preference_batch,
+    unpaired_batch,
     with_negatives,
 )
 from base.reference_cache import COLUMN, ReferenceCache, default_folder
 from base.reference_pass import ReferencePass, about_reference, weights_as
 from base.rm_trainer import VLRMTrainer
+from base.run_warnings import unbalanced
+from base.views import fixed_mismatches
 from base.vl_trainer import VLHeadTrainer, VLTrainer, disable_dropout, sum_and_count
 from common.errors import InputError
 from losses import (
@@ -49,6 +55,8 @@ from losses import (
     preference_loss,
     sample_mean,
 )
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["VLDPOTrainer", "VLHeadTrainer", "VLRMTrainer", "VLSFTTrainer", "VLTrainer", "disable_dropout"]
 
@@ -104,7 +112,7 @@ class VLSFTTrainer(VLTrainer):
 
 
 class VLDPOTrainer(VLTrainer):
-    """Preference losses (losses/) on packed rows.
+    """Preference losses (losses/) on packed rows, with pairs of answers or with single, labelled ones (KTO).
 
     The reference is a frozen copy (`ref_model`), or, when the policy is a LoRA model, the same model with its adapter switched off.
     """
@@ -156,6 +164,10 @@ class VLDPOTrainer(VLTrainer):
         if "running_delta" in self.needs:
             self.add_callback(RunningDelta())
         self.ref_model = self._prepare_reference(ref_model)
+        if args.row_kind == "unpaired" and isinstance(self.train_dataset, Dataset) and args.process_index == 0:
+            weights = args.desirable_weight, args.undesirable_weight
+            if said := unbalanced(self.train_dataset["label"][:], *weights):
+                logger.warning(said)
 
     def _prepare_reference(self, ref_model: nn.Module | None) -> nn.Module | None:
         if ref_model is None:
@@ -193,7 +205,10 @@ class VLDPOTrainer(VLTrainer):
     def preference_loss(
         self, policy: ModelPass, reference: ModelPass | None, batch: Batch
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of each pair (M,), and the unweighted parts of a mixture."""
+        """Loss of each pair (M,) or single answer (N,), and the unweighted parts of a mixture."""
+        if "answers" in batch:
+            answers = unpaired_batch(policy, reference, batch)
+            return preference_loss(answers, self.args.loss_type, self.args.loss_weights, vars(self.args))
         pairs = preference_batch(policy, reference, batch, self.needs, self.columns)
         if "running_delta" in self.needs:
             # Resuming puts another object in the place of the one that was added.
@@ -208,6 +223,11 @@ class VLDPOTrainer(VLTrainer):
         self, policy: ModelPass, reference: ModelPass | None, parts: dict[str, Tensor], batch: Batch
     ) -> None:
         """Store TRL's metrics: implicit rewards beta * log-ratio, their accuracy and margin, and log-probs."""
+        if len(parts) > 1:
+            self.store_metrics({f"loss/{name}": part for name, part in parts.items()})
+        if "answers" in batch:
+            self._log_answers(policy, reference, batch)
+            return
         pairs = preference_batch(policy, reference, batch)
         metrics = {"logps/chosen": pairs.policy.chosen, "logps/rejected": pairs.policy.rejected}
         if reference is not None:
@@ -218,9 +238,26 @@ class VLDPOTrainer(VLTrainer):
                 "rewards/accuracies": chosen > rejected,
                 "rewards/margins": chosen - rejected,
             }
-        if len(parts) > 1:
-            metrics |= {f"loss/{name}": part for name, part in parts.items()}
         self.store_metrics(metrics)
+
+    def _log_answers(self, policy: ModelPass, reference: ModelPass, batch: Batch) -> None:
+        """TRL's metrics of single answers: chosen are the good ones, the margin is the difference of both means."""
+        answers = unpaired_batch(policy, reference, batch)
+        rewards, good = (self.beta * answers.log_ratio).detach(), answers.desirable
+        metrics = {"logps/chosen": answers.policy[good], "logps/rejected": answers.policy[~good]}
+        metrics |= {"rewards/chosen": rewards[good], "rewards/rejected": rewards[~good]}
+        if answers.kl is not None:
+            metrics["kl"] = answers.kl
+        self.store_metrics(metrics)
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["rewards/margins"].append(
+            torch.stack([sum_and_count(rewards[good]), sum_and_count(-rewards[~good])])
+        )
+
+    def kl_to_reference(self, policy: ModelPass, reference: ModelPass, batch: Batch) -> Tensor:
+        """KL(policy || reference) as TRL's KTO estimates it, (): the mean over the mismatched answers of all devices, at least 0."""
+        total = self.accelerator.reduce(sum_and_count(mismatched_log_ratios(policy, reference, batch)), reduction="sum")
+        return (total[0] / total[1].clamp(min=1)).clamp(min=0)
 
     # -------------------------------------------------------------------------------------------------------------------------
 
@@ -271,6 +308,8 @@ class VLDPOTrainer(VLTrainer):
         batch = inputs | {"image_inputs": self.image_inputs(model, inputs)}
         reference = None if self.reference_free else self.reference_logps(batch)
         policy = self.response_logps(model, batch)
+        if "mismatched" in self.needs:
+            batch["kl"] = self.kl_to_reference(policy, reference, batch)
         pairs, chosen_tokens = (self.count_items(batch) if num_items_in_batch is None else num_items_in_batch).float()
         pairs = pairs.clamp(min=1)
         per_pair, parts = self.preference_loss(
@@ -287,7 +326,7 @@ class VLDPOTrainer(VLTrainer):
         return (loss, {"policy": policy.logps}) if return_outputs else loss
 
     def count_items(self, batch: Batch) -> Tensor:
-        """Pairs, and the tokens of their chosen answers, (2,)."""
+        """Pairs (or single answers), and the tokens of the chosen ones (of all), (2,)."""
         return pairs_and_chosen_tokens(batch)
 
     def _store_evaluated_losses(self, policy: ModelPass, reference: ModelPass | None, batch: Batch) -> None:
@@ -322,6 +361,12 @@ class VLDPOTrainer(VLTrainer):
         datasets = {n: d for n, d in datasets.items() if d is not None and COLUMN not in d.column_names}
         if not datasets:
             return
+        if "mismatched" in self.needs:  # which are drawn anew in every batch otherwise
+            size = self.args.per_device_train_batch_size
+            datasets = {
+                name: rows.add_column("mismatched", fixed_mismatches([answer for (answer,) in rows["responses"]], size))
+                for name, rows in datasets.items()
+            }
         reference = self.model if self.ref_model is None else self.ref_model
         second_image = "image_rejected" in self.needs
         mixed = self.accelerator.mixed_precision
@@ -345,7 +390,9 @@ class VLDPOTrainer(VLTrainer):
             with self.accelerator.autocast():  # a prepared model enters it by itself, the policy is not prepared yet
                 return self.reference_logps(batch).logps
 
-        reference_pass = ReferencePass(self.args, cache, self.data_collator, reference_logps, second_image)
+        columns = ["image_rejected", "ranks", "scores"] if second_image else []
+        columns += ["mismatched"] if "mismatched" in self.needs else []
+        reference_pass = ReferencePass(self.args, cache, self.data_collator, reference_logps, columns)
         training = self.model.training
         self.model.eval()
         with self._as_deepspeed_computes():

@@ -84,6 +84,34 @@ def with_copies(row: Row, responses: Sequence[int]) -> Row:
     return row | {"responses": [*row["responses"], *(row["responses"][k] for k in responses)]}
 
 
+def with_mismatched(rows: Sequence[Row]) -> list[Row]:
+    """Unpaired rows with a second response, the answer of the row before; the first row gets the last one's, as in TRL.
+
+    A row's column `mismatched` takes precedence (`fixed_mismatches`). A row alone has no other to take an answer from, and neither
+    gives nor takes one a row that fills up the last batch of an evaluation.
+    """
+    counted = [row for row in rows if not row.get("repeated")]
+    before = iter([*counted[-1:], *counted[:-1]])
+    out = []
+    for row in rows:
+        given = None if row.get("repeated") or len(counted) < 2 else next(before)["responses"][0]
+        answer = row.get("mismatched") or given
+        out.append(row if answer is None else row | {"responses": [row["responses"][0], answer]})
+    return out
+
+
+def fixed_mismatches(answers: Sequence[str], size: int) -> list[str]:
+    """The same pairing once and for all, within every `size` rows in order: for each of n answers the one from before it.
+
+    A row that is left alone at the end takes the answer of the row before it.
+    """
+    before = [i - 1 for i in range(len(answers))]
+    for start in range(0, len(answers), size):
+        last = min(start + size, len(answers)) - 1
+        before[start] = last if last > start else start - 1
+    return [answers[i] for i in before]
+
+
 class Places:
     """Where responses stand among all R of a batch: those of the rows come first, row after row."""
 

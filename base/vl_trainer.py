@@ -290,9 +290,10 @@ class VLTrainer(SafeCheckpoints):
         totals = self.accelerator.reduce(torch.cat([*sums.values()]), reduction="sum").tolist() if sums else []
         read = iter(totals)
         for name, of_metric in sums.items():
-            means = [total / count for total, count in itertools.islice(read, len(of_metric)) if count]
-            if means:  # else a data source without a pair since the last log
-                logs[name if mode == "train" else f"eval_{name}"] = sum(means)
+            parts = [*itertools.islice(read, len(of_metric))]
+            # Else a data source without a pair, or no good answer since the last log
+            if all(count for _, count in parts):
+                logs[name if mode == "train" else f"eval_{name}"] = sum(total / count for total, count in parts)
         self._metrics[mode].clear()
         super().log(logs, start_time)
 

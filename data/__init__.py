@@ -218,10 +218,16 @@ def _streamed(
 
 
 def _other_kind(name: str, have: Kind, kind: Kind, columns: str = "") -> str:
-    uses = {"conversation": "train_sft.py", "preference": "train_dpo.py and train_rm.py", "prompt": "train_ppo.py"}
+    uses = {
+        "conversation": "train_sft.py",
+        "preference": "train_dpo.py and train_rm.py",
+        "unpaired": "train_dpo.py --loss_type kto",
+        "prompt": "train_ppo.py",
+    }
+    labels = " (leave the labels out of conversations with --columns =label)" if have == "unpaired" else ""
     return (
         f"--dataset_name {name} holds {have} rows{columns}, which {uses[have]} can train on, not {kind} rows: choose another "
-        "data set or script, or name its columns with --columns (docs/data.md)."
+        f"data set or script{labels}, or name its columns with --columns (docs/data.md)."
     )
 
 

@@ -49,7 +49,7 @@ class CheckArguments:
     """What to check and where to write."""
 
     output_dir: str = field(default="data_check", metadata={"help": "Folder of index.html and bad_rows.jsonl."})
-    kind: Literal["conversation", "preference", "prompt"] | None = field(
+    kind: Literal["conversation", "preference", "unpaired", "prompt"] | None = field(
         default=None, metadata={"help": "Rows that the training needs; by default what the data set holds."}
     )
     show_rows: int = field(default=24, metadata={"help": "Rows drawn on the page, per data set."})
@@ -103,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             collators = {
                 "conversation": adapter.sft_collator,
                 "preference": adapter.dpo_collator,
+                "unpaired": adapter.dpo_collator,
                 "prompt": adapter.ppo_collator,
             }
             collator = collators[kind](processor, LengthLimits.from_args(data_args))
@@ -150,6 +151,8 @@ def write_rows(rows: Dataset, kind: Kind, path: str, image_root: str) -> None:
                 written["chosen"], written["rejected"] = row["responses"]
             elif kind == "preference":
                 written |= {"responses": row["responses"], "ranks": row["ranks"]}
+            elif kind == "unpaired":
+                written |= {"completion": row["responses"][0], "label": row["label"]}
             if row.get("image_rejected") is not None:
                 written["image_rejected"] = _named(row["image_rejected"], image_root, pictures / f"{i}_rejected")
             written |= {n: row[n] for n in ("scores", "severity", "margin", "reference") if row.get(n) is not None}
@@ -267,6 +270,10 @@ def _facts(
         if len(sample):
             # A preference for the longer answer is the best-known way in which a reward model goes wrong.
             facts.append(("  rows whose best response is longer than the worst", f"{longer / len(sample):.0%}"))
+    if kind == "unpaired":
+        facts.append(("  characters of an answer", _spread(len(responses[0]) for responses in sample["responses"])))
+        if len(sample):
+            facts.append(("  rows whose answer is a good one", f"{sum(sample['label']) / len(sample):.0%}"))
     return facts
 
 
@@ -375,6 +382,9 @@ def _card(row: Row, kind: Kind, processor: VLProcessor | None, train_on: str) ->
         text = _prompt(row, processor)
         if kind == "preference":
             text += _responses(row, processor)
+        elif kind == "unpaired":
+            side, note = ("best", "good") if row["label"] else ("worst", "bad")
+            text += _response(row["responses"][0], side, [f"labelled {note}"], processor)  # type: ignore[index]
         elif row.get("reference"):
             text += f"<h4>reference</h4><pre>{html.escape(str(row['reference']))}</pre>"
     project = {*features_of(kind, False), "problem", "skipped", "columns"}
@@ -427,12 +437,16 @@ def _responses(row: Row, processor: VLProcessor | None) -> str:
         for name, of in NUMBER_COLUMNS.items():
             if of == "response" and row.get(name) and row[name][i] is not None:  # type: ignore[index]
                 notes.append(f"{name.removesuffix('s')} {row[name][i]:g}")  # type: ignore[index]
-        text = html.escape(row["responses"][i])  # type: ignore[index]
-        if processor is not None:
-            ids = processor.encode_response(row["responses"][i])  # type: ignore[index]
-            text, notes = _tokens(processor, ids), [*notes, f"{len(ids):,} tokens"]
-        out.append(f"<pre class={side}>{text}</pre><p class=count>{', '.join(notes)}</p>")
+        out.append(_response(row["responses"][i], side, notes, processor))  # type: ignore[index]
     return "".join(out)
+
+
+def _response(response: str, side: str, notes: list[str], processor: VLProcessor | None) -> str:
+    text = html.escape(response)
+    if processor is not None:
+        ids = processor.encode_response(response)
+        text, notes = _tokens(processor, ids), [*notes, f"{len(ids):,} tokens"]
+    return f"<pre class={side}>{text}</pre><p class=count>{', '.join(notes)}</p>"
 
 
 def _plain(messages: Sequence[dict[str, str]]) -> str:

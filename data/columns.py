@@ -15,12 +15,12 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 
 from common.errors import InputError
 from data.media import medium_of, stem, words_of
-from data.rows import BadRow, shorten
+from data.rows import BadRow, label_of, shorten
 
 # Columns of rows, and what trainers put beside them: a column of the user's own cannot have these names.
 RESERVED = {
     "images", "messages", "prompt", "responses", "ranks", "scores", "severity", "margin", "image_rejected", "reference",
-    "source", "where", "problem", "skipped", "columns", "kept", "length", "lengths", "reference_logps", "rewards",
+    "source", "where", "problem", "skipped", "columns", "kept", "length", "lengths", "reference_logps", "mismatched", "rewards",
     "input_ids", "attention_mask", "labels",
 }  # fmt: skip
 _MAX_KEPT = 100  # more names than that are data, not columns
@@ -57,22 +57,6 @@ _LABEL_WORDS = {
     "bad",
 }
 _LABEL_WORDS |= {"is", "was", "kto", "tag"}
-_LABELS = (
-    0,
-    1,
-    "true",
-    "false",
-    "yes",
-    "no",
-    "good",
-    "bad",
-    "desirable",
-    "undesirable",
-    "chosen",
-    "rejected",
-    "0",
-    "1",
-)
 # A column whose name has no words but these, and one of the first two, is the system prompt.
 _SYSTEM_WORDS = {"system", "sys", "prompt", "message", "msg", "instruction", "instructions", "text"}
 # What tells messages and ranked answers from other objects.
@@ -220,14 +204,14 @@ def _refuse_answers(name: str, value: object, kind: str) -> None:
     if name == "tools" and value not in ("", "[]") and value:
         raise BadRow("has `tools`: calls of tools are not supported, take the row out")
     words = words_of(name)
-    is_label = (value.lower() if isinstance(value, str) else value) in _LABELS and words and words <= _LABEL_WORDS
-    if name == "kto_tag" or (kind == "conversation" and is_label):
+    is_label = label_of(value) is not None and words and words <= _LABEL_WORDS
+    if name == "kto_tag" or (kind in ("conversation", "unpaired") and is_label):
         raise BadRow(
-            f"has a `{name}` ({value}), which says whether one answer is good (KTO): that is not supported; give pairs, or "
-            f"leave it out with --columns ={name}"
+            f"has a `{name}` ({value}), which says whether one answer is good: call it label for train_dpo.py --loss_type kto "
+            f"(--columns label={name}), or leave it out with --columns ={name}"
         )
     is_answer = _ANSWERS.fullmatch(name) or (words & _ANSWER_WORDS and isinstance(value, str | list | Mapping))
-    if kind == "conversation" and value not in ("", [], {}) and is_answer:
+    if kind in ("conversation", "unpaired") and value not in ("", [], {}) and is_answer:
         raise BadRow(
             f"has `{name}` beside the conversation, which would not be read: leave it out with --columns ={name}, or choose "
             "the --dataset_name of this format"

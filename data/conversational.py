@@ -5,6 +5,7 @@
 | preference | a question, `chosen`, `rejected` (texts or messages; without a question, the turns that both begin with), or |
 |  | `responses` or `completions` with `ranks` or `scores`, or a conversation with `rejected_response` or |
 |  | `rejected_messages` |
+| unpaired | a conversation with `label` or `kto_tag`, which says whether its last answer is good: true or false |
 | conversation | `messages`, `conversations` or `conversation`; or a question and `completion`, `response` or `output` |
 | prompt | a question, optionally `reference`; or `messages` that end with the user |
 
@@ -28,6 +29,7 @@ from data.rows import (
     Row,
     features_of,
     image_column,
+    label_of,
     messages_of,
     number_of,
     numbers_of,
@@ -42,12 +44,14 @@ from data.source import columns_of, first_record, records_of, to_rows
 TALKS = ("messages", "conversations", "conversation")
 QUESTIONS = ("prompt", "question", "query", "instruction")
 ANSWERS = ("completion", "response", "output")
+LABEL_COLUMNS = ("label", "kto_tag")
 _REJECTED = {"rejected_response", "rejected_messages"}
 
 
 def convert(record: dict, kind: Kind) -> Row:
     """One record in any conversational layout."""
-    row = {"conversation": _conversation, "preference": _preference, "prompt": _prompt}[kind](record)
+    readers = {"conversation": _conversation, "preference": _preference, "unpaired": _unpaired, "prompt": _prompt}
+    row = readers[kind](record)
     return row | {"images": image_column(record, "image", "images")}
 
 
@@ -60,10 +64,12 @@ def kinds_of(record: Mapping[str, object]) -> list[Kind]:
     if {"chosen", "rejected"} <= names or beside or ((talks or asked) and names & {"responses", "completions"}):
         found.append("preference")
     if talks or (asked and answered):
+        if any(label_of(record.get(name)) is not None for name in LABEL_COLUMNS):
+            found.append("unpaired")
         found.append("conversation")
     if asked - {"question"}:
         found.append("prompt")
-    if found[:1] != ["preference"] and _ends_with_user(record):
+    if found[:1] not in (["preference"], ["unpaired"]) and _ends_with_user(record):
         found = ["prompt"]
     return found
 
@@ -105,7 +111,7 @@ def convert_dataset(
         columns = ", ".join(sorted(map(str, columns_of(dataset, is_text)))) or "(none)"
         raise InputError(
             f"{label} has the columns {shorten(columns, 300)}: rows need prompt, chosen and rejected; messages; prompt "
-            "and completion; or prompt. "
+            "and completion, with a label for KTO; or prompt. "
             "Name yours with --columns prompt=...,chosen=..., or choose the --dataset_name of the format (docs/data.md)."
         )
     if (
@@ -163,6 +169,22 @@ def _with_rejected(record: dict, name: str) -> Row:
     else:
         prompt, chosen = messages[:-1], messages[-1:]  # type: ignore[index]
     return preference(record, prompt, [_answer(chosen, "messages"), _answer(rejected, name)], ranks=[0, 1])
+
+
+def _unpaired(record: dict) -> Row:
+    messages = _conversation(record)["messages"]
+    name, *others = [name for name in LABEL_COLUMNS if record.get(name) is not None] or ["label"]
+    if others:
+        raise BadRow(f"has both `{name}` and `{others[0]}`: keep one of them")
+    require(record, name)
+    label = label_of(record[name])
+    if label is None:
+        raise BadRow(
+            f"has the `{name}` {shorten(repr(record[name]))}: write true for a good answer, false for a bad one"
+        )
+    if messages[-1]["role"] != "assistant":  # type: ignore[index]
+        raise BadRow(f"has a `{name}` and no answer that it labels: end the messages with one of the assistant")
+    return {"prompt": messages[:-1], "responses": [messages[-1]["content"]], "label": label}  # type: ignore[index]
 
 
 def _prompt(record: dict) -> Row:

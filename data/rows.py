@@ -1,10 +1,11 @@
-"""The three kinds of row, what a format's `convert` reads them with, and the texts' checks.
+"""The four kinds of row, what a format's `convert` reads them with, and the texts' checks.
 
 | kind         | columns |
 |---|---|
 | conversation | images, messages |
 | preference   | images, prompt (messages), responses (K >= 2), ranks (smaller is better), and optionally scores, severity, |
 |              | margin, image_rejected |
+| unpaired     | images, prompt (messages), responses (K = 1), label (True: the answer is good) |
 | prompt       | images, prompt (messages), optionally reference |
 
 A message is {"role": system | user | assistant, "content": text}, with one `<image>` mark in a user's text per image.
@@ -24,7 +25,7 @@ from datasets import Features, Value
 
 from data.media import is_base64, medium_of
 
-Kind = Literal["conversation", "preference", "prompt"]
+Kind = Literal["conversation", "preference", "unpaired", "prompt"]
 Row = dict[str, object]
 
 
@@ -52,6 +53,15 @@ _NAMED_IN_TEXT = re.compile(
 )
 # Other projects' marks. `<image_1>` may also refer to a picture whose place `<image>` marks.
 _OTHER_MARK = re.compile(r"<(?:image|img|picture|photo)[ _-]?\d*>|[\[{](?:image|img)[ _-]?\d*[\]}]", re.IGNORECASE)
+# What a label of one answer may be written as; cells of a table are texts.
+LABELS: dict[object, bool] = {1: True, 0: False} | {
+    text: good
+    for good, texts in (
+        (True, ("true", "1", "yes", "good", "desirable", "chosen")),
+        (False, ("false", "0", "no", "bad", "undesirable", "rejected")),
+    )
+    for text in texts
+}
 # Scores of chosen and rejected, under the names that public sets give them.
 PAIR_SCORES = [
     ("chosen_score", "rejected_score"),
@@ -79,12 +89,14 @@ _KIND_FEATURES: dict[str, dict] = {
         "ranks": [Value("float64")],
         **{name: Value("float64") if of == "row" else [Value("float64")] for name, of in NUMBER_COLUMNS.items()},
     },
+    "unpaired": {"prompt": _MESSAGES, "responses": [Value("string")], "label": Value("bool")},
     "prompt": {"prompt": _MESSAGES, "reference": Value("string")},
 }
 # What tells a kind from the others, and what may be missing.
 REQUIRED: dict[Kind, tuple[str, ...]] = {
     "conversation": ("messages",),
     "preference": ("prompt", "responses", "ranks"),
+    "unpaired": ("prompt", "responses", "label"),
     "prompt": ("prompt",),
 }
 OPTIONAL = (*NUMBER_COLUMNS, "image_rejected", "reference")
@@ -173,6 +185,12 @@ def _finite(value: object) -> float | None:
     except (TypeError, ValueError, OverflowError):
         return None
     return number if number is not None and math.isfinite(number) else None
+
+
+def label_of(value: object) -> bool | None:
+    """Whether a label says that an answer is good; None for what is no such label."""
+    value = value.strip().lower() if isinstance(value, str) else value
+    return LABELS.get(value) if isinstance(value, str | bool | int | float) else None
 
 
 def messages_of(value: object, name: str = "messages") -> list[Message]:
@@ -330,6 +348,8 @@ def check_row(kind: Kind, row: Row) -> Row:
     _place_marks(messages, len(row["images"]))  # type: ignore[arg-type]
     if kind == "preference":
         _check_responses(row["responses"], row["ranks"])  # type: ignore[arg-type]
+    if kind == "unpaired":
+        _check_response(row["responses"][0], "answer")  # type: ignore[index]
     if kind == "prompt" and row.get("reference") is not None:
         text_of(row["reference"], "reference")
     return row
@@ -394,11 +414,7 @@ def _check_responses(responses: Sequence[object], ranks: Sequence[float]) -> Non
     names = ["chosen", "rejected"] if len(responses) == 2 and ranks[0] < ranks[1] else None
     rank_of: dict[str, tuple[int, float]] = {}
     for i, (response, rank) in enumerate(zip(responses, ranks, strict=True)):
-        name = names[i] if names else f"response {i}"
-        text = text_of(response, name)
-        if IMAGE_MARK in text:
-            raise BadRow(f"has an {IMAGE_MARK} mark in its {name}: a model answers in words")
-        _refuse_tokens(text, f"its {name}", asked=False)
+        text = _check_response(response, names[i] if names else f"response {i}")
         same, same_rank = rank_of.setdefault(text.strip(), (i, rank))
         if same_rank != rank:
             raise BadRow(
@@ -406,6 +422,15 @@ def _check_responses(responses: Sequence[object], ranks: Sequence[float]) -> Non
                 if names
                 else f"has the same text as responses {same} and {i}, which are ranked differently"
             )
+
+
+def _check_response(response: object, name: str) -> str:
+    """The text of one response, if a model can be trained to say it. Raises BadRow otherwise."""
+    text = text_of(response, name)
+    if IMAGE_MARK in text:
+        raise BadRow(f"has an {IMAGE_MARK} mark in its {name}: a model answers in words")
+    _refuse_tokens(text, f"its {name}", asked=False)
+    return text
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -23,14 +23,13 @@ from common.errors import InputError
 from common.seeds import stable_seed
 from data.convert import Reader
 from data.files import RecordStream
-from data.rows import NUMBER_COLUMNS, Kind, Row
+from data.rows import Kind, Row, features_of
 from data.verify import verify_row
 
 logger = logging.getLogger(__name__)
 
 BUFFER = 1000  # rows of which the next one is drawn
 BUFFER_OF_BYTES = 100  # the same where rows hold their pictures
-_OF_PREFERENCE = ("responses", "ranks", "image_rejected", *NUMBER_COLUMNS)
 
 
 class RowCheck(Protocol):
@@ -99,8 +98,9 @@ class RowStream:
         """The row as one of `kind`: any row without its answers is a prompt."""
         if kind == self.kind:
             return row
-        if self.kind == "preference":
-            return {name: value for name, value in row.items() if name not in _OF_PREFERENCE}
+        if self.kind in ("preference", "unpaired"):
+            answers = features_of(self.kind, False).keys() - features_of("prompt", False).keys()
+            return {name: value for name, value in row.items() if name not in answers}
         messages: list = row["messages"]  # type: ignore[assignment]
         rest = {name: value for name, value in row.items() if name != "messages"}
         return rest | {"prompt": messages[:-1], "reference": messages[-1]["content"]}

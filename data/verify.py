@@ -84,6 +84,7 @@ def verify(
         "scores",
         "responses",
         "reference",
+        *(["label"] if kind == "unpaired" else []),
         "problem",
         "skipped",
     )
@@ -224,6 +225,8 @@ def _keys(row: Row, kind: Kind, signatures: list[bytes], shown: int) -> tuple[in
     # Neither spaces nor the place of the image makes another question.
     asked = " ".join(first_user_text(messages).replace(IMAGE_MARK, " ").split())
     texts = [messages, row.get("responses"), row.get("ranks"), row.get("reference")]
+    if kind == "unpaired":
+        texts.append(row["label"])
     return _key(b"".join(signatures[:shown]), asked), _key(b"".join(signatures), json.dumps(texts))
 
 

@@ -4,15 +4,15 @@
     total, parts = preference_loss(batch, ["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0], vars(args))  # (M,), {...}
 
 preference.py  DPO and its relatives, by TRL's names       registry.py    how a loss declares itself, its flags, mixtures
-vision.py      losses made for vision-language models      batch.py       what a preference loss reads
-reward.py      reward models                               reductions.py  per pair or per token -> a number
-ppo.py         PPO
+unpaired.py    KTO: single answers, good or bad             batch.py       what a preference loss reads
+vision.py      losses made for vision-language models      reductions.py  per pair or per token -> a number
+reward.py      reward models                               ppo.py         PPO
 policy_gradient.py   PPO without a critic: GRPO, RLOO, REINFORCE++
 
 Shapes: M pairs, T answer tokens, B rollouts. docs/losses.md compares the losses and says how to add one.
 """
 
-from losses.batch import NEEDS, PairLogps, PreferenceBatch, Sides, implicit_rewards
+from losses.batch import NEEDS, LossBatch, PairLogps, PreferenceBatch, Sides, UnpairedBatch, implicit_rewards
 from losses.policy_gradient import (
     LOSS_TYPES,
     SCALE_REWARDS,
@@ -81,8 +81,10 @@ from losses.registry import (
     loss,
     needs_of,
     preference_loss,
+    reads_pairs,
 )
 from losses.reward import bradley_terry
+from losses.unpaired import apo_zero_unpaired, kto
 from losses.vision import (
     changed_tokens,
     chip,
@@ -109,15 +111,18 @@ __all__ = [
     "Beta",
     "Hyperparameter",
     "LabelSmoothing",
+    "LossBatch",
     "PairLogps",
     "PreferenceBatch",
     "PreferenceLoss",
     "Sides",
+    "UnpairedBatch",
     "adaptive_kl_coef",
     "aot",
     "aot_unpaired",
     "apo_down",
     "apo_zero",
+    "apo_zero_unpaired",
     "approx_kl_per_token",
     "bco_pair",
     "bradley_terry",
@@ -147,6 +152,7 @@ __all__ = [
     "implicit_rewards",
     "ipo",
     "kl_per_token",
+    "kto",
     "kto_pair",
     "last_token_index",
     "logistic",
@@ -168,6 +174,7 @@ __all__ = [
     "povid",
     "preference_loss",
     "rdpo",
+    "reads_pairs",
     "reinforce_plus_plus_baseline_advantages",
     "rloo_advantages",
     "robust",

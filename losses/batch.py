@@ -1,4 +1,4 @@
-"""What a preference loss reads: M pairs as the policy and the reference see them."""
+"""What a preference loss reads: M pairs, or N single answers, as the policy and the reference see them."""
 
 # ruff: noqa: RUF009  (filled_for makes a dataclasses.field)
 from collections.abc import Callable, Collection, Mapping
@@ -21,6 +21,7 @@ NEEDS: dict[str, str] = {
     "image_rejected": "the chosen answer on a second image, the data column `image_rejected`",
     "policy_negative": "the policy's own argmax tokens on a corrupted image",
     "running_delta": "the running mean of the rewards of both answers",
+    "mismatched": "another row's answer to each prompt, from which the KL to the reference is estimated",
 }
 CORRUPTING_NEEDS = frozenset({"corrupted_image", "corrupted_image_per_token", "logit_shift", "policy_negative"})
 
@@ -110,24 +111,54 @@ class PreferenceBatch:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class UnpairedBatch:
+    """N answers to prompts of their own, each labelled good or bad. Gradients flow through `policy`."""
+
+    policy: Tensor  # (N,) log πθ(y|v,q), summed over the answer's tokens
+    ref: Tensor = filled_for("reference")  # (N,) log πref(y|v,q)
+    desirable: Tensor  # (N,) bool
+    # () KL(πθ || πref), estimated on answers to other prompts, at least 0, without gradient
+    kl: Tensor = filled_for("mismatched", dims=0)
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """log πθ/πref of every answer, (N,)."""
+        return self.policy - self.ref
+
+
+LossBatch = PreferenceBatch | UnpairedBatch
+
+
 def implicit_rewards(batch: PreferenceBatch, beta: float) -> tuple[Tensor, Tensor]:
     """r(w) and r(l), (M,) each, without gradient: what `rewards/chosen` and `rewards/rejected` log."""
     ratio = batch.log_ratio
     return (beta * ratio.chosen).detach(), (beta * ratio.rejected).detach()
 
 
-def unfilled(batch: PreferenceBatch, needs: Collection[str], columns: Collection[str]) -> list[str]:
+def unfilled(batch: LossBatch, needs: Collection[str], columns: Collection[str]) -> list[str]:
     """What these needs and columns ask for and the batch lacks, by the names of the fields."""
-    parts: list[tuple[str, PreferenceBatch | PairLogps]] = [("", batch), ("policy.", batch.policy)]
-    if "reference" in needs and batch.ref is not None:
-        parts.append(("ref.", batch.ref))
+    parts: list[tuple[str, LossBatch | PairLogps]] = [("", batch)]
+    for name in ("policy", "ref") if "reference" in needs else ("policy",):
+        if isinstance(part := getattr(batch, name), PairLogps):
+            parts.append((f"{name}.", part))
     missing = [
         prefix + item.name
         for prefix, part in parts
         for item in fields(part)
         if item.metadata.get("need") in needs and getattr(part, item.name) is None
     ]
+    if isinstance(batch, UnpairedBatch):
+        return missing
     return missing + [c for c in columns if c not in batch.row_columns and c not in batch.response_columns]
+
+
+def example_answer(needs: Collection[str]) -> UnpairedBatch:
+    """One answer with all numbers 0, filled for these needs: losses check their flags on it."""
+    zero = torch.zeros(1)
+    filled: dict[str, Any] = {"ref": zero} if "reference" in needs else {}
+    filled |= {"kl": torch.zeros(())} if "mismatched" in needs else {}
+    return UnpairedBatch(policy=zero, desirable=torch.ones(1, dtype=torch.bool), **filled)
 
 
 def example_pair(needs: Collection[str], columns: Collection[str]) -> PreferenceBatch:

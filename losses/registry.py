@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin
 import torch
 from torch import Tensor
 
-from losses.batch import CORRUPTING_NEEDS, NEEDS, PreferenceBatch, example_pair, unfilled
+from losses.batch import CORRUPTING_NEEDS, NEEDS, LossBatch, example_answer, example_pair, unfilled
 
 Function = TypeVar("Function", bound=Callable[..., Tensor])
 
@@ -41,6 +41,7 @@ class PreferenceLoss:
     columns: frozenset[str]  # of numbers in the data
     corruption: str | None  # how the paper makes v′: "crop" or "diffusion"
     reference_free: bool  # does not read batch.ref
+    unpaired: bool  # reads single answers, an UnpairedBatch
     hyperparameters: Mapping[str, Hyperparameter]
 
     @property
@@ -58,8 +59,8 @@ class PreferenceLoss:
         """All columns that a row of the data must have."""
         return self.columns | (self.needs & {"image_rejected"})
 
-    def __call__(self, batch: PreferenceBatch, **hyperparameters: object) -> Tensor:
-        """Loss of each pair, (M,). Raises ValueError if the batch lacks something that the loss reads."""
+    def __call__(self, batch: LossBatch, **hyperparameters: object) -> Tensor:
+        """Loss of each pair or single answer, (M,). Raises ValueError if the batch lacks something that the loss reads."""
         if missing := unfilled(batch, *self.required):
             raise ValueError(f"Loss {self.function.__name__} reads {', '.join(missing)}, not in the batch.")
         return self.function(batch, **hyperparameters)
@@ -76,6 +77,7 @@ def loss(
     columns: Collection[str] = (),
     corruption: str | None = None,
     reference_free: bool = False,
+    unpaired: bool = False,
 ) -> Callable[[Function], Function]:
     """Register a function as the `--loss_type` of its name, and its keyword-only arguments as flags of train_dpo.py.
 
@@ -85,6 +87,7 @@ def loss(
         columns: columns of numbers that it reads from the data, one per row or one per response, whatever their names.
         corruption: how v′ is made if `--corruption` is not given; for losses whose needs have a corrupted image.
         reference_free: it does not read `batch.ref`.
+        unpaired: its batch is an `UnpairedBatch`, of rows with single answers.
 
     Raises:
         ValueError: for a need that does not exist, or a hyper-parameter without a type or a default.
@@ -104,6 +107,7 @@ def loss(
             frozenset(columns),
             corruption,
             reference_free,
+            unpaired,
             _hyperparameters(function),
         )
         return function
@@ -136,6 +140,17 @@ def get_loss(name: str) -> PreferenceLoss:
 def needs_of(loss_types: Sequence[str]) -> frozenset[str]:
     """Everything that a mixture reads beyond plain log-probs: keys of NEEDS."""
     return frozenset().union(*(get_loss(name).needs for name in loss_types))
+
+
+def reads_pairs(loss_types: Sequence[str]) -> bool:
+    """Whether the losses of a mixture compare answers of a row; else they read single ones. Raises ValueError for both."""
+    unpaired = [name for name in loss_types if get_loss(name).unpaired]
+    if unpaired and len(unpaired) < len(loss_types):
+        others = " ".join(name for name in loss_types if name not in unpaired)
+        raise ValueError(
+            f"--loss_type {' '.join(unpaired)} reads single answers and {others} pairs: take one kind alone."
+        )
+    return not unpaired
 
 
 def columns_of(loss_types: Sequence[str]) -> frozenset[str]:
@@ -215,6 +230,7 @@ def check_losses(
         raise ValueError(
             f"loss_weights has {len(loss_weights)} values for {len(losses)} losses; give one for each loss."
         )
+    reads_pairs(loss_types)
     for name, flag in flags().items():
         unread = not any(name in item.hyperparameters for item in losses.values())
         if unread and hyperparameters.get(name) not in (None, flag.default):
@@ -225,7 +241,8 @@ def check_losses(
     if len(betas) > 1:
         raise ValueError(f"The losses {' '.join(losses)} have different defaults of --beta: give one for all.")
     for name, item in losses.items():
-        item(example_pair(*item.required), **values[name])  # a loss refuses values that it cannot use
+        example = example_answer(item.required[0]) if item.unpaired else example_pair(*item.required)
+        item(example, **values[name])  # a loss refuses values that it cannot use
         if precompute_ref_log_probs and not item.cacheable:
             raise ValueError(
                 f"--precompute_ref_log_probs cannot serve --loss_type {name}: what it asks of the reference changes "
@@ -255,7 +272,7 @@ def combine(losses: Sequence[Tensor], weights: Sequence[float] | None = None) ->
 
 
 def preference_loss(
-    batch: PreferenceBatch,
+    batch: LossBatch,
     loss_types: Sequence[str],
     loss_weights: Sequence[float] | None = None,
     hyperparameters: Mapping[str, object] | None = None,

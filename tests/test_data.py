@@ -795,6 +795,7 @@ def test_row_counts_as_callers_see_them(folder: Path) -> None:
 
 
 ANSWER_KEYS = "Prompts with an answer key"
+LABELLED = "Single answers with a label"
 
 
 def examples() -> dict[str, list[dict]]:
@@ -814,7 +815,7 @@ def names_in(rows: list[dict]) -> set[str]:
 
 
 def test_documentation_has_an_example_of_every_format() -> None:
-    assert set(examples()) == {*data.DATASET_MAP, "any other value", ANSWER_KEYS} - {"shapes"} and all(
+    assert set(examples()) == {*data.DATASET_MAP, "any other value", ANSWER_KEYS, LABELLED} - {"shapes"} and all(
         examples().values()
     )
 
@@ -831,7 +832,8 @@ def test_example_of_the_documentation_loads(folder: Path, name: str) -> None:
         if name in data.DATASET_MAP
         else arguments(folder, str(folder / "d.jsonl"), None)
     )
-    kind = "prompt" if name == ANSWER_KEYS else "conversation" if "conversations" in rows[0] else "preference"
+    kind = {ANSWER_KEYS: "prompt", LABELLED: "unpaired"}.get(name)
+    kind = kind or ("conversation" if "conversations" in rows[0] else "preference")
     train = load(args, kind).train
     assert len(train) == len(rows) and "duplicates" in load(args, kind).info["sets"][0]
     if name in ("vlfeedback_paired", "rlhfv", "rlaifv"):  # the same rows as the hub has them

@@ -69,7 +69,7 @@ def test_layout_of_the_documentation(file: str, kind: str, flags: str) -> None:
     root = LAYOUTS / file.split("/")[0] if "/" in file else LAYOUTS / "images"
     if kind == "refused":
         for want in ("conversation", "preference"):
-            with pytest.raises(InputError, match=f"{file}, row 0.*(kto_tag|label|objects)|holds conversation rows"):
+            with pytest.raises(InputError, match=f"{file}, row 0.*objects|holds conversation rows"):
                 load(LAYOUTS / file, want)
         return
     found = load(LAYOUTS / file, kind, words.pop("dataset_name", None), image_root=str(root), **words)
@@ -100,6 +100,10 @@ EXPECTED = {
     "bpo.json": ([f"user: {Q}\n<image>"], ["red.png"], ["A red disc.", "A dog."]),
     "spa_vl.jsonl": ([f"user: <image>{Q}"], ["red.png"], ["A red disc.", "A dog."]),
     "table.csv": ([f"user: <image>{Q}"], ["red.png"], ["A red disc, I think.", "A dog."]),
+    "trl_unpaired.jsonl": ([f"user: <image>{Q}"], ["red.png"], ["A red disc."]),
+    "llama_factory_alpaca_kto.json": ([f"user: <image>{Q}"], ["red.png"], ["A dog."]),
+    "llama_factory_sharegpt_kto.json": ([f"user: <image>{Q}"], ["red.png"], ["A red disc."]),
+    "ms_swift_kto.jsonl": ([f"user: <image>{Q}"], ["red.png"], ["A dog."]),
     "trl_implicit_prompt.jsonl": ([f"user: <image>{Q}"], ["red.png"], ["A red disc.", "A dog."]),
 }  # fmt: skip
 
@@ -111,9 +115,38 @@ def test_layout_is_read_as_it_is_meant(file: str) -> None:
     flags = (
         {"columns": "prompt=question,chosen=good_answer,rejected=bad_answer,image=file"} if file == "table.csv" else {}
     )
-    kind = "preference" if responses else "conversation"
+    kind = "unpaired" if "kto" in file or "unpaired" in file else "preference" if responses else "conversation"
     row = load(LAYOUTS / file, kind, image_root=str(root), **flags).train[0]
     assert (turns(row), images(row), row.get("responses")) == (said, pictures, responses)
+
+
+def test_labels_of_single_answers() -> None:
+    assert load(LAYOUTS / "llama_factory_alpaca_kto.json", "unpaired").train["label"][:] == [False]
+    assert load(LAYOUTS / "llama_factory_sharegpt_kto.json", "unpaired").train["label"][:] == [True]
+    prompts = load(LAYOUTS / "ms_swift_kto.jsonl", "prompt").train
+    assert turns(prompts[0]) == [f"user: <image>{Q}"] and not {"label", "responses"} & {*prompts.column_names}
+    with pytest.raises(InputError, match=r"holds unpaired rows.*train_dpo.py --loss_type kto.*--columns =label"):
+        load(LAYOUTS / "ms_swift_kto.jsonl", "conversation")
+    talk = load(LAYOUTS / "ms_swift_kto.jsonl", "conversation", columns="=label").train
+    assert turns(talk[0]) == [f"user: <image>{Q}", "assistant: A dog."]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"label": 0.5}, r"has the `label` 0\.5: write true for a good answer, false for a bad one"),
+        ({"label": None}, "has no `label`"),
+        ({"kto_tag": True}, "has both `label` and `kto_tag`: keep one of them"),
+        ({"completion": " "}, "its answer is empty|its completion is empty"),
+        ({"completion": "A <image>."}, "<image> mark"),
+        ({"rejected": "A cat."}, "has `rejected` beside the conversation"),
+    ],
+)
+def test_single_answers_that_cannot_be_used(tmp_path: Path, change: dict, reason: str) -> None:
+    row = {"prompt": Q, "completion": "A dog.", "label": "good"}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(row | change)}\n")
+    with pytest.raises(InputError, match=rf"row 1 .*({reason})"):
+        load(tmp_path / "rows.jsonl", "unpaired")
 
 
 def test_own_columns_reach_the_rows_with_their_types() -> None:
@@ -303,7 +336,7 @@ PARTS = [{"type": "text", "text": "Q?"}]
         (PAIR | {"tools": "[{}]"}, "has `tools`"),
         (TALK | {"rejected": "No."}, "has `rejected` beside the conversation"),
         (TALK | {"scores": [1, 2]}, "has `scores` beside the conversation"),
-        (TALK | {"label": True}, r"has a `label` \(True\).*KTO"),
+        (TALK | {"is_good": True}, r"has a `is_good` \(True\).*--columns label=is_good"),
         ({"messages": [TALK["messages"][0] | {"images": ["red.png"]}, TALK["messages"][1]]}, "names a picture in `images`"),
         ({"messages": [TALK["messages"][0], TALK["messages"][1] | {"loss": False}]}, "has loss False"),
         ({"messages": [TALK["messages"][0], TALK["messages"][1] | {"tool_calls": [{}]}]}, "has `tool_calls`"),
@@ -455,7 +488,7 @@ REFUSED_BY_NAME = {
     # answers and labels beside a conversation
     "negatives": ({"messages": SAID, "negatives": ["A dog."]}, "has `negatives` beside"),
     "dispreferred_text": ({"messages": SAID, "dispreferred_text": "A dog."}, "has `dispreferred_text` beside"),
-    "label false": ({"messages": SAID, "label": "false"}, r"has a `label` \(false\)"),
+    "label false": ({"messages": SAID, "label": "false"}, "holds unpaired rows"),
     "is_good": ({"messages": SAID, "is_good": False}, r"has a `is_good` \(False\)"),
 }  # fmt: skip
 

@@ -19,7 +19,17 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 import losses
-from losses import LOSSES, NEEDS, PairLogps, PreferenceBatch, Sides, check_losses, get_loss, preference_loss
+from losses import (
+    LOSSES,
+    NEEDS,
+    PairLogps,
+    PreferenceBatch,
+    Sides,
+    UnpairedBatch,
+    check_losses,
+    get_loss,
+    preference_loss,
+)
 
 GOLDENS = Path(__file__).parent / "goldens" / "losses"
 LN2 = math.log(2)
@@ -56,6 +66,8 @@ def sigmoid(x: float) -> float:
 
 LOGPS = load("dpo/logps.json")
 EXPECTED = load("dpo/expected.json")
+
+OF_PAIRS = [name for name, loss in LOSSES.items() if not loss.unpaired]  # tests/test_kto.py has the others
 
 
 def golden_batch(name: str, pairs: slice = slice(None)) -> PreferenceBatch:
@@ -504,7 +516,7 @@ def flags_of(name: str) -> dict[str, object]:
     return {"label_smoothing": 0.1} if "label_smoothing" in LOSSES[name].hyperparameters else {}
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", OF_PAIRS)
 def test_gradient(name: str) -> None:
     """Finite differences through every policy quantity that the loss reads; nothing else carries a gradient."""
     batch, loss = random_batch(), LOSSES[name]
@@ -530,11 +542,11 @@ def test_gradient(name: str) -> None:
         assert (gradient is None or not gradient.any()) == unread, path
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", OF_PAIRS)
 def test_shape_and_declared_fields(name: str) -> None:
     """One finite number per pair from the declared fields alone, and one sentence when one of them is missing."""
     whole, loss = random_batch(), LOSSES[name]
-    undeclared = {path for other in LOSSES for path in required(other)} - {*required(name)}
+    undeclared = {path for other in OF_PAIRS for path in required(other)} - {*required(name)}
     undeclared |= {f"ref.{f.name}" for f in dataclasses.fields(PairLogps) if f.metadata} - {*required(name)}
     order = sorted(undeclared, key=lambda path: path == "ref")  # fields of the reference before the reference
     batch = replaced(whole, dict.fromkeys(order))
@@ -603,7 +615,7 @@ def test_losses_are_per_pair() -> None:
         return PreferenceBatch(**{f.name: part(getattr(whole, f.name), i) for f in dataclasses.fields(whole)})
 
     for dependent in (of_the_batch, of_the_batch | with_token_mean):
-        for name, loss in LOSSES.items():
+        for name, loss in ((name, LOSSES[name]) for name in OF_PAIRS):
             alone = torch.cat([loss(only(i), **flags_of(name)) for i in range(3)])
             together = loss(whole, **flags_of(name))
             assert torch.allclose(alone, together, atol=1e-14, rtol=0) != (name in dependent), name
@@ -714,7 +726,10 @@ def test_one_name_has_one_type(unregister: None) -> None:
 def test_needs_are_declared() -> None:
     """Every need fills fields and is asked for by a loss; what reads v′ cannot be cached."""
     filled = {
-        f.metadata["need"] for kind in (PreferenceBatch, PairLogps) for f in dataclasses.fields(kind) if f.metadata
+        f.metadata["need"]
+        for kind in (PreferenceBatch, PairLogps, UnpairedBatch)
+        for f in dataclasses.fields(kind)
+        if f.metadata
     }
     assert filled - {"reference"} == set(NEEDS) == {need for loss in LOSSES.values() for need in loss.needs}
     assert losses.needs_of(["sigmoid", "hsa", "mdpo"]) == {"corrupted_image"}
