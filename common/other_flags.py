@@ -33,11 +33,11 @@ class Variable(NamedTuple):
     name: str
 
 
-# One entry per flag: the new name; value -> flags (an empty text: that is how it is here); a note; or a refusal.
-Entry = str | Mapping[str, str] | Ignored | Refused | Variable
+# One entry per flag: the new name; value -> flags (an empty text: that is how it is here) or a refusal; a note; or a refusal.
+Entry = str | Mapping[str, str | Refused] | Ignored | Refused | Variable
 
 
-def switch(on: str | None, off: str | None = "") -> dict[str, str]:
+def switch(on: str | None, off: str | None = "") -> dict[str, str | Refused]:
     """Both spellings of a flag that is on or off; None: that setting has no counterpart."""
     return {
         word: flags
@@ -53,6 +53,8 @@ ATTENTION = {"flash_attention_2": FLASH, "flash_attn": FLASH, "fa2": FLASH, "sdp
 LORA_OR_FULL = {"lora": "--use_lora True", "full": "--use_lora False"}
 PROJECTOR_FROZEN = switch("--train_projector False", "--train_projector True")
 BY_SCRIPT = Refused("the script says it: train_sft.py, train_rm.py, train_dpo.py or train_ppo.py")
+SUM_WITH_SFT = Refused("write --loss_type NAME sft --loss_weights 1 WEIGHT")
+NO_WEIGHT: dict[str, str | Refused] = {"0": "", "0.0": ""}
 ZERO_HEAD = Ignored("a value head starts at zero; --init_value_from_reward True starts it as the reward's")
 REWARD_FUNCTION = Refused("write --reward_fn file.py:name")
 ONE_AUTOCAST = Ignored("torch's autocast is the only one")
@@ -110,14 +112,23 @@ TRL: dict[str, Entry] = {
     "cpo_alpha": Refused("write --loss_type cpo sft --loss_weights 1 ALPHA"),
 }
 LLAMA_FACTORY: dict[str, Entry] = {
-    "stage": BY_SCRIPT,
+    "stage": {"kto": "--loss_type kto", "": BY_SCRIPT},
     "finetuning_type": LORA_OR_FULL,
     "lora_rank": "lora_r",
     "lora_target": "lora_target_modules",
     "additional_target": "modules_to_save",
     "cutoff_len": "max_length",
     "pref_beta": "beta",
-    "pref_loss": "loss_type",
+    "pref_loss": {
+        **{name: f"--loss_type {name}" for name in ("sigmoid", "hinge", "ipo", "kto_pair", "simpo")},
+        "orpo": "--loss_type sft orpo",
+    },
+    "pref_ftx": NO_WEIGHT | {"": SUM_WITH_SFT},
+    "pref_bco_weight": NO_WEIGHT | {"": Refused("write --loss_type sigmoid bco_pair --loss_weights 1 WEIGHT")},
+    "dpo_label_smoothing": "label_smoothing",
+    "kto_chosen_weight": "desirable_weight",
+    "kto_rejected_weight": "undesirable_weight",
+    "ld_alpha": Refused("LD-DPO is not one of the losses of docs/losses.md"),
     "dataset": "dataset_name",
     "dataset_dir": "data_path",
     "template": Ignored("prompts come from the checkpoint's own chat template"),
@@ -156,7 +167,15 @@ MS_SWIFT: dict[str, Entry] = {
         **{name: f"--init_lora_weights {name}" for name in ("gaussian", "pissa", "olora", "loftq", "orthogonal")},
     },
     "early_stop_interval": "early_stopping_patience",
-    "rlhf_type": BY_SCRIPT,
+    "rlhf_type": {
+        "kto": "--loss_type kto",
+        "orpo": "--loss_type sft orpo",
+        "cpo": "--loss_type cpo sft",
+        "simpo": Refused("write --loss_type simpo sft --beta 2 --simpo_gamma 1, which are its defaults there"),
+        "gkd": Refused("distillation is not one of the four scripts"),
+        "": BY_SCRIPT,
+    },
+    "rpo_alpha": SUM_WITH_SFT,
     "attn_impl": ATTENTION,
     "quant_bits": {"4": FOUR_BITS, "8": EIGHT_BITS},
     "quant_method": {"bnb": ""},
@@ -218,6 +237,8 @@ def translate(argv: list[str], known: Collection[str], lists: Collection[str]) -
             new, note = _apply(key, values, OTHERS[whose][key], known)
             taken += new
             notes.append(f"--{' '.join([key, *values])} ({whose}) {note}.")
+            if any(name == "loss_type" for name, _ in new) and any(name == "loss_type" for name, _ in flags):
+                raise InputError(f"--{key} and --loss_type both name a loss: leave --{key} out.")
     return _join(taken, lists), notes
 
 
@@ -244,9 +265,12 @@ def _apply(name: str, values: Values, entry: Entry, known: Collection[str]) -> t
                 raise InputError(f"--warmup_ratio {value} is not a share below 1: write --warmup_steps.")
             return [(entry, values)], f"is --{entry} here"
         case _:
-            if value not in entry:
+            ours = entry.get(value, entry.get(""))  # "" stands for all other values
+            if ours is None:
                 raise InputError(f"--{name} {value} has no counterpart here, only {', '.join(entry)}.")
-            return _split(entry[value].split()), f"is {entry[value]} here" if entry[value] else "is how it is here"
+            if isinstance(ours, Refused):
+                raise InputError(f"--{name} {value} is unknown here: {ours.instead}.")
+            return _split(ours.split()), f"is {ours} here" if ours else "is how it is here"
 
 
 def _add_dataset_name(flags: list[tuple[str, Values]], known: Collection[str], notes: list[str]) -> None:

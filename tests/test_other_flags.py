@@ -81,6 +81,19 @@ TAKEN = {  # script, their flags, ours
         "--train_type lora --target_modules all-linear --split_dataset_ratio .2",
         {"use_lora": True, "lora_target_modules": ["all-linear"], "eval_ratio": 0.2},
     ),
+    "its KTO": (
+        "dpo",
+        "--rlhf_type kto --desirable_weight 2 --undesirable_weight .5",
+        {"loss_type": ["kto"], "desirable_weight": 2, "undesirable_weight": 0.5},
+    ),
+    "its CPO": ("dpo", "--rlhf_type cpo", {"loss_type": ["cpo", "sft"]}),
+    "LLaMA-Factory's KTO": (
+        "dpo",
+        "--stage kto --kto_chosen_weight 2 --kto_rejected_weight .5 --pref_ftx 0",
+        {"loss_type": ["kto"], "desirable_weight": 2, "undesirable_weight": 0.5},
+    ),
+    "its ORPO": ("dpo", "--pref_loss orpo --pref_beta .2", {"loss_type": ["sft", "orpo"], "beta": 0.2}),
+    "its label smoothing": ("dpo", "--pref_loss sigmoid --dpo_label_smoothing .1", {"label_smoothing": 0.1}),
     "its tower": ("sft", "--freeze_vit false", {"freeze_vision_tower": False}),
     "its parts": (
         "sft",
@@ -140,6 +153,10 @@ REFUSED = {
     "no share": ("sft", "--warmup_ratio 1.5", "write --warmup_steps"),
     "stage": ("sft", "--stage dpo", "the script says it"),
     "rlhf_type": ("dpo", "--rlhf_type grpo", "the script says it"),
+    "SimPO's defaults": ("dpo", "--rlhf_type simpo", "write --loss_type simpo sft --beta 2 --simpo_gamma 1"),
+    "two losses": ("dpo", "--loss_type ipo --pref_loss hinge", "--pref_loss and --loss_type both name a loss"),
+    "weight of SFT": ("dpo", "--pref_ftx 0.5", "write --loss_type NAME sft --loss_weights 1 WEIGHT"),
+    "KTO elsewhere": ("rm", "--rlhf_type kto", "loss_type"),
     "remote code": ("sft", "--trust_remote_code True", "True has no counterpart here, only False"),
     "adapter": ("sft", "--adapter_name_or_path a", "write --model_name_or_path ADAPTER"),
     "another script's": ("rm", "--pref_beta 1", "--pref_beta is --beta here, which this script does not have"),
@@ -207,7 +224,8 @@ def test_every_target_exists():
         for name, entry in table.items():
             targets = [entry] if isinstance(entry, str) else []
             if isinstance(entry, dict):
-                targets = [word[2:] for flags in entry.values() for word in flags.split() if word.startswith("--")]
+                ours = " ".join(flags for flags in entry.values() if isinstance(flags, str))
+                targets = [word[2:] for word in ours.split() if word.startswith("--")]
             assert set(targets) <= known, name
 
 
