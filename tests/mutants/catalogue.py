@@ -385,13 +385,6 @@ faults(
         "the cache's key lacks the autocast": ("about_reference", "precision", '""'),
         "the cache's key lacks the layout": ("about_reference", "collator.share_prefix", "True"),
     },
-    ranks={
-        "the reference is keyed without the ranks": (
-            "ReferencePass.__init__",
-            '["image_rejected", "ranks", "scores"]',
-            '["image_rejected"]',
-        ),
-    },
 )
 
 # -------------------------------------------------------------------------------------------------------------- model
@@ -1164,8 +1157,8 @@ faults(
     metrics_by_hand={
         "metrics are sums": (
             "VLTrainer.log",
-            "[total / count for total, count in itertools.islice(read, len(of_metric)) if count]",
-            "[total for total, count in itertools.islice(read, len(of_metric)) if count]",
+            "sum(total / count for total, count in parts)",
+            "sum(total for total, count in parts)",
         ),
     },
 )
@@ -1486,6 +1479,17 @@ faults(
             "start_as_rounding_error",
             "(S[: len(A)] / layer.scaling[POLICY]).sqrt()",
             "S[: len(A)].sqrt()",
+
+# ---------------------------------------------------------------------------------------------------------------- KTO
+
+faults(
+    "base/trainer.py",
+    "tests/test_paths_dpo.py",
+    ranks={
+        "the reference is keyed without the ranks": (
+            "VLDPOTrainer.precompute_reference_logps",
+            '["image_rejected", "ranks", "scores"]',
+            '["image_rejected"]',
         ),
     },
 )
@@ -1508,5 +1512,68 @@ faults(
             "schedule.base_lrs = base_lrs",
             "base_lrs = schedule.base_lrs",
         ),
+    },
+)
+    "base/views.py",
+    "tests/test_kto.py",
+    move_on_by_one={
+        "an answer is its own mismatched one": ("with_mismatched", "[*counted[-1:], *counted[:-1]]", "counted"),
+        "repeated rows lend their answers": (
+            "with_mismatched",
+            '[row for row in rows if not row.get("repeated")]',
+            "[*rows]",
+        ),
+    },
+)
+faults(
+    "losses/unpaired.py",
+    "tests/test_kto.py",
+    kto_by_hand={
+        "the KL is added to bad answers' log-ratios": (
+            "kto",
+            "torch.sigmoid(-above)",
+            "torch.sigmoid(-beta * (batch.log_ratio + batch.kl))",
+        ),
+        "weights of good and bad answers change places": (
+            "_weighted",
+            "torch.where(batch.desirable, of_good * good, of_bad * bad)",
+            "torch.where(batch.desirable, of_bad * good, of_good * bad)",
+        ),
+    },
+)
+faults(
+    "base/trainer.py",
+    "tests/test_kto.py",
+    kl_over={
+        "the KL may be negative": (
+            "VLDPOTrainer.kl_to_reference",
+            "(total[0] / total[1].clamp(min=1)).clamp(min=0)",
+            "total[0] / total[1].clamp(min=1)",
+        ),
+    },
+)
+faults(
+    "base/heads.py",
+    "tests/test_other_heads.py",
+    vl_rlhf={
+        "another program's bias is dropped": (
+            "load_head",
+            "None if bias is None else nn.Parameter(bias.float())",
+            "None",
+        ),
+    },
+)
+faults(
+    "base/hub.py",
+    "tests/test_hub.py",
+    strategies={
+        "a checkpoint is uploaded with hub_strategy end": (
+            "HubUploads.push_checkpoint",
+            "strategy == HubStrategy.END",
+            "False",
+        ),
+    },
+    model_files__or__adapter_head={
+        "pickled arguments are uploaded": ("model_files", "name not in NOT_UPLOADED", "True"),
     },
 )
