@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import sys
@@ -114,7 +115,7 @@ class Run:
     @property
     def steps(self) -> int:
         """Steps that this process has logged."""
-        return self.output.count("'grad_norm'")
+        return len(re.findall(r"^step ", self.output, re.MULTILINE))
 
     def until(self, condition: Callable[[], bool], timeout: float = 300) -> bool:
         """Wait until the condition holds; False if the process has ended before."""

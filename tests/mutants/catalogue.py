@@ -1479,17 +1479,6 @@ faults(
             "start_as_rounding_error",
             "(S[: len(A)] / layer.scaling[POLICY]).sqrt()",
             "S[: len(A)].sqrt()",
-
-# ---------------------------------------------------------------------------------------------------------------- KTO
-
-faults(
-    "base/trainer.py",
-    "tests/test_paths_dpo.py",
-    ranks={
-        "the reference is keyed without the ranks": (
-            "VLDPOTrainer.precompute_reference_logps",
-            '["image_rejected", "ranks", "scores"]',
-            '["image_rejected"]',
         ),
     },
 )
@@ -1514,6 +1503,22 @@ faults(
         ),
     },
 )
+
+
+# ---------------------------------------------------------------------------------------------------------------- KTO
+
+faults(
+    "base/trainer.py",
+    "tests/test_paths_dpo.py",
+    ranks={
+        "the reference is keyed without the ranks": (
+            "VLDPOTrainer.precompute_reference_logps",
+            '["image_rejected", "ranks", "scores"]',
+            '["image_rejected"]',
+        ),
+    },
+)
+faults(
     "base/views.py",
     "tests/test_kto.py",
     move_on_by_one={
