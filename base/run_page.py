@@ -3,13 +3,14 @@
 The page loads itself again while the run goes on. Both files are replaced as a whole.
 """
 
+import gc
 import html
 import json
 import resource
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from args import RUN_JSON
-from base.charts import charts_of, draw_png, legend_name, series, svg
+from base.charts import Points, charts_of, draw_png, legend_name, series, svg
 from base.run_warnings import run_warnings
 from common.files import write_text
 from common.pages import page
 
 logger = logging.get_logger(__name__)
 
-EVERY, EVERY_PNG = 15.0, 300.0  # seconds between two versions of the page, of the picture
+EVERY, EVERY_PNG = 15.0, 300.0  # seconds between two versions of the page, of the picture, at least
+SHARE = 0.02  # of the run's time that each of them may take, however many steps it has to draw
 MIN_POINTS = 5  # logged steps from which on there is a picture
 _STYLE = (
     "svg{width:100%;height:auto;display:block}svg text{font:11px system-ui,sans-serif;fill:var(--soft)}svg .rule{stroke:var(--line)}"
@@ -43,6 +45,12 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
+def not_before(began: float, every: float) -> float:
+    """When something that began at a time of the clock and ends now may be done again: in `every` seconds, or later if it took long."""
+    now = time.monotonic()
+    return max(now + every, began + (now - began) / SHARE)
+
+
 class RunPage(TrainerCallback):
     """Writes the page and the picture on the main process."""
 
@@ -53,10 +61,11 @@ class RunPage(TrainerCallback):
             beta: of the implicit rewards, whose margins are looked at.
         """
         self.tokens_seen, self.beta = tokens_seen, beta
-        self.speed: list[dict[str, float]] = []  # of this process alone: not part of the run's numbers
+        self.found: dict[str, Points] = {}  # what was logged, and the speed of this process alone
+        self.read = 0  # entries of the log that stand in `found`
         self.warned: set[str] = set()
         self.said: dict[str, str] = {}
-        self.written = self.drawn = 0.0
+        self.write_at = self.draw_at = 0.0  # on the clock, not before
         self.status = ""
 
     def on_train_begin(
@@ -66,7 +75,8 @@ class RunPage(TrainerCallback):
         self.start = self.last = time.monotonic()
         self.first_step = self.last_step = state.global_step
         self.last_tokens = self.tokens_seen()
-        self.drawn = self.start  # the first picture comes after EVERY_PNG, or at the end
+        self.draw_at = self.start + EVERY_PNG  # or at the end
+        self.found, self.read = {}, 0
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure, warn, and write the page if it is older than EVERY."""
@@ -82,15 +92,17 @@ class RunPage(TrainerCallback):
             seen = self.tokens_seen()
             if seen > self.last_tokens:
                 entry["tokens_per_second"] = (seen - self.last_tokens) * args.world_size / (now - self.last)
-            self.speed.append(entry)
+            self._add([entry])
             self.last, self.last_step, self.last_tokens = now, state.global_step, seen
-        for name, sentence in run_warnings(series(state.log_history), self.beta).items():
+        self._add(state.log_history[self.read :])  # not all of it: a log would take longer with every step
+        self.read = len(state.log_history)
+        for name, sentence in run_warnings(self.found, self.beta).items():
             if name not in self.warned:
                 self.warned.add(name)
                 logger.warning(sentence)
                 self.said[name] = f"Step {state.global_step}: {sentence}"
         self.status = f"running, step {state.global_step} of {state.max_steps}{self._left(state)}"
-        if now - self.written > EVERY:
+        if now > self.write_at:
             self.write(args, state, refresh=30)
 
     def on_train_end(
@@ -101,6 +113,10 @@ class RunPage(TrainerCallback):
             done = state.global_step >= state.max_steps
             self.status = f"{'finished' if done else 'stopped'} after step {state.global_step} of {state.max_steps}"
             self.write(args, state, draw=True)
+
+    def _add(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        for name, points in series(entries).items():
+            self.found.setdefault(name, []).extend(points)
 
     def _left(self, state: TrainerState) -> str:
         done = state.global_step - self.first_step
@@ -113,17 +129,18 @@ class RunPage(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, refresh: int | None = None, draw: bool = False
     ) -> None:
         """Both files as of now; a disk that refuses them does not end the run."""
-        out = Path(args.output_dir)
-        found = series([*state.log_history, *self.speed])
-        longest = max(map(len, found.values()), default=0)
+        out, now = Path(args.output_dir), time.monotonic()
+        longest = max(map(len, self.found.values()), default=0)
         try:
-            if longest >= MIN_POINTS and (draw or time.monotonic() - self.drawn > EVERY_PNG):
-                draw_png(found, out / "curves.png")
-                self.drawn = time.monotonic()
-            write_text(out / "index.html", self.html(out, found, refresh))
+            if longest >= MIN_POINTS and (draw or now > self.draw_at):
+                draw_png(self.found, out / "curves.png")
+                gc.collect()  # 60,000 objects in rings: left to Python, several pictures (28 MiB each) are there at once
+                self.draw_at = not_before(now, EVERY_PNG)
+                now = time.monotonic()
+            write_text(out / "index.html", self.html(out, self.found, refresh))
         except OSError as error:
             logger.warning(f"The page of the run could not be written: {error}")
-        self.written = time.monotonic()
+        self.write_at = not_before(now, EVERY)
 
     def html(self, out: Path, found: dict[str, list[tuple[float, float]]], refresh: int | None) -> str:
         """The page's text."""

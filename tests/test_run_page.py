@@ -1,5 +1,6 @@
 """What a run shows without a service: curves, warnings, samples, all in the folder of the run."""
 
+import gc
 import importlib
 import json
 import logging
@@ -7,10 +8,13 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from matplotlib.figure import Figure
 from PIL import Image
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from base import answer_samples, run_page
@@ -152,6 +156,49 @@ def dpo(chosen: float, margin: float = 1.0, steps: int = LAST) -> dict:
 )
 def test_signs_of_a_run_that_goes_wrong(found: dict, beta: float, signs: set):
     assert set(run_warnings(found, beta)) == signs
+
+
+# -- what the page costs -----------------------------------------------------------------------------------------------------
+
+
+def test_every_entry_of_the_log_is_read_once(tmp_path: Path, monkeypatch):
+    """And all of an earlier run's that was resumed; a second call of train starts anew."""
+    read = []
+    monkeypatch.setattr(run_page, "series", lambda entries: read.append(len(entries)) or series(entries))
+    page = run_page.RunPage(lambda: 0)
+    args = SimpleNamespace(output_dir=str(tmp_path), device=torch.device("cpu"), world_size=1)
+    for _ in range(2):
+        log = [{"step": step, "loss": 1 / step} for step in range(1, 31)]
+        state = TrainerState(global_step=30, max_steps=100, log_history=log, is_world_process_zero=True)
+        page.on_train_begin(args, state, None)
+        for step in range(31, 81):
+            state.global_step = step
+            log.append({"step": step, "loss": 1 / step, "mine": 2.0})
+            page.on_log(args, state, None)
+        assert sum(read) == 80 + 50  # and the speed of 50 logs
+        found = {name: points for name, points in page.found.items() if name not in ("seconds_per_step", "memory_gib")}
+        assert found == series(log) and [step for step, _ in page.found["seconds_per_step"]] == [*range(31, 81)]
+        read.clear()
+
+
+def test_page_and_picture_take_a_fiftieth_of_the_time(monkeypatch):
+    """Two seconds of drawing are followed by 98 of rest, and a short one by the least that is asked for."""
+    monkeypatch.setattr(run_page.time, "monotonic", lambda: 1002.0)
+    assert run_page.not_before(1000.0, every=15.0) == pytest.approx(1100.0)
+    assert run_page.not_before(1000.0, every=300.0) == 1302.0
+    assert run_page.not_before(1001.9, every=15.0) == 1017.0
+
+
+def test_nothing_of_a_picture_stays_in_memory(tmp_path: Path):
+    page = run_page.RunPage(lambda: 0)
+    page.found = {"loss": [(step, 1 / step) for step in range(1, 9)]}
+    gc.disable()
+    try:
+        page.write(SimpleNamespace(output_dir=str(tmp_path)), TrainerState(), draw=True)
+        assert (tmp_path / "curves.png").is_file()
+        assert not [figure for figure in gc.get_objects() if type(figure) is Figure]
+    finally:
+        gc.enable()
 
 
 # -- whole runs --------------------------------------------------------------------------------------------------------------

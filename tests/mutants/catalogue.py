@@ -1582,3 +1582,28 @@ faults(
         "pickled arguments are uploaded": ("model_files", "name not in NOT_UPLOADED", "True"),
     },
 )
+
+faults(
+    "base/run_page.py",
+    "tests/test_run_page.py",
+    read_once={
+        "the whole log is read at every log": (
+            "RunPage.on_log",
+            "self._add(state.log_history[self.read :])",
+            "self._add(state.log_history)",
+        ),
+        "a second training shows the curves of the first": (
+            "RunPage.on_train_begin",
+            "self.found, self.read = {}, 0",
+            "self.found, self.read = self.found, 0",
+        ),
+    },
+    fiftieth={
+        "the page is drawn whatever it costs": (
+            "not_before",
+            "max(now + every, began + (now - began) / SHARE)",
+            "now + every",
+        ),
+    },
+    nothing_of_a_picture={"old pictures stay in memory": ("RunPage.write", "gc.collect()", "None")},
+)
