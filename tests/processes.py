@@ -117,14 +117,14 @@ class Run:
         """Steps that this process has logged."""
         return len(re.findall(r"^step ", self.output, re.MULTILINE))
 
-    def until(self, condition: Callable[[], bool], timeout: float = 300) -> bool:
-        """Wait until the condition holds; False if the process has ended before."""
+    def until(self, condition: Callable[[], bool], timeout: float = 300, every: float = 0.001) -> bool:
+        """Wait until the condition holds, looking `every` so many seconds; False if the process has ended before."""
         end = time.monotonic() + timeout
         while not condition():
             if not self.process.is_alive():
                 return False
             assert time.monotonic() < end, f"nothing happens: {self.output[-2000:]}"
-            time.sleep(0.001)
+            time.sleep(every)
         return True
 
     def signal(self, number: signal.Signals) -> bool:

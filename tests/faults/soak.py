@@ -68,7 +68,7 @@ def rss(run: Run) -> int:
 def undisturbed(script: str, data: Path, out: Path, steps: int) -> None:
     """Run to the end, and print the memory."""
     run = Run(script, argv_of(script, data, out, steps), out.with_suffix(".log"))
-    run.until(lambda: run.steps >= steps // 10, timeout=3600)
+    run.until(lambda: run.steps >= steps // 10, timeout=3600, every=0.2)
     start = last = rss(run)
     while run.process.is_alive():
         last = rss(run) or last
@@ -98,7 +98,7 @@ def disturbed(script: str, data: Path, out: Path, steps: int, draw: random.Rando
         log = out.with_name(f"{out.name}-{n}.log")
         run = Run(script, argv_of(script, data, out, steps), log, file_size=limit)
         wanted = draw.randint(60, 200)
-        run.until(lambda run=run, wanted=wanted: run.steps >= wanted, timeout=3600)
+        run.until(lambda run=run, wanted=wanted: run.steps >= wanted, timeout=3600, every=0.2)
         number = draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
         if run.process.is_alive() and run.signal(number):
             count[number.name] += 1
