@@ -7,7 +7,6 @@ import dataclasses
 import importlib.metadata
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +24,7 @@ from base.collator import VLDPODataCollatorWithPadding
 from base.images import IMAGE_STATES, image_states
 from base.processor import VLProcessor
 from base.reference_cache import COLUMN, ReferenceCache, processor_digest, row_key, weights_digest
+from common.threads import map_in_threads
 
 logger = logging.getLogger(__name__)
 
@@ -133,11 +133,10 @@ class ReferencePass:
     def _row_keys(self, dataset: Dataset) -> list[str]:
         """`row_key` of every row; each rank reads the images of its share."""
         rank, world = self.args.process_index, self.args.world_size
-        with ThreadPoolExecutor() as pool:
-            mine = pool.map(
-                lambda i: row_key(dataset[i], self.columns, self.collator.processor), range(rank, len(dataset), world)
-            )
-            shares = gather_object([list(tqdm(mine, "Reading rows", len(dataset) // world, disable=self.quiet))])
+        mine = map_in_threads(
+            lambda i: row_key(dataset[i], self.columns, self.collator.processor), range(rank, len(dataset), world)
+        )
+        shares = gather_object([list(tqdm(mine, "Reading rows", len(dataset) // world, disable=self.quiet))])
         keys = [""] * len(dataset)
         for start, share in enumerate(shares):
             keys[start::world] = share

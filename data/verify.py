@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -11,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
 
+from common.threads import map_in_threads
 from data.files import code_state
 from data.images import check_image, forget_images, size_and_time
 from data.pairs import ordered_pairs
@@ -192,15 +192,15 @@ def verify_row(
 def _state_of_files(rows: Dataset, check_images: str) -> str:
     """Digest of size and time of change of the images that are looked at: a verdict is as old as its file."""
     every = max(len(rows) // SAMPLE, 1) if check_images == "sample" else 1
-    names: dict[str, None] = {}
+    found: set[str] = set()
     some = rows.select(range(0, len(rows), every)).with_format("arrow")[:] if len(rows) else {}
     for column in {"images", "image_rejected"} & set(rows.column_names) if len(rows) else ():
         values = pc.list_flatten(some[column]) if column == "images" else some[column]
-        names |= dict.fromkeys(sorted(name for name in values.to_pylist() if name))
+        found.update(name for name in pc.unique(values).to_pylist() if name)  # not a string for every row
+    names = sorted(found)
     digest = hashlib.blake2b(digest_size=16)
-    with ThreadPoolExecutor() as pool:
-        for name, state in zip(names, pool.map(size_and_time, names), strict=True):
-            digest.update(f"{name} {state}\n".encode())
+    for name, state in zip(names, map_in_threads(size_and_time, names), strict=True):
+        digest.update(f"{name} {state}\n".encode())
     return digest.hexdigest()
 
 

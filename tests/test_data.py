@@ -6,7 +6,10 @@ import json
 import os
 import re
 import shutil
+import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -18,11 +21,13 @@ from PIL import Image, ImageFile
 import data
 from args import DataArguments
 from common.errors import InputError
+from common.threads import map_in_threads
 from data.files import json_list
 from data.pairs import ordered_pairs
 from data.splits import held_out, interleaved, kept
 
 ROOT = Path(__file__).parent.parent
+verify = sys.modules["data.verify"]  # `data.verify` is its function
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -559,6 +564,25 @@ def test_a_changed_file_is_read_again_and_an_unchanged_one_is_not(
     monkeypatch.undo()
     write(folder / "d.json", [pair(3)])
     assert load(args).train[0]["prompt"][0]["content"] == "<image>What is 3?"
+
+
+def test_a_file_is_asked_for_its_state_once_for_all_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    states = {"": None, "a": (1, 2), "b": (3, 4), "c": None}
+    monkeypatch.setattr(verify, "size_and_time", lambda path: asked.append(path) or states[path])
+    rows = {"images": [["b", "a"], ["a"], [], ["b"]] * 50, "image_rejected": ["a", None, "", "c"] * 50}
+    state = verify._state_of_files(datasets.Dataset.from_dict(rows), "all")
+    assert sorted(asked) == ["a", "b", "c"]
+    states["b"] = (3, 5)
+    assert verify._state_of_files(datasets.Dataset.from_dict(rows), "all") != state
+
+
+@pytest.mark.parametrize(("items", "tasks"), [(0, 0), (1, 1), (64, 1), (65, 2), (300, 5)])
+def test_threads_share_a_task_among_64_items(items: int, tasks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    submitted, submit = [], ThreadPoolExecutor.submit
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", lambda pool, *task: submitted.append(task) or submit(pool, *task))
+    found = map_in_threads(lambda i: time.sleep(0.002 * (i % 64 == 0)) or i * i, range(0, 2 * items, 2))
+    assert [*found] == [4 * i * i for i in range(items)] and len(submitted) == tasks
 
 
 # ----------------------------------------------------------------------------------------------------------------------

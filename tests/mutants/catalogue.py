@@ -1607,3 +1607,20 @@ faults(
     },
     nothing_of_a_picture={"old pictures stay in memory": ("RunPage.write", "gc.collect()", "None")},
 )
+faults(
+    "data/verify.py",
+    "tests/test_data.py",
+    asked_for_its_state={
+        "every row asks for the state of its files": (
+            "_state_of_files",
+            "names = sorted(found)",
+            "names = sorted(name for name in values.to_pylist() if name)",
+        ),
+        "the state of rejected images is left out": ("_state_of_files", '{"images", "image_rejected"}', '{"images"}'),
+    },
+)
+faults(
+    "common/threads.py",
+    "tests/test_data.py",
+    threads_share={"a task for every item": ("map_in_threads", "range(0, len(items), PART)", "range(len(items))")},
+)
