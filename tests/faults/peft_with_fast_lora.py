@@ -1,7 +1,8 @@
 """A pytest plugin that lets peft's own tests run on this project's LoRA layer (base/fast_lora.py). They are in peft's source distribution:
 
     pip download --no-deps --no-binary :all: peft==VERSION && tar xzf peft-VERSION.tar.gz
-    PYTHONPATH=. python -m pytest -o addopts= -p tests.faults.peft_with_fast_lora peft-VERSION/tests/test_custom_models.py -k "lora or Lora"
+    mv peft-VERSION/tests peft-VERSION/peft_tests && touch peft-VERSION/peft_tests/__init__.py    # they import each other as a package
+    PYTHONPATH=. python -m pytest -o addopts= -p tests.faults.peft_with_fast_lora peft-VERSION/peft_tests/test_custom_models.py -k "lora or Lora"
 
 They also need diffusers, parameterized, requests and scipy. `--layer peft` runs them on peft's own layer: what fails there, too, is not ours
 (without a hub, every test that loads a model from it).
