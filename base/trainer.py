@@ -68,6 +68,8 @@ class VLSFTTrainer(VLTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # `compute_loss` divides by the tokens of the whole step; some classes (Qwen-VL's) tell Trainer to divide once more
+        self.model_accepts_loss_kwargs = True
         self.add_callback(AnswerSamples(self))
 
     def compute_loss(

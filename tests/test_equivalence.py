@@ -127,6 +127,23 @@ def test_accumulated_micro_batches_are_one_large_batch(llava, image_dir, tmp_pat
         assert (moved_in_parts - moved).norm() <= 1e-4 * moved.norm(), script
 
 
+def test_accumulation_for_a_class_that_would_have_the_loss_divided_again(image_dir, tmp_path):
+    """Qwen2.5-VL says `accepts_loss_kwargs = False`, at which Trainer divides by the number of micro batches."""
+    flags, rows = f"{LORA} --freeze_vision_tower True", ragged_rows(image_dir, 4)
+    (whole, moved), (parts, moved_in_parts) = (
+        one_step(
+            "sft",
+            zoo.checkpoint("qwen2_5_vl"),
+            rows,
+            tmp_path,
+            f"{flags} --per_device_train_batch_size {size} --gradient_accumulation_steps {4 // size}",
+        )
+        for size in (4, 1)
+    )
+    assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+    assert (moved_in_parts - moved).norm() <= 1e-4 * moved.norm() > 0
+
+
 @pytest.mark.parametrize(
     ("script", "family", "flags"),
     [
