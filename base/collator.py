@@ -92,19 +92,23 @@ class VLDataCollator:
 
     def with_lengths(self, dataset: Dataset, column: str, num_proc: int | None = None) -> Dataset:
         """Add the number of tokens that each row takes in a batch, for `--train_sampling_strategy group_by_length`."""
+        return dataset.add_column(column, self.lengths(dataset, num_proc))
+
+    def lengths(self, dataset: Dataset, num_proc: int | None = None) -> list[int]:
+        """Tokens that each row takes in a batch; of images the headers are read."""
 
         def count(row: Row) -> dict[str, int]:
             with self.processor.lengths_only():
-                return {column: self.length(row)}
+                return {"length": self.length(row)}
 
-        lengths = dataset.map(
+        counted = dataset.map(
             count,
             num_proc=num_proc,
             remove_columns=dataset.column_names,
             load_from_cache_file=False,  # an image may have changed
             desc="Counting tokens",
         )
-        return dataset.add_column(column, lengths[column][:])
+        return counted["length"][:]
 
     def length(self, row: Row) -> int:
         """Hook: tokens of a row as this collator lays it out."""

@@ -18,6 +18,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers.trainer_utils import TrainOutput
 from trl.models.utils import prepare_deepspeed
 
@@ -46,6 +47,7 @@ from base.run_warnings import unbalanced
 from base.views import fixed_mismatches
 from base.vl_trainer import VLHeadTrainer, VLTrainer, disable_dropout, sum_and_count
 from common.errors import InputError
+from data.bins import Bins, best_fit
 from losses import (
     check_losses,
     columns_of,
@@ -71,6 +73,43 @@ class VLSFTTrainer(VLTrainer):
         # `compute_loss` divides by the tokens of the whole step; some classes (Qwen-VL's) tell Trainer to divide once more
         self.model_accepts_loss_kwargs = True
         self.add_callback(AnswerSamples(self))
+        self.bins = self._packed() if self.args.packing and self.train_dataset is not None else None
+
+    def _packed(self) -> list[list[int]]:
+        """The training rows by bin of at most --max_length tokens.
+
+        Raises:
+            InputError: --max_length is missing, or the model's rows cannot lie end to end.
+        """
+        capacity, model = self.data_collator.limits.max_length, self.base_model(self.model)
+        if capacity is None:
+            raise InputError(
+                "--packing fills rows up to --max_length: say how many tokens, for example --max_length 4096."
+            )
+        if not model.lays_end_to_end:
+            raise InputError(
+                f"--packing needs rows that can lie end to end, which those of {type(model).__name__} cannot here: leave it out."
+            )
+        with self.args.main_process_first(desc="counting tokens"):
+            lengths = self.data_collator.lengths(self.train_dataset)
+        bins = best_fit(lengths, capacity)
+        logger.warning(
+            f"Packing: {len(lengths)} conversations in {len(bins)} rows of at most {capacity} tokens, which are "
+            f"{sum(lengths) / (len(bins) * capacity):.0%} full."
+        )
+        return bins
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As Trainer's; with --packing over bins, whose rows lie end to end as those of any batch do."""
+        if self.bins is None:
+            return super().get_train_dataloader()
+        return self._get_dataloader(
+            Bins(self.train_dataset, self.bins),
+            "Training",
+            self._train_batch_size,
+            self._get_train_sampler,
+            is_training=True,
+        )
 
     def compute_loss(
         self,

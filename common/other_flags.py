@@ -109,6 +109,8 @@ TRL: dict[str, Entry] = {
     "dataset_test_split": Refused("write --eval_data_path FILE or --eval_ratio SHARE"),
     "dataset_config": Refused("write --data_path with the file or folder of that configuration"),
     "use_vllm": switch(None),
+    "packing_strategy": {"bfd": ""},
+    "eval_packing": switch(None),
     "cpo_alpha": Refused("write --loss_type cpo sft --loss_weights 1 ALPHA"),
 }
 LLAMA_FACTORY: dict[str, Entry] = {
@@ -142,6 +144,7 @@ LLAMA_FACTORY: dict[str, Entry] = {
     "reward_model": Refused("write --reward_adapter or --reward_model_name_or_path"),
     "reward_model_type": Refused("write --reward_adapter or --reward_model_name_or_path"),
     "create_new_adapter": Refused("write --merge_first True"),
+    "neat_packing": switch("--packing True"),
     "plot_loss": Ignored("the numbers of a run lie in its trainer_state.json"),
     "overwrite_cache": Ignored("what is cached is compared with the files"),
     "freeze_multi_modal_projector": PROJECTOR_FROZEN,
@@ -181,7 +184,7 @@ MS_SWIFT: dict[str, Entry] = {
     "quant_method": {"bnb": ""},
     "reward_model_plugin": REWARD_FUNCTION,
     "external_plugins": REWARD_FUNCTION,
-    "padding_free": Ignored("--share_prefix says how the tokens of a batch are laid out"),
+    "padding_free": Ignored("rows of a batch lie end to end, without padding"),
 }
 # LLaVA, Qwen2-VL-Finetune and their kin
 LLAVA: dict[str, Entry] = {

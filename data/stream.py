@@ -63,6 +63,7 @@ def streaming_of(data_args: DataArguments, training_args: VLConfig) -> Streaming
         )
     for name, why in (
         ("precompute_ref_log_probs", "passes over all rows before training"),
+        ("packing", "puts rows from anywhere in the data together"),
         ("dynamic_sampling", "draws further prompts from anywhere in the data"),
     ):
         if getattr(training_args, name, False):

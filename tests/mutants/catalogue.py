@@ -293,7 +293,7 @@ faults(
     },
     counted_anew={
         "lengths cached though an image changed": (
-            "VLDataCollator.with_lengths",
+            "VLDataCollator.lengths",
             "dataset.map(count, num_proc=num_proc, remove_columns=dataset.column_names, load_from_cache_file=False, "
             'desc="Counting tokens")',
             "dataset.map(count, num_proc=num_proc, remove_columns=dataset.column_names, "
@@ -588,6 +588,31 @@ faults(
     },
 )
 faults(
+    "data/bins.py",
+    "tests/test_bins.py",
+    by_hand={
+        "the first bin with room takes a row, not the fullest": (
+            "best_fit",
+            "at = bisect_left(rooms, lengths[row])",
+            "at = len(rooms) - 1 if rooms and rooms[-1] >= lengths[row] else len(rooms)",
+        ),
+    },
+    too_full={
+        "a bin may be one token too full": (
+            "best_fit",
+            "bisect_left(rooms, lengths[row])",
+            "bisect_left(rooms, lengths[row] - 1)",
+        ),
+    },
+    loader={
+        "of a batch of bins the first alone": (
+            "Bins.__getitems__",
+            "[row for index in indices for row in self[index]]",
+            "[row for index in indices[:1] for row in self[index]]",
+        ),
+    },
+)
+faults(
     "base/trainer.py",
     "tests/test_equivalence.py",
     divided_again={
@@ -596,6 +621,13 @@ faults(
             "self.model_accepts_loss_kwargs = True",
             "pass",
         ),
+    },
+)
+faults(
+    "base/trainer.py",
+    "tests/test_bins.py",
+    apart={
+        "--packing takes rows one by one": ("VLSFTTrainer.get_train_dataloader", "self.bins is None", "True"),
     },
 )
 faults(
