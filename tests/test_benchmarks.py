@@ -17,6 +17,7 @@ from benchmarks import (
     padding,
     ppo_reuse,
     rm_vs_plain,
+    scaling,
 )
 from benchmarks.models import FAMILIES
 
@@ -126,3 +127,35 @@ def test_finished_estimators_are_read_and_averaged(tmp_path, monkeypatch):
     assert lines[-1] == "| grpo | 0.030 ± 0.030 | 0.500 ± 0.000 | 0.750 ± 0.000 | 1.000 ± 0.000 | 12 ± 2 |"
     assert (tmp_path / "estimators.png").stat().st_size > 10_000
     assert estimators.rewards_of(tmp_path / "seed-1" / "grpo") == pytest.approx([1.0, 1.1, 1.2])
+
+
+def test_traffic_between_gpus_by_hand():
+    """1 GB of weights, 100 million of them trained; 16 GPUs in two nodes of 8, 100 GB/s within a node and 10 between."""
+    rates = scaling.Rates(node_gb_s=100, network_gb_s=10)
+    of = {e.name: e for e in scaling.ENGINES}
+
+    def seconds(name: str, gpus: int = 16) -> tuple[float, float]:
+        return scaling.seconds_between(of[name], gpus, 8, weights=1e9, trained=1e8, passes=3, rates=rates)
+
+    assert seconds("LoRA, DDP", 1) == (0, 0)
+    assert seconds("LoRA, DDP") == pytest.approx((0.8e9 * 15 / 16 / 10e9, 0))  # gradients in float32, there and back
+    assert seconds("LoRA, DDP", 8) == pytest.approx((0.8e9 * 7 / 8 / 100e9, 0))
+    assert seconds("all weights, zero2.json") == pytest.approx((0.2e9 * 15 / 16 / 10e9,) * 2)
+    assert seconds("all weights, zero3.json") == pytest.approx((3.2e9 * 15 / 16 / 10e9, 0))
+    within = 3.2e9 * 7 / 8 / 100e9 + 0.8e9 / 8 / 2 / 10e9  # weights in the node, an eighth of the gradients between two
+    assert seconds("all weights, FSDP2 within nodes (not here)") == pytest.approx((within, 0))
+
+
+@pytest.mark.slow
+def test_steps_and_rollouts_on_paper():
+    model, rates = "Qwen/Qwen2.5-VL-7B-Instruct", scaling.Rates(tflops=100)
+    found = scaling.step_seconds(model, scaling.ENGINES[0], 8, rows=1, answer=150, rates=rates)
+    twice = scaling.step_seconds(model, scaling.ENGINES[0], 8, rows=1, answer=150, rates=scaling.Rates(tflops=200))
+    # 7.6 billion weights, 1,644 tokens: forward, backward, recomputed, and the reference, with adapters of rank 64 on top
+    assert found["compute"] == pytest.approx(4 * 2 * 6.5e9 * 1644 / 100e12, rel=0.15)
+    assert twice["compute"] == pytest.approx(found["compute"] / 2) and twice["gib"] == found["gib"] > 14
+    assert found["step"] == max(found["compute"], found["between"])
+    few, many = (scaling.rollout_seconds(model, prompts, 8, 100, scaling.Rates()) for prompts in (1, 16))
+    assert few["in place"] == pytest.approx(100 * 28 * 0.4e-3)  # what Python takes, whatever is read
+    assert few["server"] == pytest.approx(100 * 16.6e9 / 2000e9, rel=0.1)  # what is read: the weights
+    assert many["server"] > few["server"]
