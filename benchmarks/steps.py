@@ -98,7 +98,7 @@ class Side:
     def measure_memory(self) -> None:
         """One more step, to measure the peak memory of its tensors."""
         gc.collect()
-        held = _tensor_bytes(self.trainer)
+        held = tensor_bytes(self.trainer)
         if torch.cuda.is_available():
             held = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
@@ -125,6 +125,11 @@ def peak_of(run: Callable[[], Any]) -> int:
     """Peak bytes of CPU tensors that `run` adds to those before it, counted by torch's allocator."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
+    return peak_in(profile)
+
+
+def peak_in(profile: torch.profiler.profile) -> int:
+    """Peak bytes of CPU tensors in a profile with memory, beyond those before it."""
     level = most = 0
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -133,7 +138,8 @@ def peak_of(run: Callable[[], Any]) -> int:
     return most
 
 
-def _tensor_bytes(trainer: Trainer) -> int:
+def tensor_bytes(trainer: Trainer) -> int:
+    """Bytes of weights, buffers, the reference's, and the optimizer's states."""
     models = [trainer.model, getattr(trainer, "ref_model", None)]
     tensors = [t for m in models if m is not None for t in (*m.parameters(), *m.buffers())]
     tensors += [t for state in trainer.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]

@@ -2,9 +2,15 @@
 
 import argparse
 import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import pytest
+import torch
 import transformers as tf
 
 from benchmarks import (
@@ -20,6 +26,10 @@ from benchmarks import (
     scaling,
 )
 from benchmarks.models import FAMILIES
+from benchmarks.rivals import __main__ as rivals
+from benchmarks.rivals.__main__ import compared
+from benchmarks.rivals.__main__ import table as rivals_table
+from benchmarks.rivals.watch import Job, known_as, pairs_of, same_start
 
 
 @pytest.mark.parametrize("case", ["llava-50", "llava-50-four", "llava-150-edited", "llava-50-full"])
@@ -127,6 +137,80 @@ def test_finished_estimators_are_read_and_averaged(tmp_path, monkeypatch):
     assert lines[-1] == "| grpo | 0.030 ± 0.030 | 0.500 ± 0.000 | 0.750 ± 0.000 | 1.000 ± 0.000 | 12 ± 2 |"
     assert (tmp_path / "estimators.png").stat().st_size > 10_000
     assert estimators.rewards_of(tmp_path / "seed-1" / "grpo") == pytest.approx([1.0, 1.1, 1.2])
+
+
+def _job(tmp_path, rows: list[dict], answers: int) -> Job:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Job("dpo", "llava", "base", str(tmp_path / "rows.jsonl"), "adapter", str(tmp_path), 2, answers, steps=3)
+
+
+def test_rivals_get_the_pairs_of_a_row_and_the_same_weights(tmp_path):
+    row = {"images": ["a.png"], "prompt": [{"role": "user", "content": "Q"}], "responses": ["x", "y", "z"]}
+    job = _job(tmp_path, [row, row], 3)
+    assert [(p["chosen"], p["rejected"]) for p in pairs_of(job)] == [("x", "y"), ("x", "z"), ("y", "z")] * 2
+    assert job.pairs == 6 and job.max_steps == 5  # one before, three measured, one for memory
+    names = {
+        "base_model.model.model.language_model.layers.0.mlp.up_proj.lora_A.default.weight": "layers.0.mlp.up_proj.lora_A",
+        "pretrained_model.base_model.model.model.layers.11.self_attn.q_proj.lora_B.default.weight": "layers.11.self_attn.q_proj.lora_B",
+        "v_head.summary.weight": "head",
+        "v_head.summary.bias": "head.bias",
+        "base_model.model.score.modules_to_save.default.weight": "head",
+        "head.weight": "head",
+        "model.language_model.norm.weight": "model.language_model.norm.weight",
+    }
+    assert {name: known_as(name) for name in names} == names
+
+
+def test_the_first_side_gives_its_weights_and_others_must_train_the_same(tmp_path):
+    first, other = torch.nn.ModuleDict({"head": torch.nn.Linear(3, 1, bias=False)}), torch.nn.ModuleDict()
+    other["v_head"] = torch.nn.ModuleDict({"summary": torch.nn.Linear(3, 1), "dropout": torch.nn.Dropout(0.1)})
+    for model in (first, other):
+        same_start(model, tmp_path / "adapter.safetensors")
+    assert torch.equal(other["v_head"]["summary"].weight, first["head"].weight)
+    assert other["v_head"]["summary"].bias.item() == 0 and other["v_head"]["dropout"].p == 0
+    with pytest.raises(ValueError, match=r"other weights train here: .*'more.weight'"):
+        same_start(
+            torch.nn.ModuleDict({**first, "more": torch.nn.Linear(1, 1, bias=False)}), tmp_path / "adapter.safetensors"
+        )
+
+
+def test_the_table_of_rivals_by_hand(monkeypatch):
+    """Twice the time at half the memory; one that failed has a dash."""
+    monkeypatch.setattr(rivals, "CLOCK", "step_cpu")
+    ours = {"step_cpu": 2.0, "peak_mib": 50.0, "losses": [0.7, 0.6]}
+    found = {
+        "ours": ours,
+        "cached": ours | {"step_cpu": 1.0},
+        "trl": {"step_cpu": 4.0, "peak_mib": 100.0, "losses": [0.7, 0.5]},
+        "swift": {"error": "no"},
+    }
+    result = compared(found)
+    assert result["ratio"] == {"trl": [2.0, 4.0]} and result["memory"] == {"trl": [0.5, 0.5]}
+    assert result["loss_difference"]["trl"] == pytest.approx(0.1)
+    line = rivals_table([{"case": "a", "sides": found, "load": 1.0, **result}], ["trl", "swift"]).splitlines()[-1]
+    assert line == "| a | 2.00 / 1.00 | 2.00 / 4.00 | 0.50 / 0.50 | – | – | 1.0e-01 | 1.0 |"
+
+
+@pytest.mark.slow
+def test_ours_and_trls_losses_agree_in_processes_of_their_own(tmp_path):
+    cases = ["dpo, equal rows", "dpo, Qwen2.5-VL, ragged rows", "dpo, four answers", "sft, packed"]
+    flags = [word for case in cases for word in ("--case", case)]
+    found = rivals.main(["--size", "tiny", "--steps", "1", "--out", str(tmp_path), *flags])
+    assert [case["case"] for case in found] == cases
+    for case in found:
+        assert case["loss_difference"]["trl"] < 1e-5 and len(case["sides"]["ours"]["losses"]) == 3
+        assert case["sides"]["ours"]["losses"][0] != case["sides"]["ours"]["losses"][2]  # it trains
+    assert "sft, packed" in (tmp_path / "rivals_tiny.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu_reaches_its_end_without_one(tmp_path):
+    script = Path(rivals.ROOT, "benchmarks", "gpu_rivals.sh")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = [script, "--out", tmp_path, "--case", "dpo, four*", "--steps", "1"]
+    done = subprocess.run(command, env=os.environ | {"PATH": path}, capture_output=True, text=True)
+    assert re.fullmatch(rf"dpo, four answers: exit 0, \d+ s, {tmp_path}/1\n", done.stdout), done.stderr
+    assert "| dpo, four answers |" in (tmp_path / "1" / "rivals_tiny.md").read_text()
 
 
 def test_traffic_between_gpus_by_hand():
