@@ -24,7 +24,7 @@ from base.layout import complete_processor, damaged_file, model_config, processo
 from base.resolution import set_resolution
 from base.template import ChatTemplate, Messages
 from common.errors import InputError
-from common.openai_client import data_url
+from common.openai_client import ChatReply, data_url
 from data.rows import IMAGE_MARK
 
 IGNORE_INDEX = -100
@@ -436,6 +436,34 @@ class VLProcessor:
             }
             for message in self._parts(messages, len(images))
         ]
+
+    def api_fields(self, messages: Messages, ids: Sequence[int]) -> dict[str, Any]:
+        """What a request adds, so that a server with this checkpoint's template reads the tokens `ids` in `api_messages`.
+
+        vLLM puts no <s> in front of what the template prints (LLaVA-1.5's prints none).
+        """
+        fields: dict[str, Any] = {}
+        bos = self.tokenizer.bos_token
+        if bos is not None and ids[0] == self.tokenizer.bos_token_id:
+            fields["add_special_tokens"] = not self.render(messages, True).startswith(bos)
+        if "enable_thinking" in self.template.facts:
+            fields["chat_template_kwargs"] = {"enable_thinking": self.template.facts["enable_thinking"]}
+        return fields
+
+    def check_served_prompt(self, reply: ChatReply, ids: Sequence[int], where: str, server: str) -> None:
+        """Raise InputError if a server read another prompt than `ids`: by its tokens, or where it gives none by their number."""
+        said = None
+        if reply.prompt_tokens is not None and reply.prompt_tokens != len(ids):
+            said = f"{reply.prompt_tokens} tokens, {len(ids)} here"
+        elif reply.prompt_ids is not None and len(reply.prompt_ids) == len(ids) and reply.prompt_ids != [*ids]:
+            n = next(n for n, (theirs, ours) in enumerate(zip(reply.prompt_ids, ids, strict=True)) if theirs != ours)
+            names = self.tokenizer.convert_ids_to_tokens([reply.prompt_ids[n], ids[n]])
+            said = f"{names[0]!r} as token {n}, {names[1]!r} here"
+        if said is not None:
+            raise InputError(
+                f"{where}: the prompt has {said}, as {server} says: serve the checkpoint that is trained, with its chat template and image "
+                "processor (docs/serving.md)."
+            )
 
     def as_parts(self, messages: Messages, images: int | None) -> Messages:
         """Hook: messages with contents as parts, image marks as image parts. See `ChatTemplate.as_parts`."""

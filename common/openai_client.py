@@ -14,6 +14,7 @@
 
 import asyncio
 import base64
+import logging
 import os
 import random
 import ssl
@@ -38,9 +39,12 @@ OPTIONAL_FIELDS = (
     "top_k",
     "min_p",
     "repetition_penalty",
+    "logit_bias",
+    "stop_token_ids",
     "logprobs",
     "seed",
 )
+logger = logging.getLogger(__name__)
 _TRY_AGAIN = (408, 409, 429)
 _random = random.Random()  # not the global one, on which a training run may depend
 
@@ -60,6 +64,10 @@ class Refused(ServerError):
     def __init__(self, message: str, status: int, said: str) -> None:
         super().__init__(message)
         self.status, self.said = status, said
+
+
+class WrongReply(ValueError):
+    """A reply that is one, and not what was asked for. Says what is wrong."""
 
 
 class Unavailable(ServerError):
@@ -91,11 +99,13 @@ class ChatReply:
         answers: as many as were asked for.
         prompt_tokens: how many the server counted, images included; None where it does not say.
         prompt_ids: what it read; None where the server does not give them.
+        prompt_logps: of each of `prompt_ids`, the first one's None; None where they were not asked for (`prompt_logprobs=0` of vLLM).
     """
 
     answers: list[Answer]
     prompt_tokens: int | None
     prompt_ids: list[int] | None
+    prompt_logps: list[float | None] | None = None
 
 
 class OpenAIClient:
@@ -225,15 +235,14 @@ class OpenAIClient:
             try:
                 async with asyncio.timeout(self.timeout):
                     self.asked += 1
-                    response = await http.request(
-                        method, f"{self.url}/{path}", json=self._accepted(body), headers=self._headers()
-                    )
+                    sent = self._accepted(body)
+                    response = await http.request(method, f"{self.url}/{path}", json=sent, headers=self._headers())
                 if response.status_code in _TRY_AGAIN or response.status_code >= 500:
                     after = response.headers.get("Retry-After") or ""
                     wait = min(60.0, float(after)) if after.replace(".", "", 1).isdigit() else 0.0
                     last = f"HTTP {response.status_code}"
                 elif response.status_code >= 300:
-                    if not self._learns(response, body):
+                    if not self._learns(response, sent):
                         raise self._refusal(response)
                     attempt -= 1
                 else:
@@ -244,6 +253,8 @@ class OpenAIClient:
                 last = _cause(error)
             except (ServerError, httpx2.InvalidURL):
                 raise
+            except WrongReply as error:
+                last = str(error)
             except (ValueError, KeyError, IndexError, TypeError):
                 last = "a reply that cannot be read"
         raise Unavailable(f"{self.what} {self.shown_url} failed {self.attempts} times, last with {last}")
@@ -255,14 +266,15 @@ class OpenAIClient:
     def _accepted(self, body: Body | None) -> Body | None:
         return body and {name: value for name, value in body.items() if name not in self._left_out}
 
-    def _learns(self, response: httpx2.Response, body: Body | None) -> bool:
-        """Whether a refusal names optional fields of the body, which are left out from now on."""
-        if body is None or response.status_code not in (400, 422):
+    def _learns(self, response: httpx2.Response, sent: Body | None) -> bool:
+        """Whether a refusal names optional fields of what was sent, which are left out from now on."""
+        if sent is None or response.status_code not in (400, 422):
             return False
-        named = {name for name in OPTIONAL_FIELDS if name in body and name in response.text}
-        new = named - self._left_out
-        self._left_out |= new
-        return bool(new)
+        named = {name for name in OPTIONAL_FIELDS if name in sent and name in response.text}
+        if new := named - self._left_out:
+            logger.warning("%s %s does not take %s: left out.", self.what, self.shown_url, ", ".join(sorted(new)))
+        self._left_out |= named
+        return bool(named)
 
     def _refusal(self, response: httpx2.Response) -> Refused:
         status, said = response.status_code, _message(response)
@@ -279,9 +291,22 @@ class OpenAIClient:
             raise InputError(f"{self.what} {self.shown_url} serves no model: start it with one")
         return models[0]
 
-    def chat_all(self, bodies: Iterable[Body], done: Callable[[int, ChatReply], None] | None = None) -> list[ChatReply]:
-        """Chat completions of `chat_body`s, in order; for `done` and errors see `post_all`."""
-        return self.post_all("chat/completions", bodies, read_chat, done)
+    def chat_all(
+        self, bodies: Iterable[Body], done: Callable[[int, ChatReply], None] | None = None, num_answers: int = 1
+    ) -> list[ChatReply]:
+        """Chat completions of `chat_body`s, in order; for `done` and errors see `post_all`.
+
+        Args:
+            num_answers: to each; a reply with another number is asked again.
+        """
+
+        def read(response: httpx2.Response) -> ChatReply:
+            reply = read_chat(response)
+            if len(reply.answers) != num_answers:
+                raise WrongReply(f"{len(reply.answers)} of {num_answers} answers")
+            return reply
+
+        return self.post_all("chat/completions", bodies, read, done)
 
 
 def _cause(error: BaseException) -> str:
@@ -345,7 +370,11 @@ def read_chat(response: httpx2.Response) -> ChatReply:
     if not choices:
         raise ValueError("no choices")
     usage = reply.get("usage") or {}
-    return ChatReply([_answer(choice) for choice in choices], usage.get("prompt_tokens"), reply.get("prompt_token_ids"))
+    ids, said = reply.get("prompt_token_ids"), reply.get("prompt_logprobs")
+    logps = None
+    if ids is not None and said is not None:
+        logps = [None if of is None else float(of[str(id)]["logprob"]) for id, of in zip(ids, said, strict=True)]
+    return ChatReply([_answer(choice) for choice in choices], usage.get("prompt_tokens"), ids, logps)
 
 
 def _answer(choice: Mapping[str, Any]) -> Answer:

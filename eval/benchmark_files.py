@@ -503,3 +503,11 @@ def prompt(task: str, row: Row, suffix: str | None = None) -> str:
     if suffix is None:  # mmmu, as in LLaVA's evaluation
         suffix = _LETTER if row["multiple_choice"] else "Answer the question using a single word or phrase."
     return f"{row['question']}{suffix}".rstrip("\n")
+
+
+def with_image_marks(text: str, images: int) -> str:
+    """MMMU's `<image 1>` become image marks where they stand, if each image is named exactly once; else images go first."""
+    named = re.findall(r"<image (\d)>", text)
+    if images > 1 and sorted(named) == [str(i + 1) for i in range(images)] == named:
+        return re.sub(r"<image \d>", "<image>", text)
+    return text.replace("<image>", "")

@@ -9,6 +9,7 @@
 2. Batches are fixed by the data and --batch_size alone, and each has its own seed: a run that is killed and repeated, on any
    number of ranks, ends in the same file as one that is not.
 3. --likelihood (task seed) writes the mean token loss of every choice instead of an answer.
+4. --url asks an inference server instead of a model in this process (docs/serving.md): what it has answered is kept when it fails.
 """
 
 import argparse
@@ -39,10 +40,12 @@ from base.processor import VLProcessor
 from base.shared_prefill import answers_of_one_prefill, beams_of_one_prefill
 from common.errors import InputError
 from common.flags import FlagParser
-from eval.benchmark_files import TASKS, Row, check_images, prompt, read_task
+from common.openai_client import Unavailable
+from eval.benchmark_files import TASKS, Row, check_images, prompt, read_task, with_image_marks
 from eval.flags import add_data_flags, add_model_flags, add_switch, add_thinking_flag
 from eval.ledger import Ledger
 from eval.results import meta_path, read_meta, sha256, versions
+from eval.served import ServedModel, choice_settings, served_settings
 from models import core_mapper_for
 
 Batch = list[Row]
@@ -140,14 +143,6 @@ class EncodedBatches(torch.utils.data.Dataset):
                 digest.update(name.encode() + str(tuple(value.shape)).encode())
                 digest.update(value.contiguous().view(torch.uint8).numpy())
         return {"ids": ids, "inputs": inputs, "digest": digest.hexdigest() if images else None}
-
-
-def with_image_marks(text: str, images: int) -> str:
-    """MMMU's `<image 1>` become image marks where they stand, if each image is named exactly once; else images go first."""
-    named = re.findall(r"<image (\d)>", text)
-    if images > 1 and sorted(named) == [str(i + 1) for i in range(images)] == named:
-        return re.sub(r"<image \d>", "<image>", text)
-    return text.replace("<image>", "")
 
 
 # ---------------------------------------------------------------------------------------------------- model
@@ -369,7 +364,7 @@ def rendering_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def describe(args: argparse.Namespace, recorded: dict, facts: dict | None = None) -> dict:
     """answers.meta.json, which scorers copy into results.json. `facts` are those of the chat template."""
-    base = base_model_path(args.model_name_or_path)
+    base = base_model_path(args.model_name_or_path) if args.model_name_or_path else None
     adapter = args.adapter or (args.model_name_or_path if base != args.model_name_or_path else None)
     return {
         "task": args.task,
@@ -379,7 +374,9 @@ def describe(args: argparse.Namespace, recorded: dict, facts: dict | None = None
         "limit": args.limit,
         "checkpoint": base,
         "adapter": adapter,
-        "weights": weights_fingerprint(base, adapter),  # the same folder may hold another model by now
+        "weights": weights_fingerprint(base, adapter)
+        if base
+        else None,  # the same folder may hold another model by now
         "step": checkpoint_step(args.adapter, args.model_name_or_path),
         "prompt": {"suffix": getattr(args, "suffix", None)} | (facts or {}),
         "generation": recorded,
@@ -426,11 +423,7 @@ def answer_rows(args: argparse.Namespace, rows: list[Row], answerer: Answerer, r
             # The whole batch, as the first time: same padding, same answers
             K = args.num_samples
             texts = list(chunks(answerer.answer(encoded, settings, seed, K), K))
-            new = [
-                {"id": row["id"], "prompt": row["prompt"], "answer": of_row[0], **_samples(of_row), **_shown(row)}
-                for row, of_row in zip(batch, texts, strict=True)
-                if row["id"] not in done
-            ]
+            new = [_record(row, of_row) for row, of_row in zip(batch, texts, strict=True) if row["id"] not in done]
             ledger.write(new)
             count += len(new)
             bar.update(len(new))
@@ -439,6 +432,11 @@ def answer_rows(args: argparse.Namespace, rows: list[Row], answerer: Answerer, r
     if rank == 0:
         ledger.finish()
     return {"rows": count, "images": answerer.tower_runs}
+
+
+def _record(row: Row, answers: list[str]) -> dict:
+    """A line of answers.jsonl."""
+    return {"id": row["id"], "prompt": row["prompt"], "answer": answers[0], **_samples(answers), **_shown(row)}
 
 
 def _samples(answers: list[str]) -> dict:
@@ -489,11 +487,49 @@ def choice_losses(args: argparse.Namespace, rows: list[Row], answerer: Answerer,
     return {"rows": count}
 
 
+def ask_server(args: argparse.Namespace, rows: list[Row]) -> dict:
+    """Write what an inference server answers, or with --likelihood the losses of the choices, for every row that has none yet."""
+    check_images(rows)
+    processor = None
+    if args.model_name_or_path:
+        processor = processor_for(args.model_name_or_path, args.adapter, **rendering_of(args))
+    served = ServedModel(args.url, args.served_model, processor, args.batch_size)
+    recorded = choice_settings(served) if args.likelihood else served_settings(args, served)
+    described = describe(args, recorded, processor.template.facts if processor else None)
+    described |= {"url": served.client.shown_url, "checkpoint": described["checkpoint"] or served.model}
+    ledger = Ledger(args.output, described, [str(r["id"]) for r in rows], 0, args.overwrite)
+    done = ledger.open()
+    left = [(n, row) for n, row in enumerate(rows) if row["id"] not in done]
+    with tqdm(total=len(left), unit="row", desc=args.task) as bar:
+
+        def write(record: dict) -> None:
+            ledger.write([record])
+            bar.update()
+
+        try:
+            if args.likelihood:
+                served.choice_losses(
+                    [row for _, row in left], lambda row, found: write({"id": row["id"], "losses": found})
+                )
+            else:
+                for _, row in left:
+                    row["prompt"] = prompt(args.task, row, args.suffix)
+                served.answers(left, recorded, lambda row, texts: write(_record(row, texts)))
+        except Unavailable as error:
+            raise InputError(f"{error}; the rows so far are kept, run the command again to go on.") from error
+        finally:
+            ledger.close()
+    ledger.finish()
+    return {"rows": len(left)}
+
+
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that eval.generate and eval.sweep share."""
     parser.add_argument("--limit", type=int, help="the first N rows only; marked in every table")
     parser.add_argument("--suffix", help="instruction after the question, in place of the task's own")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows per batch and rank")
+    parser.add_argument(
+        "--batch_size", type=int, default=8, help="rows per batch and rank; with --url requests at a time"
+    )
     parser.add_argument("--max_new_tokens", type=int, help="default: the family's (1024)")
     parser.add_argument("--num_beams", type=int, help="default 1; RLAIF-V reports Object HalBench with 3")
     parser.add_argument("--temperature", type=float, help="0 is greedy; default: as the family says, greedy")
@@ -517,7 +553,13 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line (`argv` in its place)."""
     parser = FlagParser(description=__doc__)
     parser.add_argument("--task", required=True, choices=list(TASKS))
-    add_model_flags(parser)
+    add_model_flags(parser, required=False)
+    parser.add_argument(
+        "--url",
+        help="ask an inference server, http://host:8000/v1 (docs/serving.md); --model_name_or_path is then what it serves, whose prompts its own are "
+        "compared with, and may be left out",
+    )
+    parser.add_argument("--served_model", help="with --url: the model's name there; default: the first one listed")
     add_data_flags(parser)
     parser.add_argument("--output", required=True, help="answers.jsonl")
     add_switch(parser, "--likelihood", help="seed: losses of the choices instead of answers")
@@ -525,7 +567,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.likelihood and args.task != "seed":
         raise InputError("--likelihood is a variant of --task seed only; leave it out")
+    if not args.url and not args.model_name_or_path:
+        raise InputError("give --model_name_or_path, a checkpoint, hub id or adapter folder, or the --url of a server")
+    if args.served_model and not args.url:
+        raise InputError("--served_model names a model of --url: give that, too, or leave it out")
     rows = read_task(args.task, args.data_path, args.image_root, args.limit)
+    if args.url:
+        print(
+            f"{args.output}: {len(rows)} rows; asked for {ask_server(args, rows)['rows']} at {args.url.split('@')[-1]}"
+        )
+        return
     with ranks() as (rank, world, device):
         answerer = Answerer(args.model_name_or_path, args.adapter, device, args.bf16, **rendering_of(args))
         write = choice_losses if args.likelihood else answer_rows

@@ -25,9 +25,9 @@ from common.files import replacing
 from common.flags import FlagParser
 from data import load_train_eval
 from data.pairs import ordered_pairs
-from eval.benchmark_files import Row, check_images, read_task
+from eval.benchmark_files import Row, check_images, read_task, with_image_marks
 from eval.flags import add_flag, add_switch
-from eval.generate import Answerer, barrier, chunks, describe, processor_for, ranks, with_image_marks
+from eval.generate import Answerer, barrier, chunks, describe, processor_for, ranks
 from eval.ledger import Ledger
 from models import core_mapper_for
 

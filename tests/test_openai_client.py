@@ -73,7 +73,7 @@ def test_what_was_answered_is_kept_when_a_later_request_fails(server: FakeServer
     assert len(server.requests) == 3  # the others were not sent
 
 
-def test_fields_that_a_server_refuses_are_left_out(server: FakeServer) -> None:
+def test_fields_that_a_server_refuses_are_left_out(server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
     strict = server.reply
 
     def reply(path: str, body: dict) -> object:
@@ -87,6 +87,7 @@ def test_fields_that_a_server_refuses_are_left_out(server: FakeServer) -> None:
     assert texts(ask, "a", "b") == ["A", "B"]
     assert len(server.requests) == 4  # two refusals, then both questions without
     assert server.requests[-1]["logprobs"] is True
+    assert caplog.text.count("does not take return_token_ids: left out") == 1
     server.reply = lambda path, body: (400, {"detail": "max_tokens is too large"})
     with pytest.raises(Refused, match="max_tokens is too large"):  # of a field that is needed
         texts(ask, "a")
@@ -103,7 +104,7 @@ def test_tokens_and_their_log_probs(server: FakeServer) -> None:
             {"index": 0, "message": {"content": "a"}, "finish_reason": "stop", "logprobs": {"content": content}},
         ],
     }
-    (reply,) = client(server).chat_all([body("q", num_answers=2, seed=5, temperature=0.5)])
+    (reply,) = client(server).chat_all([body("q", num_answers=2, seed=5, temperature=0.5)], num_answers=2)
     assert (reply.prompt_tokens, reply.prompt_ids) == (3, [1, 5, 6])
     first, second = reply.answers
     assert (first.token_ids, first.logps, first.ended) == ([7, 2], [-0.5, -1.25], True)
@@ -112,8 +113,10 @@ def test_tokens_and_their_log_probs(server: FakeServer) -> None:
     assert (asked["n"], asked["seed"], asked["temperature"], asked["return_token_ids"]) == (2, 5, 0.5, True)
     for token in content:
         token["token"] = "word"
-    (reply,) = client(server).chat_all([body("q")])
+    (reply,) = client(server).chat_all([body("q")], num_answers=2)
     assert reply.answers[0].token_ids is None and reply.answers[0].logps is None
+    with pytest.raises(Unavailable, match="failed 2 times, last with 2 of 3 answers"):
+        client(server, attempts=2).chat_all([body("q", num_answers=3)], num_answers=3)
 
 
 def test_the_model_that_is_served(server: FakeServer) -> None:

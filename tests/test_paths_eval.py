@@ -8,8 +8,8 @@ import torch
 
 from common.errors import InputError
 from eval import choice, mathvista
-from eval.benchmark_files import read_task
-from eval.generate import Answerer, answer_rows, plan, with_image_marks
+from eval.benchmark_files import read_task, with_image_marks
+from eval.generate import Answerer, answer_rows, plan
 from eval.ledger import Ledger
 from tests.test_eval_generate import CPU, arguments, lines, questions, run  # noqa: F401  (a fixture)
 from tests.test_paths_dpo import sft_adapter

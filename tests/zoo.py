@@ -42,11 +42,11 @@ VISION = dict(
 SQUARE = {"height": 28, "width": 28}
 
 Parts = tuple[tf.PreTrainedModel, tf.ProcessorMixin]
-BUILDERS: dict[str, Callable[[], Parts]] = {}
+BUILDERS: dict[str, Callable[..., Parts]] = {}
 ONE_ROW_PER_RESPONSE = {"qwen3_5", "lfm2_vl"}  # their linear layers would mix the responses of a packed row
 
 
-def family(build: Callable[[], Parts]) -> Callable[[], Parts]:
+def family(build: Callable[..., Parts]) -> Callable[..., Parts]:
     """Registers a builder under its own name."""
     BUILDERS[build.__name__] = build
     return build
@@ -150,8 +150,12 @@ LLAVA_TEMPLATE = (
 
 
 @family
-def llava() -> Parts:
-    """LLaVA-1.5: CLIP tower, Vicuna decoder, 16 tokens per image here (576 in the released models)."""
+def llava(width: int = WIDTH, heads: int = 4) -> Parts:
+    """LLaVA-1.5: CLIP tower, Vicuna decoder, 16 tokens per image here (576 in the released models).
+
+    vLLM's attention on a CPU takes heads of 64: `width=128, heads=2`.
+    """
+    size = {"hidden_size": width, "num_attention_heads": heads}
     tokenizer = sentencepiece_tokenizer(["<image>"], {"image_token": "<image>"})
     processor = tf.LlavaProcessor(
         tf.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=SQUARE),
@@ -162,8 +166,8 @@ def llava() -> Parts:
         chat_template=LLAVA_TEMPLATE,
     )
     config = tf.LlavaConfig(
-        vision_config=tf.CLIPVisionConfig(**VISION, projection_dim=WIDTH),
-        text_config=tf.LlamaConfig(**TEXT, **token_ids(tokenizer)),
+        vision_config=tf.CLIPVisionConfig(**VISION | size, projection_dim=width),
+        text_config=tf.LlamaConfig(**TEXT | size, **token_ids(tokenizer)),
         image_token_index=tokenizer.image_token_id,
         vision_feature_layer=-2,
     )
@@ -1310,17 +1314,16 @@ def granite4_vision() -> Parts:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def build(family: str, directory: str | Path, seed: int = 0) -> Path:
+def build(family: str, directory: str | Path, seed: int = 0, **changes: int) -> Path:
     """Builds one family's tiny checkpoint and processor into `directory` and returns the path; the same seed gives the
-    same weights.
-
+    same weights. `changes` go to the family's builder.
 
     Raises:
         KeyError: for a family without a builder.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, processor = BUILDERS[family]()
+        model, processor = BUILDERS[family](**changes)
         _make_images_matter(model)
     if type(model).__module__.startswith("transformers."):
         write_hub_names(model)

@@ -754,6 +754,10 @@ faults(
             '("num_beams", "temperature", "top_p")',
         )
     },
+)
+faults(
+    "eval/benchmark_files.py",
+    "tests/test_paths_eval.py",
     marks_stand={
         "marks in another order than the images": (
             "with_image_marks",
@@ -1666,4 +1670,27 @@ faults(
     "common/threads.py",
     "tests/test_data.py",
     threads_share={"a task for every item": ("map_in_threads", "range(0, len(items), PART)", "range(len(items))")},
+)
+# ------------------------------------------------------------------------------------------------------ inference servers
+
+faults(
+    "common/openai_client.py",
+    "tests/test_openai_client.py",
+    fields_that_a_server_refuses={
+        "refused fields are sent again": ("OpenAIClient._accepted", "name not in self._left_out", "name"),
+    },
+    trouble_is_tried_again={
+        "an overloaded server ends the run": ("", "_TRY_AGAIN = (408, 409, 429)", "_TRY_AGAIN = (408, 409)"),
+    },
+)
+faults(
+    "eval/served.py",
+    "tests/test_eval_served.py",
+    likelihood={
+        "a choice's loss without its end": (
+            "_logps",
+            "[logp for logp in said[start:] if logp is not None] + end",
+            "[logp for logp in said[start:] if logp is not None]",
+        ),
+    },
 )
