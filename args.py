@@ -1120,6 +1120,25 @@ class PPOConfig(VLConfig):
         default=None, metadata={"help": "Taken off the score of an answer that does not end within --response_length."}
     )
     reward_clip: float | None = field(default=None, metadata={"help": "Clip scores to [-x, x]."})
+    rollout_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "Let an inference server sample, http://host:8000/v1 (docs/serving.md): where rollouts take most of the time. Needs --use_lora."
+        },
+    )
+    rollout_timeout: float = field(
+        default=600,
+        metadata={
+            "help": "With --rollout_url: seconds for a request, its time in the server's queue included, before it is tried again."
+        },
+    )
+    rollout_importance_cap: float | None = field(
+        default=None,
+        metadata={
+            "help": "With --rollout_url: largest importance weight of a token, its probability here over that on the server; 3 by default, 0 leaves "
+            "weights out."
+        },
+    )
     ds3_gather_for_generation: bool = field(
         default=True,
         metadata={
@@ -1180,12 +1199,14 @@ class PPOConfig(VLConfig):
     @property
     def reads_old_logps(self) -> bool:
         """Whether anything depends on log-probs before the first optimizer step; else those of that step serve."""
-        return self.has_value_function or self.kl_coef != 0 or self.num_ppo_epochs > 1 or self.num_mini_batches > 1
+        several_steps = self.num_ppo_epochs > 1 or self.num_mini_batches > 1
+        return self.has_value_function or self.kl_coef != 0 or several_steps or self.rollout_url is not None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._fill_in_for_estimator()
         self._check_loss_flags()
+        self._check_rollout_flags()
         sources = len(self.reward_adapter) + len(self.reward_model_name_or_path) + len(self.reward_fn)
         if not sources:
             raise InputError("PPO needs a reward: give --reward_adapter, --reward_model_name_or_path or --reward_fn.")
@@ -1244,6 +1265,20 @@ class PPOConfig(VLConfig):
             )
         if self.max_num_gen_batches is not None and (not self.dynamic_sampling or self.max_num_gen_batches < 1):
             raise InputError("--max_num_gen_batches is 1 or more, and needs --dynamic_sampling True.")
+
+    def _check_rollout_flags(self) -> None:
+        if self.rollout_url is None:
+            if self.rollout_importance_cap is not None or self.rollout_timeout != 600:
+                raise InputError(
+                    "--rollout_importance_cap and --rollout_timeout need --rollout_url, the server's address."
+                )
+            return
+        if self.rollout_importance_cap is None:
+            self.rollout_importance_cap = 3.0
+        if self.rollout_importance_cap < 0 or 0 < self.rollout_importance_cap < 1 or self.rollout_timeout <= 0:
+            raise InputError(
+                "--rollout_importance_cap is 1 or more, or 0 for no weights, and --rollout_timeout is above 0."
+            )
 
     def _check_loss_flags(self) -> None:
         high = self.cliprange if self.cliprange_high is None else self.cliprange_high
@@ -1507,6 +1542,10 @@ def _refuse_in_ppo(flags: dict[str, Any]) -> None:
     for name in ("lora_vision", "train_projector", "train_vision_layers", "freeze_language_model"):
         if flags.get(name):
             raise InputError(f"--{name} is not supported in PPO, whose roles share the features of an image.")
+    if flags.get("rollout_url") and not flags.get("use_lora"):
+        raise InputError(
+            "--rollout_url needs --use_lora True: the server gets an adapter in every update, and has no way to get all weights."
+        )
     if flags.get("lora_bias") not in (None, "none"):
         raise InputError(
             "--lora_bias must be none in PPO: trained biases belong to the base, which the reference and the rewards share."

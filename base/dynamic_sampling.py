@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import losses
-from base.rollout import Answers, Prompts, Sampled, Scored, prompt_by_prompt
+from base.rollout import AnswerLogps, Answers, Prompts, Sampled, Scored, prompt_by_prompt
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,14 @@ class Group:
     Attributes:
         place: of the prompt among those of the update, see Prompts.
         answers: token ids of each.
+        sampler_logps: log-probs of each, see Sampled; None if there are none.
         parts, scores: K numbers, see Scored.
         uniform: whether all scores are the same.
     """
 
     place: int
     answers: list[list[int]]
+    sampler_logps: list[list[float]] | None
     parts: dict[str, list[float]]
     scores: list[float]
     uniform: bool
@@ -32,7 +34,11 @@ class Group:
 def groups_of(r: Scored) -> list[Group]:
     """The groups of a micro batch, in the order of its prompts."""
     tokens = r.batch["completion_ids"].tolist()
-    ids = [row[:n] for row, n in zip(tokens, r.mask.sum(1).tolist(), strict=True)]
+    lengths = r.mask.sum(1).tolist()
+    ids = [row[:n] for row, n in zip(tokens, lengths, strict=True)]
+    logps = None
+    if r.sampler_logps is not None:
+        logps = [row[:n] for row, n in zip(r.sampler_logps.tolist(), lengths, strict=True)]
     uniform = losses.uniform_groups(r.scores, r.groups).tolist()
     parts, scores = {name: values.tolist() for name, values in r.parts.items()}, r.scores.tolist()
     found = []
@@ -42,7 +48,8 @@ def groups_of(r: Scored) -> list[Group]:
             return [values[i] for i in numbers]
 
         of_parts = {name: of_prompt(values) for name, values in parts.items()}
-        found.append(Group(place, of_prompt(ids), of_parts, of_prompt(scores), uniform[numbers[0]]))
+        of_logps = None if logps is None else of_prompt(logps)
+        found.append(Group(place, of_prompt(ids), of_logps, of_parts, of_prompt(scores), uniform[numbers[0]]))
     return found
 
 
@@ -54,16 +61,17 @@ def choose(groups: Sequence[Group], wanted: int) -> list[Group]:
 def micro_batch_of(
     groups: Sequence[Group],
     encode: Callable[[list[int]], Prompts],
-    lay_out: Callable[[Prompts, Answers], Sampled],
+    lay_out: Callable[[Prompts, Answers, AnswerLogps | None], Sampled],
 ) -> Scored:
     """Groups as a micro batch.
 
     Args:
         encode: places -> prompts, their images encoded.
-        lay_out: prompts and answers -> `Sampled.of`.
+        lay_out: prompts, answers and the server's log-probs of them -> `Sampled.of`.
     """
     prompts = encode([g.place for g in groups])
-    sampled = lay_out(prompts, [g.answers for g in groups])
+    logps = [g.sampler_logps for g in groups if g.sampler_logps is not None]
+    sampled = lay_out(prompts, [g.answers for g in groups], logps if len(logps) == len(groups) else None)
     where = {place: i for i, place in enumerate(prompt_by_prompt(len(groups), len(groups[0].answers)))}
     order = [where[place] for place in sampled.order]
 

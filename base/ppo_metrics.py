@@ -12,10 +12,17 @@ from base.rollout import Advantages
 from base.update_loop import PPOState
 
 logger = logging.getLogger(__name__)
+ANOTHER_POLICY = 0.1  # mean deviation of probability ratios from 1
 
 
-def rollout_metrics(rollouts: Sequence[Advantages], kl_coef: float, kl_estimator: str) -> dict[str, Tensor]:
-    """One number per answer of an update, (all R,) each; those of log-probs that no pass computed are left out."""
+def rollout_metrics(
+    rollouts: Sequence[Advantages], kl_coef: float, kl_estimator: str, cap: float | None = None
+) -> dict[str, Tensor]:
+    """One number per answer of an update, (all R,) each; those of log-probs that no pass computed are left out.
+
+    Args:
+        cap: --rollout_importance_cap. What compares a server with the policy has one number per token.
+    """
     scores = torch.cat([r.scores for r in rollouts])
     metrics = {}
     kl = sequence_kl(rollouts)
@@ -31,6 +38,10 @@ def rollout_metrics(rollouts: Sequence[Advantages], kl_coef: float, kl_estimator
             "objective/rlhf_reward": scores - kl_coef * penalty,
             "objective/kl_coef": scores.new_full((1,), kl_coef),  # on the device: it is reduced over all of them
         }
+    if rollouts[0].sampler_logps is not None:
+        ours, theirs = (torch.cat([getattr(r, name)[r.mask] for r in rollouts]) for name in ("logps", "sampler_logps"))
+        metrics["sampling/sampling_logp_difference/mean"] = (ours - theirs).abs()
+        metrics["sampling/importance_sampling_ratio/mean"] = losses.truncated_importance_weights(ours, theirs, cap)
     return metrics | {
         "objective/scores": scores[~scores.isnan()],
         "val/response_length": torch.cat([r.mask.sum(1) for r in rollouts]).float(),
@@ -78,7 +89,7 @@ def token_metrics(
         logps, entropy: (R, T).
         statistics: of `policy_and_value_loss`, (R, T) each.
         first: before the first optimizer step of an update policy and sampler are the same: `first/*` are 0 up to
-            rounding.
+            rounding, of a server up to its other kernels.
     """
     mask = r.loss_mask
     ratio = torch.exp(logps - r.logps)
@@ -92,13 +103,29 @@ def token_metrics(
     if "kl" in statistics:
         sums["loss/kl_avg"] = statistics["kl"][mask].sum()
     if first:
-        sums["first/approxkl"] = losses.approx_kl_per_token(logps, r.logps)[mask].sum()
-        sums["first/ratio_deviation"] = (ratio[mask] - 1).abs().sum()
+        sampler = r.logps if r.sampler_logps is None else r.sampler_logps
+        sums["first/approxkl"] = losses.approx_kl_per_token(logps, sampler)[mask].sum()
+        sums["first/ratio_deviation"] = (torch.exp(logps - sampler)[mask] - 1).abs().sum()
     found = {name: torch.stack([value.detach().float(), mask.sum().float()]) for name, value in sums.items()}
     if "value_clipped" in statistics:  # a value function learns from all tokens
         clipped = statistics["value_clipped"][r.mask].sum().float()
         found["val/clipfrac_avg"] = torch.stack([clipped, r.mask.sum().float()])
     return found
+
+
+def warn_of_another_policy(state: PPOState, update: int, deviation: float) -> None:
+    """Once: an inference server samples from another policy than the one that is trained.
+
+    Args:
+        deviation: mean of |1 - probability here / probability there| over tokens; of one policy in bfloat16 it is about .01.
+    """
+    if deviation > ANOTHER_POLICY and "server" not in state.warned:
+        state.warned.append("server")
+        logger.warning(
+            "Update %d: the server of --rollout_url samples from another policy than the one that is trained: probabilities differ by %.0f %%. It "
+            "serves another base, or in another type, or without --logprobs-mode processed_logprobs at a --temperature other than 1.",
+            update, 100 * deviation,
+        )  # fmt: skip
 
 
 def warn_of_collapse(state: PPOState, update: int, **now: float) -> None:

@@ -27,12 +27,14 @@ Departures from TRL's former PPO (1.10), besides those of losses/ppo.py:
        global random state.
     5. The images of a frozen vision side are encoded once per update; with --freeze_vision_tower full fine-tuning
        freezes the projector too.
-    6. Image placeholders are never sampled. With --top_p below 1 sampling leaves out the tail, while log-probs are
+    6. With --rollout_url an inference server samples (base/server_rollouts.py); its answers are weighed as TRL weighs those of vLLM.
+    7. Image placeholders are never sampled. With --top_p below 1 sampling leaves out the tail, while log-probs are
        those of the whole vocabulary.
 """
 
 import dataclasses
 import math
+import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from trl.models.utils import prepare_deepspeed, unwrap_model_for_generation
@@ -59,13 +61,15 @@ from base.ppo_metrics import (
     rollout_metrics,
     sequence_kl,
     token_metrics,
+    warn_of_another_policy,
     warn_of_collapse,
 )
 from base.reward_calls import UnscoredAnswers
 from base.rewards import AdapterReward, FunctionReward, ModelReward, Reward
-from base.rollout import Advantages, Answers, Evaluated, Images, Prompts, Sampled, Scored
+from base.rollout import Advantages, AnswerLogps, Answers, Evaluated, Images, Prompts, Sampled, Scored
 from base.samples import Sample, write_samples
 from base.sampling import Sampler, end_token_ids, plain_generation_config
+from base.server_rollouts import ServerRollouts, adapter_parameters, gathered
 from base.trainer import disable_dropout
 from base.update_loop import UpdateLoop
 from base.value import VLModelWithValueHead
@@ -108,12 +112,22 @@ class VLPPOTrainer(UpdateLoop):
                 for data in filter(None, (self.train_dataset, self.eval_dataset)):
                     reward.check_columns(data)
         self.sampler = Sampler(args, self.data_collator, end_token_ids(self.data_collator.processor, model.core))
+        self.server = None
+        if args.rollout_url is not None:
+            end_ids, never = self.sampler.end_ids, model.core.image_placeholder_ids
+            self.server = ServerRollouts(args, self.data_collator, self._name_of_run(), end_ids, never)
         adapters = [reward.role for reward in self.rewards if isinstance(reward, AdapterReward)]
         self.roles_with_own_vision = [
             role
             for role in (*([Role.VALUE] if args.has_value_function else []), *adapters)
             if self._on_any_process(model.has_own_vision(role))
         ]
+
+    @staticmethod
+    def _name_of_run() -> str:
+        """A name that no other run has, the same on all devices."""
+        (name,) = broadcast_object_list([uuid.uuid4().hex[:8]])
+        return str(name)
 
     def _prepare_frozen(self, model: nn.Module) -> nn.Module:
         model.requires_grad_(False)
@@ -158,6 +172,8 @@ class VLPPOTrainer(UpdateLoop):
             seed=seed, step=self.state.global_step, sampling=[args.temperature, args.top_p, args.response_length]
         )
         prompts = [self._prompts(batch, place) for batch, place in zip(micro_batches, places, strict=True)]
+        if self.server is not None:
+            return self._rollout_on_server(self.server, prompts, seed)
         at_once = max(1, self.args.local_rollout_forward_batch_size // self.args.per_device_train_batch_size)
         if self._on_any_process(len({len(row["images"]) for p in prompts for row in p.rows}) > 1):
             at_once = 1  # some families lay out the images of a batch by its fullest row
@@ -165,8 +181,9 @@ class VLPPOTrainer(UpdateLoop):
         with self._generating_model() as core, self.phase("rollout", len(prompts)) as bar:
             for start in range(0, len(prompts), at_once):
                 group = prompts[start : start + at_once]
-                answers = [self.unscored.get(p.tokens, p.places) for p in group]
-                if self._on_any_process(None in answers):
+                kept = [self.unscored.get(p.tokens, p.places) for p in group]
+                answers = [found[0] for found in kept if found is not None]
+                if self._on_any_process(None in kept):
                     images = [self._images_to_read(core, p) for p in group]
                     with self.accelerator.autocast():
                         answers = self.sampler.sample(core, group, images, seed)
@@ -176,13 +193,36 @@ class VLPPOTrainer(UpdateLoop):
                 bar.update(len(group))
         return sampled
 
+    def _rollout_on_server(self, server: ServerRollouts, prompts: Sequence[Prompts], seed: int) -> list[Sampled]:
+        """Give the server the policy, let it sample. If it fails on any device all stop as for a reward function: nothing is lost."""
+        found = {m: kept for m, p in enumerate(prompts) if (kept := self.unscored.get(p.tokens, p.places)) is not None}
+        missing = [m for m in range(len(prompts)) if m not in found]
+        failure = None
+        with self.phase("rollout", len(missing)) as bar:
+
+            def done(n: int, answers: Answers, logps: AnswerLogps | None) -> None:
+                found[missing[n]] = answers, logps
+                bar.update()
+
+            backbone = self.accelerator.unwrap_model(self.model, keep_torch_compile=False).backbone
+            try:
+                with gathered(adapter_parameters(backbone)):
+                    server.push(backbone, self.state.global_step, self.accelerator)
+                server.sample([prompts[m] for m in missing], seed, done)
+            except InputError as error:
+                failure = error
+        for m, (answers, logps) in found.items():
+            self.unscored.put(prompts[m].tokens, prompts[m].places, answers, logps)
+        self._stop_if_any_failed(failure, "The rollout server")
+        return [self._lay_out(p, *found[m]) for m, p in enumerate(prompts)]
+
     def _prompts(self, batch: PPOBatch, places: list[int]) -> Prompts:
         """A micro batch of the collator, its images encoded."""
         images = batch["img_input_dict"]
         return Prompts(batch["rows"], batch["prompts"], images, self._encode(images), places)
 
-    def _lay_out(self, prompts: Prompts, answers: Answers) -> Sampled:
-        return Sampled.of(prompts, answers, self.data_collator, self.sampler.end_ids, self.args.device)
+    def _lay_out(self, prompts: Prompts, answers: Answers, logps: AnswerLogps | None = None) -> Sampled:
+        return Sampled.of(prompts, answers, self.data_collator, self.sampler.end_ids, self.args.device, logps)
 
     def _encode(self, img_inputs: ImageInputs) -> Images:
         """Features (pixels while the vision side trains) for the policy and roles with a vision side of their own."""
@@ -320,8 +360,13 @@ class VLPPOTrainer(UpdateLoop):
             values = reward.score(sampled)
         except InputError as error:
             failure = error
+        self._stop_if_any_failed(failure, f"Reward {reward.name}")
+        return values
+
+    def _stop_if_any_failed(self, failure: InputError | None, what: str) -> None:
+        """End the run on all devices if something outside of it failed on any, with a checkpoint and the answers on disk."""
         if not self._on_any_process(failure is not None):
-            return values
+            return
         kept = ""
         if self.is_in_train:
             self.unscored.write()
@@ -331,7 +376,8 @@ class VLPPOTrainer(UpdateLoop):
             ):
                 self._save_checkpoint(self.model, None)
             kept = f" The answers are kept in {self.args.output_dir}: --resume_from_checkpoint True goes on with them."
-        raise InputError(f"{failure or f'Reward {reward.name} failed on another process.'}{kept}") from failure
+        said = str(failure or f"{what} failed on another process").rstrip(".")
+        raise InputError(f"{said}.{kept}") from failure
 
     @staticmethod
     def _check_finite(what: str, values: Tensor, r: Sampled, fix: str = "fix the reward or the row") -> None:
@@ -500,6 +546,10 @@ class VLPPOTrainer(UpdateLoop):
         policy_loss, policy_clipped = losses.clipped_policy_loss(
             logps, r.logps, r.advantages, args.cliprange, args.cliprange_high, args.delta, log_ratio
         )
+        if r.sampler_logps is not None:
+            policy_loss = policy_loss * losses.truncated_importance_weights(
+                r.logps, r.sampler_logps, args.rollout_importance_cap
+            )
         statistics = {"policy_clipped": policy_clipped}
         if args.kl_in_loss:
             statistics["kl"] = kl = losses.kl_per_token(logps, r.ref_logps, "k3")
@@ -566,7 +616,7 @@ class VLPPOTrainer(UpdateLoop):
     def log_metrics(self, rollouts: Sequence[Advantages], sums: dict[str, Tensor]) -> None:
         """Store TRL's metrics, warn of a collapsed policy, and move the KL coefficient."""
         args, state = self.args, self.ppo_state
-        metrics = rollout_metrics(rollouts, state.kl_coef, args.kl_estimator)
+        metrics = rollout_metrics(rollouts, state.kl_coef, args.kl_estimator, args.rollout_importance_cap)
         if args.compares_answers:
             metrics |= group_metrics(rollouts)
         if len(self.rewards) > 1 or not args.has_value_function:
@@ -586,6 +636,9 @@ class VLPPOTrainer(UpdateLoop):
         else:  # no pass before the optimiser's own
             entropy = self._ratio_everywhere(sums["policy/entropy_avg"])[0]
         warn_of_collapse(state, self.state.global_step + 1, entropy=entropy, length=length)
+        if self.server is not None:
+            deviation = self._ratio_everywhere(sums["first/ratio_deviation"])[0]
+            warn_of_another_policy(state, self.state.global_step + 1, deviation)
         if args.target_kl is not None:
             kl, count = self._mean_everywhere(metrics["objective/kl"])
             state.kl_coef = losses.adaptive_kl_coef(state.kl_coef, kl, args.target_kl, args.kl_horizon, count)

@@ -15,6 +15,8 @@ from common.errors import InputError
 from common.files import write_json
 
 Answers = list[list[list[int]]]  # [prompt][answer] -> token ids
+AnswerLogps = list[list[list[float]]]  # [prompt][answer] -> the log-prob of each token
+Kept = tuple[Answers, AnswerLogps | None]
 
 
 class _TooLong(BaseException):
@@ -125,13 +127,14 @@ def _left_alone() -> Iterator[None]:
 
 
 class UnscoredAnswers:
-    """The answers of an update whose reward function failed, kept beside the checkpoint: the resumed run does not sample them again."""
+    """The answers of an update that failed, by its reward function or by a server, kept beside the checkpoint: the resumed run does not sample
+    them again."""
 
     def __init__(self, folder: str, process: int) -> None:
         self.path = Path(folder) / f"unscored_answers_{process}.json"
         self._key: dict[str, Any] = {}
-        self._sampled: dict[str, Answers] = {}  # of this update
-        self._kept: dict[str, Answers] = {}  # what a failed run has left for it
+        self._sampled: dict[str, Kept] = {}  # of this update
+        self._kept: dict[str, Kept] = {}  # what a failed run has left for it
 
     def begin(self, **key: Any) -> None:
         """Start an update, or go on with it; `key` is everything that the answers depend on besides the weights."""
@@ -145,13 +148,16 @@ class UnscoredAnswers:
         except (OSError, ValueError, KeyError, TypeError):
             return  # nothing was left, or nothing that can be read: the answers are sampled
 
-    def get(self, prompts: Sequence[list[int]], places: Sequence[int]) -> Answers | None:
-        """The answers that a failed run has left to these prompts (token ids) at these places of the update."""
-        return self._kept.get(json.dumps([*zip(places, prompts, strict=True)]))
+    def get(self, prompts: Sequence[list[int]], places: Sequence[int]) -> Kept | None:
+        """The answers that a failed run has left to these prompts (token ids) at these places of the update, and the server's log-probs of them."""
+        kept = self._kept.get(json.dumps([*zip(places, prompts, strict=True)]))
+        return None if kept is None else (kept[0], kept[1])
 
-    def put(self, prompts: Sequence[list[int]], places: Sequence[int], answers: Answers) -> None:
-        """Remember answers until the next update begins."""
-        self._sampled[json.dumps([*zip(places, prompts, strict=True)])] = answers
+    def put(
+        self, prompts: Sequence[list[int]], places: Sequence[int], answers: Answers, logps: AnswerLogps | None = None
+    ) -> None:
+        """Remember answers, and the server's log-probs of them, until the next update begins."""
+        self._sampled[json.dumps([*zip(places, prompts, strict=True)])] = answers, logps
 
     def write(self) -> Path:
         """Write them, whole or not at all."""

@@ -20,6 +20,7 @@ from common.tensors import to_device
 
 Row = dict[str, Any]
 Answers = list[list[list[int]]]  # [prompt][answer] -> token ids, up to and with the end token
+AnswerLogps = list[list[list[float]]]  # [prompt][answer] -> the log-prob of each token
 Images = dict[Role, ImageInputs]  # image inputs by role; a role that is not there reads the policy's
 Value = TypeVar("Value")
 
@@ -82,6 +83,7 @@ class Sampled:
         texts: (R,).
         ended: (R,) bool, whether the answer has an end token.
         batch: of `VLPPODataCollator.pack`, on the device.
+        sampler_logps: (R, T) log-probs under the inference server that sampled; None if the policy itself did, or the server gives none.
     """
 
     rows: list[Row]
@@ -91,6 +93,7 @@ class Sampled:
     texts: list[str]
     ended: Tensor
     batch: ResponseBatch
+    sampler_logps: Tensor | None
 
     @classmethod
     def of(
@@ -100,6 +103,7 @@ class Sampled:
         collator: VLPPODataCollator,
         end_ids: Sequence[int],
         device: torch.device,
+        sampler_logps: AnswerLogps | None = None,
     ) -> Self:
         """Lay out prompts and answers."""
         B, K = len(answers), len(answers[0])
@@ -110,6 +114,12 @@ class Sampled:
             order = round_by_round(B, K)
             images = {role: join_image_inputs([inputs] * K) for role, inputs in images.items()}
         in_order = [answers[b][k] for b, k in order]
+        batch = to_device(collator.pack(prompts.tokens, answers, collator.per_token(prompts.img_inputs)), device)
+        logps = None
+        if sampler_logps is not None:
+            flat = [logp for b, k in order for logp in sampler_logps[b][k]]
+            logps = torch.zeros(batch["completion_mask"].shape, device=device)
+            logps[batch["completion_mask"]] = torch.tensor(flat, device=device)
         return cls(
             rows=prompts.rows,
             places=prompts.places,
@@ -117,7 +127,8 @@ class Sampled:
             order=order,
             texts=[collator.processor.decode_response(ids) for ids in in_order],
             ended=torch.tensor([ids[-1] in end_ids for ids in in_order], device=device),
-            batch=to_device(collator.pack(prompts.tokens, answers, collator.per_token(prompts.img_inputs)), device),
+            batch=batch,
+            sampler_logps=logps,
         )
 
     @property

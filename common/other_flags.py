@@ -111,6 +111,8 @@ TRL: dict[str, Entry] = {
     "use_vllm": switch(None),
     "packing_strategy": {"bfd": ""},
     "eval_packing": switch(None),
+    "vllm_importance_sampling_cap": "rollout_importance_cap",
+    "vllm_importance_sampling_clip_max": "rollout_importance_cap",
     "cpo_alpha": Refused("write --loss_type cpo sft --loss_weights 1 ALPHA"),
 }
 LLAMA_FACTORY: dict[str, Entry] = {

@@ -39,6 +39,7 @@ from losses.ppo import (
     last_token_index,
     penalize_missing_eos,
     token_rewards,
+    truncated_importance_weights,
 )
 from losses.preference import (
     Beta,
@@ -190,6 +191,7 @@ __all__ = [
     "token_kl",
     "token_rewards",
     "tpo_token",
+    "truncated_importance_weights",
     "uniform_groups",
     "update_running_mean",
     "vdpo",

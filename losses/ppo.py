@@ -89,6 +89,15 @@ def clipped_policy_loss(
     return torch.maximum(unclipped, clipped), clipped > unclipped
 
 
+def truncated_importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
+    """min(πθ / πsampler, cap) of every sampled token, no gradient: (B, T), (B, T) -> (B, T).
+
+    They weigh the loss of tokens that another program sampled, whose numerics are not ours: truncated importance sampling,
+    fengyao.notion.site/off-policy-rl; TRL's `token_truncate`.
+    """
+    return torch.exp(logprobs - sampler_logprobs).clamp(max=cap).detach()
+
+
 def clipped_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float
 ) -> tuple[Tensor, Tensor]:

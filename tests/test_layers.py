@@ -84,6 +84,7 @@ BASE = [
         "samples",
         "sampling",
         "self_check",
+        "server_rollouts",
         "shared_prefill",
         "trainer",
         "update_loop",

@@ -270,7 +270,7 @@ def test_further_prompts_by_their_place():
 
 
 def test_the_first_groups_that_differ_are_taken():
-    groups = [Group(place, [], {}, [], uniform=place % 3 == 0) for place in (4, 0, 6, 1, 5, 3, 2)]
+    groups = [Group(place, [], None, {}, [], uniform=place % 3 == 0) for place in (4, 0, 6, 1, 5, 3, 2)]
     assert [g.place for g in choose(groups, 3)] == [1, 2, 4]
     assert [g.place for g in choose(groups, 6)] == [1, 2, 4, 5, 0, 3]
 

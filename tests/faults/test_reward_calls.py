@@ -83,10 +83,10 @@ def next_call():
 def test_answers_of_another_update_are_not_taken(tmp_path):
     one = UnscoredAnswers(str(tmp_path), 0)
     one.begin(seed=1, step=3)
-    one.put([[5, 6]], [0], [[[7]]])
+    one.put([[5, 6]], [0], [[[7]]], [[[-0.5]]])
     one.write()
     for key, expected in (
-        ({"seed": 1, "step": 3}, [[[7]]]),
+        ({"seed": 1, "step": 3}, ([[[7]]], [[[-0.5]]])),
         ({"seed": 1, "step": 4}, None),
         ({"seed": 2, "step": 3}, None),
     ):

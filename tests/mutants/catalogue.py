@@ -1684,6 +1684,43 @@ faults(
     },
 )
 faults(
+    "base/server_rollouts.py",
+    "tests/test_server_rollouts.py",
+    updates_through_a_server={
+        "the server keeps the first policy": ("ServerRollouts.push", "step == self.step", "self.step is not None"),
+        "old adapters stay on the server": ("ServerRollouts.push", "before is not None", "before is None"),
+    },
+)
+faults(
+    "base/ppo_trainer.py",
+    "tests/test_server_rollouts.py",
+    weigh_the_loss={
+        "importance weights left out": (
+            "VLPPOTrainer.policy_and_value_loss",
+            "r.sampler_logps is not None",
+            "False",
+        ),
+    },
+    dead_server={
+        "answers of a server that died are lost": (
+            "VLPPOTrainer._rollout_on_server",
+            "self.unscored.put(prompts[m].tokens, prompts[m].places, answers, logps)",
+            "None",
+        ),
+    },
+)
+faults(
+    "base/processor.py",
+    "tests/test_server_rollouts.py",
+    read_another_prompt={
+        "the server's prompt is not counted": (
+            "VLProcessor.check_served_prompt",
+            "reply.prompt_tokens != len(ids)",
+            "False",
+        ),
+    },
+)
+faults(
     "eval/served.py",
     "tests/test_eval_served.py",
     likelihood={
