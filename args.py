@@ -43,6 +43,7 @@ __all__ = [
     "ModelArguments",
     "PPOConfig",
     "RMConfig",
+    "RolloutFlags",
     "SFTConfig",
     "VLConfig",
     "describe",
@@ -836,8 +837,98 @@ class SFTConfig(VLConfig):
             )
 
 
+# What losses may read of answers that were just sampled: nothing beside the answers themselves
+ONLINE_NEEDS = frozenset({"per_token", "token_kl", "running_delta"})
+
+
 @dataclass
-class DPOConfig(VLConfig):
+class RolloutFlags:
+    """How answers are sampled, and what they are worth: of PPO and its relatives, and of DPO with --online."""
+
+    title: ClassVar[str] = "Rollouts and rewards"
+    rollouts_per_prompt: int | None = field(
+        default=None,
+        metadata={
+            "help": "Answers sampled to each prompt; they share its tokens in every pass. 1 with gae, 2 in DPO, else 8.",
+            "aliases": ["--num_generations"],
+        },
+    )
+    local_rollout_forward_batch_size: int = field(
+        default=64, metadata={"help": "Rollouts generated at once on a device."}
+    )
+    temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "Of sampling, and of the log-probs that train the policy (in DPO of sampling alone); .7 with gae, else 1."
+        },
+    )
+    top_p: float = field(
+        default=1.0, metadata={"help": "Nucleus of sampling; log-probs stay those of the whole vocabulary."}
+    )
+    response_length: int = field(
+        default=53, metadata={"help": "Longest answer, in tokens.", "aliases": ["--max_completion_length"]}
+    )
+    overlong_buffer: int | None = field(
+        default=None,
+        metadata={
+            "help": "Within this many tokens of --response_length the score falls in a line (2503.14476 eq. 13)."
+        },
+    )
+    overlong_penalty: float = field(default=1.0, metadata={"help": "With --overlong_buffer: what it falls by."})
+    missing_eos_penalty: float | None = field(
+        default=None, metadata={"help": "Taken off the score of an answer that does not end within --response_length."}
+    )
+    reward_clip: float | None = field(default=None, metadata={"help": "Clip scores to [-x, x]."})
+    ds3_gather_for_generation: bool = field(
+        default=True,
+        metadata={
+            "help": "ZeRO-3: gather all weights once per rollout. False needs less memory and is slower: layer by layer, for every token."
+        },
+    )
+    reward_adapter: list[str] = field(
+        default_factory=list, metadata={"help": "Output folders of train_rm.py, LoRA on the policy's base."}
+    )
+    reward_model_name_or_path: list[str] = field(
+        default_factory=list, metadata={"help": "Reward models of their own, of any family."}
+    )
+    reward_timeout: float = field(
+        default=1800,
+        metadata={"help": "Seconds that a call of a reward function may take before the run stops; 0: without limit."},
+    )
+    reward_fn: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "file.py:name of functions (images, prompts, responses, columns of the data) -> one number per response; or names of "
+            "base/reward_functions.py (exact_answer, ...)."
+        },
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights of adapters, models and functions, in this order; 1 by default."}
+    )
+
+    def check_rollouts(self, what: str) -> None:
+        """Raise InputError for flags that cannot sample or score answers; `what` names the algorithm."""
+        sources = len(self.reward_adapter) + len(self.reward_model_name_or_path) + len(self.reward_fn)
+        if not sources:
+            raise InputError(
+                f"{what} needs a reward: give --reward_adapter, --reward_model_name_or_path or --reward_fn."
+            )
+        if self.reward_weights is not None and len(self.reward_weights) != sources:
+            raise InputError(
+                f"--reward_weights has {len(self.reward_weights)} numbers for {sources} reward(s): give one each."
+            )
+        if self.temperature <= 0 or not 0 < self.top_p <= 1:
+            raise InputError(
+                f"--temperature must be above 0 and --top_p within (0, 1]: {what} learns from what it samples."
+            )
+        if self.overlong_buffer is not None and not 0 < self.overlong_buffer <= self.response_length:
+            raise InputError(f"--overlong_buffer {self.overlong_buffer} must be within 1 ... --response_length.")
+        if self.overlong_penalty != 1 and self.overlong_buffer is None:
+            raise InputError("--overlong_penalty needs --overlong_buffer.")
+
+
+@dataclass
+class DPOConfig(RolloutFlags, VLConfig):
     """Direct preference optimisation and its relatives (losses/, docs/losses.md).
 
     `parse` adds a field for every hyper-parameter of every loss, under its name: `args.beta`, `args.mdpo_delta`, ...
@@ -862,6 +953,14 @@ class DPOConfig(VLConfig):
         },
     )
     diffusion_step: int = field(default=500, metadata={"help": "Noise of --corruption diffusion, of 1000 steps."})
+    online: bool = field(
+        default=False,
+        metadata={
+            "help": "Learn from the policy's own answers instead of the data's: every step samples --rollouts_per_prompt answers to "
+            "each prompt, rewards score them, --pairs says which of them are compared (2402.04792)."
+        },
+    )
+    response_length: int = field(default=53, metadata={"help": "With --online: longest answer, in tokens."})
     precompute_ref_log_probs: bool = field(
         default=False,
         metadata={"help": "Compute the reference's log-probs once, keep them on disk, train without a reference."},
@@ -877,9 +976,16 @@ class DPOConfig(VLConfig):
     )
 
     @property
-    def row_kind(self) -> Literal["preference", "unpaired"]:
-        """The rows (data/rows.py) that the losses read."""
+    def row_kind(self) -> Literal["preference", "unpaired", "prompt"]:
+        """The rows (data/rows.py) that are read."""
+        if self.online:
+            return "prompt"
         return "preference" if losses.reads_pairs(self.loss_type) else "unpaired"
+
+    @property
+    def compares_answers(self) -> bool:
+        """Whether an answer without a score can be left out: pairs are made of the others."""
+        return True
 
     @property
     def reads_reference(self) -> bool:
@@ -914,6 +1020,35 @@ class DPOConfig(VLConfig):
             self.restore_callback_states_from_checkpoint = True
         if not 0 <= self.diffusion_step < 1000:
             raise InputError(f"--diffusion_step is a step from 0 to 999, not {self.diffusion_step}.")
+        if self.online:
+            self._settle_online()
+        else:
+            self._refuse_rollouts()
+
+    def _refuse_rollouts(self) -> None:
+        for f in dataclasses.fields(RolloutFlags):
+            default = f.default_factory() if f.default is dataclasses.MISSING else f.default
+            if getattr(self, f.name) != default:
+                raise InputError(f"--{f.name} needs --online True: without it the answers are those of the data.")
+
+    def _settle_online(self) -> None:
+        self.rollouts_per_prompt = 2 if self.rollouts_per_prompt is None else self.rollouts_per_prompt
+        self.temperature = 1.0 if self.temperature is None else self.temperature
+        self.check_rollouts("Online DPO")
+        if self.rollouts_per_prompt < 2:
+            raise InputError("--online compares answers: --rollouts_per_prompt 2 at least.")
+        if self.precompute_ref_log_probs:
+            raise InputError(
+                "--precompute_ref_log_probs knows the data's answers, not those of --online: leave it out."
+            )
+        if self.log_image_sensitivity:
+            raise InputError("--log_image_sensitivity reads answers in the data; --online takes none: leave it out.")
+        for name in self.loss_type:
+            reads = {*losses.needs_of([name]) - ONLINE_NEEDS, *losses.columns_of([name])}
+            if reads:
+                raise InputError(
+                    f"--loss_type {name} reads {', '.join(sorted(reads))}, which answers of --online do not have: take another loss."
+                )
 
     def __reduce__(self) -> tuple[object, ...]:
         # Trainer pickles its arguments. pickle cannot find a class that `parse` has made: a plain DPOConfig comes back.
@@ -971,7 +1106,7 @@ BY_ESTIMATOR: dict[str, tuple[Any, Any]] = {
 
 
 @dataclass
-class PPOConfig(VLConfig):
+class PPOConfig(RolloutFlags, VLConfig):
     """Policy optimisation against rewards (base/ppo_trainer.py), with a value function or without. Batch sizes are counted in rollouts."""
 
     title: ClassVar[str] = "PPO and other policy gradients"
@@ -1001,18 +1136,8 @@ class PPOConfig(VLConfig):
             "help": "Optimizer steps per pass. An update takes per_device_train_batch_size x gradient_accumulation_steps x this x devices rollouts."
         },
     )
-    rollouts_per_prompt: int | None = field(
-        default=None,
-        metadata={
-            "help": "Answers sampled to each prompt; they share its tokens in every pass. 1 with gae, else 8.",
-            "aliases": ["--num_generations"],
-        },
-    )
     total_episodes: int | None = field(
         default=None, metadata={"help": "Stop after this many rollouts, instead of --num_train_epochs or --max_steps."}
-    )
-    local_rollout_forward_batch_size: int = field(
-        default=64, metadata={"help": "Rollouts generated at once on a device."}
     )
     kl_coef: float | None = field(
         default=None,
@@ -1096,30 +1221,9 @@ class PPOConfig(VLConfig):
         default=None,
         metadata={"help": "Scale token rewards to unit variance per update.", "nargs": "?", "const": True},
     )
-    temperature: float | None = field(
-        default=None,
-        metadata={"help": "Of sampling, and of the log-probs that train the policy; .7 with gae, else 1."},
-    )
-    top_p: float = field(
-        default=1.0, metadata={"help": "Nucleus of sampling; log-probs stay those of the whole vocabulary."}
-    )
-    response_length: int = field(
-        default=53, metadata={"help": "Longest answer, in tokens.", "aliases": ["--max_completion_length"]}
-    )
     mask_truncated_completions: bool = field(
         default=False, metadata={"help": "Answers that do not end within --response_length do not enter the loss."}
     )
-    overlong_buffer: int | None = field(
-        default=None,
-        metadata={
-            "help": "Within this many tokens of --response_length the score falls in a line (2503.14476 eq. 13)."
-        },
-    )
-    overlong_penalty: float = field(default=1.0, metadata={"help": "With --overlong_buffer: what it falls by."})
-    missing_eos_penalty: float | None = field(
-        default=None, metadata={"help": "Taken off the score of an answer that does not end within --response_length."}
-    )
-    reward_clip: float | None = field(default=None, metadata={"help": "Clip scores to [-x, x]."})
     rollout_url: str | None = field(
         default=None,
         metadata={
@@ -1139,12 +1243,6 @@ class PPOConfig(VLConfig):
             "weights out."
         },
     )
-    ds3_gather_for_generation: bool = field(
-        default=True,
-        metadata={
-            "help": "ZeRO-3: gather all weights once per rollout. False needs less memory and is slower: layer by layer, for every token."
-        },
-    )
     value_adapter: Literal["separate", "shared"] | None = field(
         default=None,
         metadata={
@@ -1159,26 +1257,6 @@ class PPOConfig(VLConfig):
             "nargs": "?",
             "const": True,
         },
-    )
-    reward_adapter: list[str] = field(
-        default_factory=list, metadata={"help": "Output folders of train_rm.py, LoRA on the policy's base."}
-    )
-    reward_model_name_or_path: list[str] = field(
-        default_factory=list, metadata={"help": "Reward models of their own, of any family."}
-    )
-    reward_timeout: float = field(
-        default=1800,
-        metadata={"help": "Seconds that a call of a reward function may take before the run stops; 0: without limit."},
-    )
-    reward_fn: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "file.py:name of functions (images, prompts, responses, columns of the data) -> one number per response; or names of "
-            "base/reward_functions.py (exact_answer, ...)."
-        },
-    )
-    reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weights of adapters, models and functions, in this order; 1 by default."}
     )
 
     @property
@@ -1207,23 +1285,13 @@ class PPOConfig(VLConfig):
         self._fill_in_for_estimator()
         self._check_loss_flags()
         self._check_rollout_flags()
-        sources = len(self.reward_adapter) + len(self.reward_model_name_or_path) + len(self.reward_fn)
-        if not sources:
-            raise InputError("PPO needs a reward: give --reward_adapter, --reward_model_name_or_path or --reward_fn.")
-        if self.reward_weights is not None and len(self.reward_weights) != sources:
-            raise InputError(
-                f"--reward_weights has {len(self.reward_weights)} numbers for {sources} reward(s): give one each."
-            )
+        self.check_rollouts("PPO")
         if self.init_value_from_reward and self.value_adapter != "separate":
             raise InputError(
                 "--init_value_from_reward needs --value_adapter separate: the shared trunk is the policy's."
             )
         if self.init_value_from_reward and not (self.reward_adapter or self.reward_model_name_or_path):
             raise InputError("--init_value_from_reward needs a reward model: a function has no weights.")
-        if self.temperature <= 0 or not 0 < self.top_p <= 1:
-            raise InputError(
-                "--temperature must be above 0 and --top_p within (0, 1]: PPO learns from what it samples."
-            )
         if self.per_device_train_batch_size % self.rollouts_per_prompt:
             raise InputError(
                 f"--per_device_train_batch_size {self.per_device_train_batch_size} counts rollouts and must be a multiple of "
@@ -1290,10 +1358,6 @@ class PPOConfig(VLConfig):
             raise InputError("--target_kl moves --kl_coef, which is 0: give a coefficient to start from.")
         if not self.use_bias_correction_kl and not self.kl_in_loss:
             raise InputError("--use_bias_correction_kl needs --kl_in_loss.")
-        if self.overlong_buffer is not None and not 0 < self.overlong_buffer <= self.response_length:
-            raise InputError(f"--overlong_buffer {self.overlong_buffer} must be within 1 ... --response_length.")
-        if self.overlong_penalty != 1 and self.overlong_buffer is None:
-            raise InputError("--overlong_penalty needs --overlong_buffer.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1464,8 +1528,8 @@ def _refuse_contradictions(parsed: Sequence[Any]) -> None:
         )
     _refuse_what_would_not_train(flags)
     _refuse_starts_of_adapters(flags)
-    if any(isinstance(p, PPOConfig) for p in parsed):
-        _refuse_in_ppo(flags)
+    if any(isinstance(p, PPOConfig) for p in parsed) or flags.get("online"):
+        _refuse_where_answers_are_sampled(flags)
     if not flags.get("use_lora"):
         _refuse_lora_alone(flags)
     if flags.get("q_lora") and any(c.is_zero3() for p in parsed if (c := getattr(p, "hf_deepspeed_config", None))):
@@ -1537,22 +1601,23 @@ def _refuse_starts_of_adapters(flags: dict[str, Any]) -> None:
         raise InputError(f"--init_lora_weights orthogonal needs an even --lora_r, not {flags['lora_r']}.")
 
 
-def _refuse_in_ppo(flags: dict[str, Any]) -> None:
-    """What would change the base or the image features that the roles of PPO share."""
+def _refuse_where_answers_are_sampled(flags: dict[str, Any]) -> None:
+    """What would change the base or the image features that policy, reference and rewards share in PPO and online DPO."""
+    where = "online DPO" if flags.get("online") else "PPO"
     for name in ("lora_vision", "train_projector", "train_vision_layers", "freeze_language_model"):
         if flags.get(name):
-            raise InputError(f"--{name} is not supported in PPO, whose roles share the features of an image.")
+            raise InputError(f"--{name} is not supported in {where}, whose roles share the features of an image.")
     if flags.get("rollout_url") and not flags.get("use_lora"):
         raise InputError(
             "--rollout_url needs --use_lora True: the server gets an adapter in every update, and has no way to get all weights."
         )
     if flags.get("lora_bias") not in (None, "none"):
         raise InputError(
-            "--lora_bias must be none in PPO: trained biases belong to the base, which the reference and the rewards share."
+            f"--lora_bias must be none in {where}: trained biases belong to the base, which the reference and the rewards share."
         )
     if (init := flags.get("init_lora_weights") or "default").startswith(CHANGE_BASE):
         raise InputError(
-            f"--init_lora_weights {init} changes the base, which rewards and value function share in PPO: take another."
+            f"--init_lora_weights {init} changes the base, which rewards and value function share in {where}: take another."
         )
 
 

@@ -36,23 +36,20 @@ import dataclasses
 import math
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from torch import Tensor, nn
-from trl.models.utils import prepare_deepspeed, unwrap_model_for_generation
 
 import losses
 from args import PPOConfig
-from base.adapters import Role, adapter_active
-from base.batch import ImageInputs, PPOBatch
+from base.adapters import Role
+from base.batch import PPOBatch
 from base.dynamic_sampling import choose, groups_of, micro_batch_of
-from base.features import pooled_features
+from base.on_policy import OnPolicyTrainer
 from base.packing import scatter_to_responses
 from base.ppo_batches import PromptBatches, mini_batches
 from base.ppo_metrics import (
@@ -64,21 +61,17 @@ from base.ppo_metrics import (
     warn_of_another_policy,
     warn_of_collapse,
 )
-from base.reward_calls import UnscoredAnswers
-from base.rewards import AdapterReward, FunctionReward, ModelReward, Reward
-from base.rollout import Advantages, AnswerLogps, Answers, Evaluated, Images, Prompts, Sampled, Scored
-from base.samples import Sample, write_samples
-from base.sampling import Sampler, end_token_ids, plain_generation_config
+from base.rewards import Reward
+from base.rollout import Advantages, AnswerLogps, Answers, Evaluated, Prompts, Sampled, Scored
 from base.server_rollouts import ServerRollouts, adapter_parameters, gathered
 from base.trainer import disable_dropout
 from base.update_loop import UpdateLoop
 from base.value import VLModelWithValueHead
 from common.errors import InputError
 from common.seeds import stable_seed
-from common.tensors import to_device
 
 
-class VLPPOTrainer(UpdateLoop):
+class VLPPOTrainer(OnPolicyTrainer, UpdateLoop):
     """PPO; one step of the trainer (of --logging_steps, --save_steps, the schedule, ...) is one update."""
 
     def __init__(
@@ -98,30 +91,15 @@ class VLPPOTrainer(UpdateLoop):
         """
         if args.reads_reference and ref_model is None and not hasattr(model.backbone, "peft_config"):
             raise ValueError("Full fine-tuning needs ref_model, a frozen copy of the initial policy.")
-        models_of_rewards = [reward for reward in rewards if isinstance(reward, ModelReward)]
-        for m in (model, *([ref_model] if ref_model is not None else []), *(r.model for r in models_of_rewards)):
+        for m in (model, *([ref_model] if ref_model is not None else [])):
             disable_dropout(m)
         super().__init__(model, args, *rest, **kwargs)
-        self.rewards = list(rewards)
-        self.unscored = UnscoredAnswers(args.output_dir, args.process_index)
         self.ref_model = self._prepare_frozen(ref_model) if ref_model is not None else None
-        for reward in models_of_rewards:
-            reward.model = self.accelerator.unwrap_model(self._prepare_frozen(reward.model))
-        for reward in self.rewards:
-            if isinstance(reward, FunctionReward):
-                for data in filter(None, (self.train_dataset, self.eval_dataset)):
-                    reward.check_columns(data)
-        self.sampler = Sampler(args, self.data_collator, end_token_ids(self.data_collator.processor, model.core))
+        self.prepare_rollouts(rewards, [Role.VALUE] if args.has_value_function else [])
         self.server = None
         if args.rollout_url is not None:
             end_ids, never = self.sampler.end_ids, model.core.image_placeholder_ids
             self.server = ServerRollouts(args, self.data_collator, self._name_of_run(), end_ids, never)
-        adapters = [reward.role for reward in self.rewards if isinstance(reward, AdapterReward)]
-        self.roles_with_own_vision = [
-            role
-            for role in (*([Role.VALUE] if args.has_value_function else []), *adapters)
-            if self._on_any_process(model.has_own_vision(role))
-        ]
 
     @staticmethod
     def _name_of_run() -> str:
@@ -129,12 +107,17 @@ class VLPPOTrainer(UpdateLoop):
         (name,) = broadcast_object_list([uuid.uuid4().hex[:8]])
         return str(name)
 
-    def _prepare_frozen(self, model: nn.Module) -> nn.Module:
-        model.requires_grad_(False)
-        model.eval()
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(model, self.accelerator)
-        return self.accelerator.prepare_model(model, evaluation_mode=True)
+    @property
+    def role_model(self) -> VLModelWithValueHead:
+        """The policy with its value function, on which the reward adapters hang."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def _adapter_pass(self, r: Sampled, role: Role) -> Tensor:
+        return self.model_wrapped(**self._inputs(r, role), completion_index=r.batch["last_tokens"], role=role)
+
+    def kl_to_reference(self, r: Evaluated) -> Tensor | None:
+        """Of each answer in nats, (R,)."""
+        return sequence_kl([r])
 
     def base_model(self, model: nn.Module) -> nn.Module:
         """The adapter's model inside everything; the value function's backbone is one itself."""
@@ -161,37 +144,11 @@ class VLPPOTrainer(UpdateLoop):
         self._tokens_seen = self._tokens_seen + sum((r.batch["segment_ids"] >= 0).sum() for r in rollouts)
         self.unscored.forget()
 
-    # -- 1. rollout ----------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def rollout(self, micro_batches: Sequence[PPOBatch], seed: int, places: Sequence[list[int]]) -> list[Sampled]:
-        """Encode the images of every micro batch once and sample answers. For the arguments see `UpdateLoop.update`."""
-        self.model.eval()
-        args = self.args
-        self.unscored.begin(
-            seed=seed, step=self.state.global_step, sampling=[args.temperature, args.top_p, args.response_length]
-        )
-        prompts = [self._prompts(batch, place) for batch, place in zip(micro_batches, places, strict=True)]
+    def sample_answers(self, prompts: Sequence[Prompts], seed: int) -> list[Sampled]:
+        """As OnPolicyTrainer's, or by the server of --rollout_url."""
         if self.server is not None:
             return self._rollout_on_server(self.server, prompts, seed)
-        at_once = max(1, self.args.local_rollout_forward_batch_size // self.args.per_device_train_batch_size)
-        if self._on_any_process(len({len(row["images"]) for p in prompts for row in p.rows}) > 1):
-            at_once = 1  # some families lay out the images of a batch by its fullest row
-        sampled = []
-        with self._generating_model() as core, self.phase("rollout", len(prompts)) as bar:
-            for start in range(0, len(prompts), at_once):
-                group = prompts[start : start + at_once]
-                kept = [self.unscored.get(p.tokens, p.places) for p in group]
-                answers = [found[0] for found in kept if found is not None]
-                if self._on_any_process(None in kept):
-                    images = [self._images_to_read(core, p) for p in group]
-                    with self.accelerator.autocast():
-                        answers = self.sampler.sample(core, group, images, seed)
-                for p, of_prompts in zip(group, answers, strict=True):
-                    self.unscored.put(p.tokens, p.places, of_prompts)
-                sampled += [self._lay_out(p, of_prompts) for p, of_prompts in zip(group, answers, strict=True)]
-                bar.update(len(group))
-        return sampled
+        return super().sample_answers(prompts, seed)
 
     def _rollout_on_server(self, server: ServerRollouts, prompts: Sequence[Prompts], seed: int) -> list[Sampled]:
         """Give the server the policy, let it sample. If it fails on any device all stop as for a reward function: nothing is lost."""
@@ -216,55 +173,7 @@ class VLPPOTrainer(UpdateLoop):
         self._stop_if_any_failed(failure, "The rollout server")
         return [self._lay_out(p, *found[m]) for m, p in enumerate(prompts)]
 
-    def _prompts(self, batch: PPOBatch, places: list[int]) -> Prompts:
-        """A micro batch of the collator, its images encoded."""
-        images = batch["img_input_dict"]
-        return Prompts(batch["rows"], batch["prompts"], images, self._encode(images), places)
-
-    def _lay_out(self, prompts: Prompts, answers: Answers, logps: AnswerLogps | None = None) -> Sampled:
-        return Sampled.of(prompts, answers, self.data_collator, self.sampler.end_ids, self.args.device, logps)
-
-    def _encode(self, img_inputs: ImageInputs) -> Images:
-        """Features (pixels while the vision side trains) for the policy and roles with a vision side of their own."""
-        model = self.accelerator.unwrap_model(self.model)
-        images = {Role.POLICY: self._encode_with(model, img_inputs)}
-        for role in self.roles_with_own_vision:
-            if role == Role.VALUE and model.value_backbone is not None:
-                images[role] = self._encode_with(model.value_backbone, img_inputs)
-            else:
-                with adapter_active(model.backbone, role.adapter):
-                    images[role] = self._encode_with(model, img_inputs)
-        return images
-
-    def _encode_with(self, model: nn.Module, img_inputs: ImageInputs) -> ImageInputs:
-        """Image inputs without their entries per token, which are laid out with the answers."""
-        inputs = self.image_inputs(model, {"img_input_dict": self._padded_images(img_inputs)})
-        per_token = self.data_collator.processor.per_token_keys
-        return pooled_features({k: v for k, v in inputs.items() if k not in per_token})
-
-    def _padded_images(self, img_inputs: ImageInputs) -> ImageInputs:
-        return to_device(self.data_collator.processor.pad_img_inputs(img_inputs), self.args.device)
-
-    @contextmanager
-    def _generating_model(self) -> Iterator[nn.Module]:
-        """The adapter's model without the checkpoint's sampling settings, weights gathered unless told otherwise."""
-        gather = self.args.ds3_gather_for_generation
-        with (
-            unwrap_model_for_generation(self.model_wrapped, self.accelerator, gather_deepspeed3_params=gather) as model,
-            plain_generation_config(model.core),
-        ):
-            yield model.core
-
-    def _images_to_read(self, core: nn.Module, prompts: Prompts) -> ImageInputs:
-        """The features that generation reads. Where the vision side trains, the tower runs here, once on every rank."""
-        if not core.vision_trains():
-            return prompts.images[Role.POLICY]
-        images = self._padded_images(prompts.img_inputs)
-        with self.accelerator.autocast():
-            if self.args.world_size > 1 and images.get("pixel_values") is None:
-                core.encode_images(to_device(self.dummy_images, self.args.device))
-            features = pooled_features(core.encode_images(images))
-        return {k: v for k, v in features.items() if k not in self.data_collator.processor.per_token_keys}
+    # -- 1. rollout and 2. score (base/on_policy.py), with dynamic sampling ----------------------------------------------
 
     @torch.no_grad()
     def replace_uniform_groups(self, scored: Sequence[Scored], seed: int) -> list[Scored]:
@@ -301,100 +210,6 @@ class VLPPOTrainer(UpdateLoop):
             micro_batch_of(part, lambda places: self._prompts(collated(places), places), self._lay_out)
             for part in parts
         ]
-
-    # -- 2. score ------------------------------------------------------------------------------------------------------
-
-    def score(self, sampled: Sequence[Sampled]) -> list[Scored]:
-        """The weighted sum of all rewards, minus the penalty for a missing end, clipped.
-
-        Raises:
-            InputError: a reward is not finite; names the rows.
-        """
-        parts: list[dict[str, Tensor]] = [{} for _ in sampled]
-        for reward in self.rewards:
-            for r, part, values in zip(sampled, parts, self._values_of(reward, sampled), strict=True):
-                part[reward.name] = values.to(self.args.device).float()
-                if not isinstance(reward, FunctionReward):  # a function may return None: it has checked its values
-                    self._check_finite(f"Reward {reward.name}", part[reward.name], r)
-        return [
-            Scored(**vars(r), parts=part, scores=self._total(r, part)) for r, part in zip(sampled, parts, strict=True)
-        ]
-
-    def _total(self, r: Sampled, parts: dict[str, Tensor]) -> Tensor:
-        clip = self.args.reward_clip
-        total = sum(reward.weight * parts[reward.name].nan_to_num(nan=0.0) for reward in self.rewards)
-        total[torch.stack([*parts.values()]).isnan().all(0)] = math.nan  # no reward applies to the answer
-        if not self.args.compares_answers:
-            self._check_finite("Every reward function returned None, so that the score", total, r)
-        total = losses.penalize_missing_eos(total, r.ended, self.args.missing_eos_penalty)
-        if self.args.overlong_buffer is not None:
-            lengths, longest = r.mask.sum(1).float(), self.args.response_length
-            total = total + losses.overlong_penalty(
-                lengths, longest, self.args.overlong_buffer, self.args.overlong_penalty
-            )
-        return total if clip is None else total.clamp(-clip, clip)
-
-    @torch.no_grad()
-    def _values_of(self, reward: Reward, sampled: Sequence[Sampled]) -> list[Tensor]:
-        """One reward of every answer, (R,) per micro batch."""
-        values = []
-        with self.phase(f"reward {reward.name}", len(sampled)) as bar:
-            if isinstance(reward, FunctionReward):
-                return self._values_of_function(reward, sampled)
-            for r in sampled:
-                if isinstance(reward, AdapterReward):
-                    last = r.batch["last_tokens"]
-                    value = self.model_wrapped(**self._inputs(r, reward.role), completion_index=last, role=reward.role)
-                else:
-                    dummy_images = reward.dummy_images if self.args.world_size > 1 else None
-                    with self.accelerator.autocast():
-                        value = reward.score(r, self.data_collator.share_prefix, dummy_images)
-                values.append(value)
-                bar.update()
-        return values
-
-    def _values_of_function(self, reward: FunctionReward, sampled: Sequence[Sampled]) -> list[Tensor]:
-        """`reward.score`. If it fails on any device all stop, with a checkpoint and the answers on disk: nothing is lost."""
-        values, failure = [], None
-        try:
-            values = reward.score(sampled)
-        except InputError as error:
-            failure = error
-        self._stop_if_any_failed(failure, f"Reward {reward.name}")
-        return values
-
-    def _stop_if_any_failed(self, failure: InputError | None, what: str) -> None:
-        """End the run on all devices if something outside of it failed on any, with a checkpoint and the answers on disk."""
-        if not self._on_any_process(failure is not None):
-            return
-        kept = ""
-        if self.is_in_train:
-            self.unscored.write()
-            if (
-                self.state.global_step
-                and not (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}").exists()
-            ):
-                self._save_checkpoint(self.model, None)
-            kept = f" The answers are kept in {self.args.output_dir}: --resume_from_checkpoint True goes on with them."
-        said = str(failure or f"{what} failed on another process").rstrip(".")
-        raise InputError(f"{said}.{kept}") from failure
-
-    @staticmethod
-    def _check_finite(what: str, values: Tensor, r: Sampled, fix: str = "fix the reward or the row") -> None:
-        bad = (~values.isfinite()).reshape(len(r.texts), -1).any(1).nonzero()[:, 0].tolist()
-        if bad:
-            raise InputError(f"{what} is not finite for {', '.join(r.where(i) for i in bad[:5])}: {fix}.")
-
-    def _check_advantages(self, r: Advantages) -> None:
-        """Raise InputError where advantages are not finite: with what is the cause, which is not the reward."""
-        try:
-            self._check_finite("The advantage", r.advantages, r)
-        except InputError:
-            fix = "lower --learning_rate, or compute in a wider type"
-            for name, what in (("logps", "A log-prob"), ("ref_logps", "A reference log-prob"), ("values", "A value")):
-                if getattr(r, name) is not None:
-                    self._check_finite(what, getattr(r, name), r, fix)
-            raise
 
     # -- 3. log-probs, reference log-probs, values ---------------------------------------------------------------------
 
@@ -438,13 +253,6 @@ class VLPPOTrainer(UpdateLoop):
             "completion_ids": r.batch["completion_ids"].flatten()[r.batch["completion_places"]],
             "temperature": self.args.temperature,
         }
-
-    def _inputs(self, r: Sampled, role: Role) -> dict[str, Any]:
-        """Arguments of a forward in a role: the packed row, and the images as the role's vision side sees them."""
-        batch = r.batch
-        images = {**r.images.get(role, r.images[Role.POLICY]), **batch["img_input_dict"]}
-        core = self.base_model(self.model)
-        return core.packed_inputs(batch["input_ids"], batch["segment_ids"], images, batch["packed"], batch["layout"])
 
     # -- 4. token rewards, 5. advantages -------------------------------------------------------------------------------
 
@@ -525,6 +333,17 @@ class VLPPOTrainer(UpdateLoop):
             result.append(Advantages(**vars(r), **parts, loss_mask=loss_mask, counted=counted))
             self._check_advantages(result[-1])
         return result
+
+    def _check_advantages(self, r: Advantages) -> None:
+        """Raise InputError where advantages are not finite: with what is the cause, which is not the reward."""
+        try:
+            self._check_finite("The advantage", r.advantages, r)
+        except InputError:
+            fix = "lower --learning_rate, or compute in a wider type"
+            for name, what in (("logps", "A log-prob"), ("ref_logps", "A reference log-prob"), ("values", "A value")):
+                if getattr(r, name) is not None:
+                    self._check_finite(what, getattr(r, name), r, fix)
+            raise
 
     def _enters_loss(self, r: Scored) -> tuple[Tensor, Tensor]:
         """Tokens of the policy's loss, (R, T), and answers that its mean counts, (R,)."""
@@ -651,19 +470,6 @@ class VLPPOTrainer(UpdateLoop):
         """Sum and count on this device, (2,) -> mean and count over all devices."""
         total, count = self.accelerator.reduce(here, reduction="sum").tolist()
         return total / max(count, 1), int(count)
-
-    def _write_samples(self, rollouts: Sequence[Advantages]) -> None:
-        step, tables = self.state.global_step, self.args.num_sample_generations
-        every = tables and max(1, self.state.max_steps // tables)
-        if not every or not self.is_world_process_zero() or step % every:
-            return
-        samples = []
-        for r in rollouts:
-            kl = sequence_kl([r])
-            kls = [None] * len(r.texts) if kl is None else kl.tolist()
-            for b, text, score, of_answer in zip(r.prompt_of, r.texts, r.scores.tolist(), kls, strict=True):
-                samples.append(Sample(r.rows[b]["images"], r.rows[b]["prompt"], text, score, of_answer))
-        write_samples(samples[:16], Path(self.args.output_dir), step + 1, self.callback_handler.callbacks)
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
 

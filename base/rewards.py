@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from args import PPOConfig
+from args import PPOConfig, RolloutFlags
 from base.adapters import Role
 from base.batch import ImageInputs
 from base.heads import check_same_base, head_metadata
@@ -128,16 +128,34 @@ class FunctionReward(Reward):
                     raise InputError(f"{where} has no {name}, which the reward {self.name} reads: add it to the row.")
 
     def score(self, sampled: Sequence[Sampled]) -> list[Tensor]:
-        """Call the function once for all answers of an update on this device; (R,) per micro batch.
+        """Call the function once for all answers of an update on this device; (R,) per micro batch. Raises as `score_texts`."""
+        answers = [(r, i) for r in sampled for i in range(len(r.texts))]
+        scores = self.score_texts(
+            [r.rows[r.prompt_of[i]] for r, i in answers],
+            [r.texts[i] for r, i in answers],
+            [r.where(i) for r, i in answers],
+            [r.batch["completion_ids"][i][r.mask[i]].tolist() for r, i in answers],
+        )
+        return list(scores.split([len(r.texts) for r in sampled]))
+
+    def score_texts(
+        self, rows: Sequence[Row], texts: Sequence[str], where: Sequence[str], completion_ids: list[list[int]]
+    ) -> Tensor:
+        """Call the function once for N answers, (N,).
 
         NaN where it returns None: the reward does not apply to that answer.
+
+        Args:
+            rows: (N,) with the prompt that each answers.
+            where: (N,) how a message names each.
+            completion_ids: (N,) the answers' tokens.
 
         Raises:
             InputError: it does not return one number for each answer, raises, or takes too long.
         """
-        rows = [(r, i, r.rows[p]) for r in sampled for i, p in enumerate(r.prompt_of)]
-        where = [r.where(i) for r, i, _ in rows]
-        values = call_in_time(self.function, self._arguments(rows), self.name, where, self.timeout)
+        values = call_in_time(
+            self.function, self._arguments(rows, texts, completion_ids), self.name, where, self.timeout
+        )
         if len(values) != len(rows):
             raise InputError(
                 f"Reward {self.name} returned {len(values)} numbers for {len(rows)} answers: return one each."
@@ -147,31 +165,30 @@ class FunctionReward(Reward):
         except (TypeError, ValueError, RuntimeError) as error:  # torch's for a tensor of several numbers
             raise InputError(f"Reward {self.name} must return numbers: {error}.") from error
         odd = [
-            r.where(i)
-            for (r, i, _), value, score in zip(rows, values, scores.tolist(), strict=True)
+            place
+            for place, value, score in zip(where, values, scores.tolist(), strict=True)
             if value is not None and not math.isfinite(score)
         ]
         if odd:
             raise InputError(
                 f"Reward {self.name} is not finite for {', '.join(odd[:5])}: fix the reward or the row, or return None."
             )
-        return list(scores.split([len(r.texts) for r in sampled]))
+        return scores
 
-    def _arguments(self, rows: Sequence[tuple[Sampled, int, Row]]) -> dict[str, list]:
+    def _arguments(self, rows: Sequence[Row], texts: Sequence[str], completion_ids: list[list[int]]) -> dict[str, list]:
         parameters = inspect.signature(self.function).parameters
         takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        texts = [r.texts[i] for r, i, _ in rows]
         found: dict[str, list] = {
-            "images": [row["images"] for _, _, row in rows],
-            "prompts": [row["prompt"] for _, _, row in rows],
-            "completion_ids": [r.batch["completion_ids"][i][r.mask[i]].tolist() for r, i, _ in rows],
+            "images": [row["images"] for row in rows],
+            "prompts": [row["prompt"] for row in rows],
+            "completion_ids": completion_ids,
         }
         if "completions" in parameters:
             found["completions"] = [[{"role": "assistant", "content": text}] for text in texts]
         if "completions" not in parameters or "responses" in parameters:
-            found["responses"] = texts
-        columns = dict.fromkeys(c for _, _, row in rows for c in row if c not in (*_OF_ANSWERS, "prompt"))
-        found |= {c: [row.get(c) for _, _, row in rows] for c in columns}
+            found["responses"] = list(texts)
+        columns = dict.fromkeys(c for row in rows for c in row if c not in (*_OF_ANSWERS, "prompt"))
+        found |= {c: [row.get(c) for row in rows] for c in columns}
         return {name: values for name, values in found.items() if takes_all or name in parameters}
 
 
@@ -183,29 +200,34 @@ def _number(value: Any) -> float:
 
 
 def load_reward_fn(spec: str) -> RewardFunction:
-    """`file.py:name`, or a name of reward_functions.py -> the function.
+    """`file.py:name`, or a name of reward_functions.py -> the function. Raises as `load_function`."""
+    if ":" not in spec and not spec.endswith(".py"):
+        return built_in(spec)
+    return load_function(spec, "--reward_fn")
+
+
+def load_function(spec: str, flag: str) -> Callable[..., Any]:
+    """`file.py:name` -> the function.
 
     Raises:
-        InputError: the file or the function does not exist, or the file does not run.
+        InputError: the file or the function does not exist, or the file does not run; names the flag.
     """
     file, colon, name = spec.rpartition(":")
-    if not colon and not spec.endswith(".py"):
-        return built_in(spec)
     if not colon or not Path(file).is_file():
-        raise InputError(f"--reward_fn {spec}: give file.py:name, with a Python file that exists.")
+        raise InputError(f"{flag} {spec}: give file.py:name, with a Python file that exists.")
     module_spec = importlib.util.spec_from_file_location(f"reward_fn_{Path(file).stem}", file)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # dataclasses and pickle look there
     try:
         module_spec.loader.exec_module(module)
     except SyntaxError as error:
-        raise InputError(f"--reward_fn {spec}: {file} is not valid Python ({error}).") from error
+        raise InputError(f"{flag} {spec}: {file} is not valid Python ({error}).") from error
     except Exception as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise InputError(f"--reward_fn {spec}: {file} does not run ({said}): try `python {file}`.") from error
+        raise InputError(f"{flag} {spec}: {file} does not run ({said}): try `python {file}`.") from error
     function = getattr(module, name, None)
     if not callable(function) or isinstance(function, type):
-        raise InputError(f"--reward_fn {spec}: {file} defines no function {name}.")
+        raise InputError(f"{flag} {spec}: {file} defines no function {name}.")
     return function
 
 
@@ -235,6 +257,17 @@ def load_rewards(
         model.add_value_function(folders[0] if args.init_value_from_reward else None)
         if freeze_vision_tower:
             model.freeze_vision_side()
+    return rewards_of(model, base, args, date)
+
+
+def rewards_of(
+    model: VLModelWithValueHead | None, base: str, args: RolloutFlags, date: datetime.date | None = None
+) -> list[Reward]:
+    """All rewards of the command line, in its order: adapters, which are hung on `model`, models, functions.
+
+    Raises:
+        InputError: as `load_rewards`.
+    """
     rewards: list[Reward] = []
 
     def add(kind: type[Reward], name: str, **what: Any) -> None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments
 from transformers.optimization import GreedyLR
 from transformers.trainer_callback import ExportableState
@@ -106,19 +105,6 @@ class UpdateLoop(VLHeadTrainer):
     def add_loss(self, loss: Tensor) -> None:
         """What `train_loss` of the run averages."""
         self._tr_loss += torch.where(loss.isfinite(), loss, 0)  # one that is not finite was skipped
-
-    @contextmanager
-    def phase(self, name: str, total: int) -> Iterator[tqdm]:
-        """A progress bar that names the phase."""
-        bar = tqdm(
-            total=total,
-            desc=f"update {self.state.global_step + 1}/{self.state.max_steps}: {name}",
-            unit="micro batch",
-            leave=False,
-            disable=self.args.disable_tqdm or not self.is_world_process_zero(),
-        )
-        with bar:
-            yield bar
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,15 @@ RL = {
     "drop_uniform_groups": "--advantage_estimator reinforce_plus_plus_baseline --num_generations 2 --drop_uniform_groups True",
     "dynamic_sampling": "--advantage_estimator grpo --num_generations 2 --scale_rewards batch --dynamic_sampling True",
 }
+# Flags of train_dpo.py, by a name that stands for it.
+DPO = {"online_dpo": "--online True --num_generations 2"}
+ON_POLICY = RL | DPO  # what samples answers and reads rewards
 ZERO_OR_ONE = ("drop_uniform_groups", "dynamic_sampling")
+
+
+def script_of(name: str) -> str:
+    """The script that runs under a name."""
+    return "ppo" if name in RL else "dpo" if name in DPO else name
 
 
 def pause_before_steps(seconds: float) -> None:
@@ -98,14 +106,12 @@ class Run:
     def __init__(self, script: str, argv: list[str], log: Path, file_size: int | None = None, pause: float = 0) -> None:
         """
         Args:
-            script: of SCRIPTS, or of RL.
+            script: of SCRIPTS, or of ON_POLICY.
             file_size: bytes beyond which no file grows.
             pause: seconds that every step waits.
         """
         self.log = log
-        self.process = context().Process(
-            target=_main, args=("ppo" if script in RL else script, argv, str(log), file_size, pause)
-        )
+        self.process = context().Process(target=_main, args=(script_of(script), argv, str(log), file_size, pause))
         self.process.start()
 
     @property

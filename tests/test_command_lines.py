@@ -115,7 +115,8 @@ def parser_of(kind: str) -> DataclassParser:
 def test_help_has_our_flags_in_groups_and_help_all_the_rest(kind: str, capsys):
     parser = parser_of(kind)
     groups = dict(parser.groups())
-    titles = ["Model", "Data", "LoRA", CONFIGS[kind].title, "Training", "Other flags of transformers"]
+    rollouts = ["Rollouts and rewards"] if issubclass(CONFIGS[kind], args.RolloutFlags) else []
+    titles = ["Model", "Data", "LoRA", CONFIGS[kind].title, *rollouts, "Training", "Other flags of transformers"]
     assert list(groups) == titles
     dests = [action.dest for actions in groups.values() for action in actions]
     assert len(dests) == len(set(dests))

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from base.ppo_trainer import VLPPOTrainer
 from tests import zoo
 from tests.distributed_jobs import SCRIPTS
-from tests.processes import RL, ROOT, ZERO_OR_ONE, history
+from tests.processes import ON_POLICY, ROOT, ZERO_OR_ONE, history, script_of
 
 MODES = {"full": "", "lora": "--use_lora True --lora_r 4 --lora_dropout 0"}
 CELLS = [
@@ -30,6 +30,7 @@ CELLS = [
     ("reinforce_plus_plus", "full"),
     ("drop_uniform_groups", "lora"),
     ("dynamic_sampling", "lora"),
+    ("online_dpo", "lora"),
 ]
 # One launch per config, and between them every script in both modes; test_every_cell runs the others.
 QUICK = {
@@ -107,14 +108,14 @@ def job(command, rewards, tmp_path: Path, llava: str) -> Callable[..., dict]:
         script: str, mode: str, folder: str, batch: int, extra: str = "", model: str = llava, name: str = ""
     ) -> dict:
         flags = f"--per_device_train_batch_size {batch} --max_steps 3 --ddp_timeout 300 {MODES[mode]}"
-        if script in RL:
+        if script in ON_POLICY:
             reward = rewards.replace(":length", ":odd") if script in ZERO_OR_ONE else rewards
-            flags += f" --reward_fn {reward} --response_length 6 {RL[script]}"
+            flags += f" --reward_fn {reward} --response_length 6 {ON_POLICY[script]}"
         name = name or f"{script}-{mode}"
         out = tmp_path / folder / name
         return {
             "name": name,
-            "script": "ppo" if script in RL else script,
+            "script": script_of(script),
             "argv": command(script, f"{flags} {extra}", model, out),
             "out": str(out),
         }

@@ -69,6 +69,8 @@ BASE = [
         "ppo_metrics",
         "ppo_trainer",
         "model_card",
+        "on_policy",
+        "online_dpo",
         "preference_inputs",
         "reference_cache",
         "reference_pass",

@@ -20,7 +20,7 @@ from base.checkpoints import ASIDE, EXIT_INTERRUPTED, EXIT_PREEMPTED, Preemption
 from base.resume import CHECKSUMS, checkpoint_to_resume, newest_whole_checkpoint, what_is_wrong_with
 from base.run_folder import LOCK
 from common.errors import InputError
-from tests.processes import RL, Run, history
+from tests.processes import ON_POLICY, RL, Run, history
 
 STEPS = 6
 
@@ -32,8 +32,8 @@ def argv(command, rewards):
     def build(script: str, mode: str, out: Path, extra: str = "") -> list[str]:
         # Dropout is on, so the random state must be restored too.
         flags = "--use_lora True --lora_r 4" if mode == "lora" else ""
-        if script in RL:
-            flags += f" --reward_fn {rewards.replace(':length', ':odd')} --response_length 5 {RL[script]}"
+        if script in ON_POLICY:
+            flags += f" --reward_fn {rewards.replace(':length', ':odd')} --response_length 5 {ON_POLICY[script]}"
         flags += f" --max_steps {STEPS} --per_device_train_batch_size 2 --save_strategy steps --save_steps 1 --save_total_limit 2"
         return command(script, f"{flags} {extra}", out=out)
 
@@ -112,6 +112,8 @@ def check_kills(argv, tmp_path: Path, script: str, mode: str, kills: int, seed: 
         (2, "rm", "lora"),
         (3, "ppo", "lora"),
         (4, "dynamic_sampling", "lora"),
+        (5, "online_dpo", "lora"),
+        pytest.param(6, "online_dpo", "full", marks=pytest.mark.slow),
         *(
             pytest.param(5, name, "lora", marks=pytest.mark.slow)
             for name in RL

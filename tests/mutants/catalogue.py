@@ -87,35 +87,7 @@ faults(
             'self._mean_everywhere(metrics["objective/kl"] / metrics["val/response_length"])',
         ),
     },
-    clipped_on_both_sides={
-        "reward clip without a lower bound": (
-            "VLPPOTrainer._total",
-            "total.clamp(-clip, clip)",
-            "total.clamp(max=clip)",
-        ),
-        "reward clip without an upper bound": ("VLPPOTrainer._total", "total.clamp(-clip, clip)", "total.clamp(-clip)"),
-        "weights of rewards ignored": (
-            "VLPPOTrainer._total",
-            "reward.weight * parts[reward.name].nan_to_num(nan=0.0)",
-            "parts[reward.name].nan_to_num(nan=0.0)",
-        ),
-    },
     tower={
-        "vision weights of a role ignored": (
-            "VLPPOTrainer.__init__",
-            "self._on_any_process(model.has_own_vision(role))",
-            "False",
-        ),
-        "value model's images encoded by the policy": (
-            "VLPPOTrainer._encode",
-            "self._encode_with(model.value_backbone, img_inputs)",
-            "self._encode_with(model, img_inputs)",
-        ),
-        "reward adapter's images encoded by the policy": (
-            "VLPPOTrainer._encode",
-            "adapter_active(model.backbone, role.adapter)",
-            "adapter_active(model.backbone, Role.POLICY.adapter)",
-        ),
         "value function reads the policy's images": (
             "VLPPOTrainer.policy_pass",
             "self._inputs(r, Role.VALUE) if Role.VALUE in r.images else None",
@@ -138,6 +110,44 @@ faults(
             "VLPPOTrainer.evaluate",
             "[*range(starts[n], min(starts[n] + size, len(data)))]",
             "[*range(0, min(size, len(data)))]",
+        ),
+    },
+)
+faults(
+    "base/on_policy.py",
+    "tests/test_paths_ppo.py",
+    clipped_on_both_sides={
+        "reward clip without a lower bound": (
+            "OnPolicyTrainer._total",
+            "total.clamp(-clip, clip)",
+            "total.clamp(max=clip)",
+        ),
+        "reward clip without an upper bound": (
+            "OnPolicyTrainer._total",
+            "total.clamp(-clip, clip)",
+            "total.clamp(-clip)",
+        ),
+        "weights of rewards ignored": (
+            "OnPolicyTrainer._total",
+            "reward.weight * parts[reward.name].nan_to_num(nan=0.0)",
+            "parts[reward.name].nan_to_num(nan=0.0)",
+        ),
+    },
+    tower={
+        "vision weights of a role ignored": (
+            "OnPolicyTrainer.prepare_rollouts",
+            "self._on_any_process(self.role_model.has_own_vision(role))",
+            "False",
+        ),
+        "value model's images encoded by the policy": (
+            "OnPolicyTrainer._encode",
+            "self._encode_with(roles.value_backbone, img_inputs)",
+            "self._encode_with(policy, img_inputs)",
+        ),
+        "reward adapter's images encoded by the policy": (
+            "OnPolicyTrainer._encode",
+            "adapter_active(roles.backbone, role.adapter)",
+            "adapter_active(roles.backbone, Role.POLICY.adapter)",
         ),
     },
 )
@@ -1728,6 +1738,32 @@ faults(
             "_logps",
             "[logp for logp in said[start:] if logp is not None] + end",
             "[logp for logp in said[start:] if logp is not None]",
+        ),
+    },
+)
+
+# ------------------------------------------------------------------------------------------ answers of the policy's own
+
+faults(
+    "base/online_dpo.py",
+    "tests/test_online_dpo.py",
+    pairs_by_score={
+        "the worse answer is chosen": (
+            "scored_pairs",
+            "(known[better], known[worse])",
+            "(known[worse], known[better])",
+        ),
+        "pairs of answers counted without those that have no score": (
+            "scored_pairs",
+            "(known[better], known[worse])",
+            "(better, worse)",
+        ),
+    },
+    accumulation={
+        "micro batches of a step sample with the same numbers": (
+            "OnlineDPO.answered",
+            "(m * args.world_size + args.process_index) * size",
+            "args.process_index * size",
         ),
     },
 )
