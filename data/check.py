@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from datasets import Dataset
 from PIL import Image
@@ -32,6 +32,7 @@ from base.images import load_image
 from base.processor import IGNORE_INDEX, VLProcessor
 from base.row_checks import ProcessorCheck
 from common.errors import InputError
+from common.files import replacing
 from data import about_columns, checked_rows, per_name, refused_rows, without_image
 from data.images import FORMATS
 from data.lengths import LengthLimits
@@ -129,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if bad or empty else 0
 
 
-def write_rows(rows: Dataset, kind: Kind, path: str, image_root: str) -> None:
+def write_rows(rows: Dataset | Sequence[dict[str, Any]], kind: Kind, path: str, image_root: str) -> None:
     """JSON lines that load to the same rows, as `--dataset_name PATH --image_root IMAGE_ROOT`.
 
     Pictures that are bytes are written to a folder beside the file, PATH without its ending; their names then are
@@ -139,7 +140,7 @@ def write_rows(rows: Dataset, kind: Kind, path: str, image_root: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     pictures = file.with_suffix("")
     project = {*features_of(kind, False), "problem", "skipped", "columns"}
-    with open(file, "w", encoding="utf-8") as out:
+    with replacing(file) as beside, open(beside, "w", encoding="utf-8") as out:
         for i, row in enumerate(rows):
             names = [_named(image, image_root, pictures / f"{i}_{n}") for n, image in enumerate(row["images"])]
             written: dict = {"images": names} if names else {}

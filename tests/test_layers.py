@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 # Modules that are run with -m or as scripts: they import what they need, and nobody imports them.
 ENTRY_POINTS = {
     "data.check",
+    "data.sample",
     "data.shapes",
     "scripts.generate",
     "merge_lora",

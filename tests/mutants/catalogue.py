@@ -1767,3 +1767,22 @@ faults(
         ),
     },
 )
+faults(
+    "data/sample.py",
+    "tests/test_sample.py",
+    ranks_of_scores={
+        "the worst answer first": ("ranked", "-totals[k]", "totals[k]"),
+        "weights of scores ignored": ("ranked", "w * (v or 0.0)", "(v or 0.0)"),
+    },
+)
+faults(
+    "eval/answer_scores.py",
+    "tests/test_sample.py",
+    splits_answers={
+        "a reply that is neither yes nor no costs a point": (
+            "says_no",
+            '(re.findall(r"\\w+", reply.lower()) or [""])[0] == "no"',
+            '(re.findall(r"\\w+", reply.lower()) or [""])[0] != "yes"',
+        ),
+    },
+)
