@@ -117,6 +117,19 @@ class ModelArguments:
     min_pixels: int | None = field(
         default=None, metadata={"help": "Qwen-VL and GLM-V: smaller pictures are enlarged to this."}
     )
+    video_frames: int | None = field(
+        default=None,
+        metadata={
+            "help": "So many frames, evenly spread, of every video that has more: for a bound on tokens and memory. Saved with the "
+            "processor; by default as the checkpoint says, else as its family's authors do (docs/models.md)."
+        },
+    )
+    video_fps: float | None = field(
+        default=None,
+        metadata={
+            "help": "So many frames of each second of a video, for events that a fixed number of frames would miss in long ones."
+        },
+    )
     enable_thinking: bool = field(
         default=False,
         metadata={

@@ -10,6 +10,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from base.samples import STYLE, asked_and_told, card, prompt_text, report_table
+from base.videos import shown_pictures
 from base.vl_trainer import VLTrainer
 from common.files import write_json, write_text
 from common.pages import page
@@ -68,8 +69,9 @@ class AnswerSamples(TrainerCallback):
             answers = [(label, text, "") for label, text in told]
             answers += [("before training", before[i], "")] if before else []
             answers += [(f"at step {step}", now[i], "")] if step else []
-            cards.append(card(row["images"], prompt, answers))
-            table += [(row["images"], (prompt_text(prompt), label, text)) for label, text, _ in answers]
+            pictures = shown_pictures(row)
+            cards.append(card(pictures, prompt, answers))
+            table += [(pictures, (prompt_text(prompt), label, text)) for label, text, _ in answers]
         title = f"Answers at step {step}"
         path = Path(args.output_dir) / "samples" / f"step-{step:06d}.html"
         write_text(path, page(title, f"<h1>{title}</h1>{''.join(cards)}", STYLE))

@@ -27,6 +27,7 @@ from base.images import IMAGE_STATES, image_states, openable
 from base.packing import common_beginning, pack_rows, packed_length
 from base.processor import IGNORE_INDEX, VLProcessor, answer_start
 from base.segments import Layout
+from base.videos import media_of
 from base.views import Pairs, Places, Row, View
 from common.errors import InputError
 from common.seeds import stable_seed
@@ -117,7 +118,7 @@ class VLDataCollator:
     def encode_prompts(self, features: Sequence[Row]) -> tuple[list[list[int]], ImageInputs]:
         """Token ids of the rows' prompts, image tokens and generation prompt included, and their image inputs."""
         return self.processor.encode_conversations(
-            [row["prompt"] for row in features], [row["images"] for row in features]
+            [row["prompt"] for row in features], [media_of(row) for row in features]
         )
 
     @staticmethod
@@ -150,7 +151,7 @@ class VLSFTDataCollatorWithPadding(VLDataCollator):
 
     def _encode(self, features: Sequence[Row]) -> tuple[list[list[int]], list[list[int]], ImageInputs]:
         return self.processor.encode_talks(
-            [r["messages"] for r in features], [r["images"] for r in features], self.train_on
+            [r["messages"] for r in features], [media_of(row) for row in features], self.train_on
         )
 
     def _fit(self, ids: list[int], labels: list[int], counts: LengthCounts, where: str) -> list[int] | None:
@@ -474,7 +475,7 @@ class VLDPODataCollatorWithPadding(VLDataCollator):
         return fit_row(len(prompt), self._responses(row), self.limits, counts, row.get("where") or where)
 
     def _responses(self, row: Row) -> list[list[int]]:
-        return self.processor.encode_responses(row["prompt"], row["responses"], row["images"], _ended(row))
+        return self.processor.encode_responses(row["prompt"], row["responses"], media_of(row), _ended(row))
 
     def responses_only(self, features: Sequence[Row]) -> ResponseBatch:
         """Rows whose responses form no pairs, through `__call__`: with the image inputs that a subclass makes."""

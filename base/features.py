@@ -1,6 +1,6 @@
 """Image features between vision tower and language model: what is kept of them, and how batches are joined."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,33 @@ def sum_of_tensors(value: Any) -> Any:
         return value.sum() if value.is_floating_point() else 0.0
     values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     return sum(sum_of_tensors(v) for v in values)
+
+
+def has_images(img_inputs: Mapping[str, Any]) -> bool:
+    """Whether image inputs of a collator hold pixels, of pictures or of videos."""
+    return any(img_inputs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
+
+
+def join_rows(rows: Sequence[dict[str, Any]], lengths: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Image inputs of one row each as those of a batch; what a row without images or videos lacks is not there.
+
+    Args:
+        lengths: for each name of entries per token the tokens of the rows; rows without such entries get zeros.
+    """
+    joined = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        if name in lengths:
+            joined[name] = [
+                row[name][0] if name in row else [0] * n for row, n in zip(rows, lengths[name], strict=True)
+            ]
+            continue
+        values = [row[name] for row in rows if row.get(name) is not None]
+        clips = name == "pixel_values_videos" and values[0].ndim == 5  # (videos, frames, channels, height, width)
+        if clips and len({value.shape[1] for value in values}) > 1:
+            joined[name] = [clip for value in values for clip in value]
+        else:
+            joined[name] = _joined(name, values)
+    return joined
 
 
 def join_image_inputs(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 from PIL import ExifTags, Image
+from transformers import BatchFeature
 
 from common.errors import InputError
 from data.images import FORMATS, size_and_time, to_rgb
@@ -39,8 +40,9 @@ IMAGE_STATES = "image_states"  # column of a data set with cached reference log-
 
 
 def image_states(row: Mapping[str, Any]) -> list[list[int]]:
-    """Size and time of change of each image file of a row, by which a replaced one is known; [] for bytes and missing files."""
-    files = [image_file(image) for image in (*row["images"], row.get("image_rejected")) if image is not None]
+    """Size and time of change of each file of a row's images and videos, by which a replaced one is known; [] for bytes and missing files."""
+    videos = (file for files in row.get("videos") or () for file in files)
+    files = [image_file(image) for image in (*row["images"], *videos, row.get("image_rejected")) if image is not None]
     return [list((isinstance(file, str) and size_and_time(file)) or ()) for file in files]
 
 
@@ -78,6 +80,27 @@ def upright_size(image: ImageSource) -> tuple[int, int]:
         return opened.size[::-1] if turned else opened.size
     except (OSError, SyntaxError, ValueError, NotImplementedError, Image.DecompressionBombError) as error:
         raise _unreadable(file, error) from error
+
+
+class ImageProcessor:
+    """An image processor that takes an empty list, too: a batch without images has no pixels.
+
+    Args:
+        native: of transformers; what it knows beside pixels (sizes, patches) is asked of it.
+        call: what makes the pixels, if not `native`.
+    """
+
+    def __init__(self, native: Any, call: Callable[..., Any] | None = None) -> None:
+        self._native, self._call = native, call or native
+
+    def __call__(self, images: Any = None, **kwargs: Any) -> Any:
+        """As the image processor; None for the pixels of no image."""
+        if isinstance(images, list | tuple) and not images:
+            return BatchFeature({"pixel_values": None})
+        return self._call(images=images, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_native"], name) if "_native" in vars(self) else object.__getattribute__(self, name)
 
 
 def refuse_images(

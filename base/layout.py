@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedConfig, ProcessorMixin
+from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import cached_file, logging
 
 from common.errors import InputError
@@ -75,6 +75,30 @@ def processor_path(model_name_or_path: str) -> str:
     """Where a checkpoint's processor lies: an adapter folder without one, as other trainers write it, has its base's."""
     saved = any((Path(model_name_or_path) / name).is_file() for name in PROCESSOR_FILES)
     return model_name_or_path if saved else base_model_path(model_name_or_path)
+
+
+def native_processor(model_name_or_path: str, **kwargs: Any) -> ProcessorMixin:
+    """The transformers processor that lies in a folder or on the hub; `kwargs` go to AutoProcessor.from_pretrained.
+
+    Raises:
+        InputError: there is none, it is damaged, or it is a tokenizer alone.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(model_name_or_path, **kwargs)
+    except Exception as error:  # of the many kinds that a damaged file makes tokenizers and image processors raise
+        if damaged := damaged_file(model_name_or_path):
+            raise InputError(f"{damaged}: copy or download the file again.") from error
+        if not isinstance(error, OSError | ValueError):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{model_name_or_path} has no whole processor ({reason}): copy or download it again."
+        ) from error
+    if isinstance(processor, PreTrainedTokenizerBase):
+        raise InputError(
+            f"{model_name_or_path} holds a tokenizer but no image processor: save the whole processor there."
+        )
+    return processor
 
 
 def damaged_file(folder: str | Path) -> str | None:

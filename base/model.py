@@ -21,7 +21,7 @@ from transformers import GenerationMixin
 from transformers.utils import ModelOutput
 
 from base import packing
-from base.features import pooled_features, sum_of_tensors
+from base.features import has_images, pooled_features, sum_of_tensors
 from base.logps import token_logps
 from base.packed_attention import REPLACED, attend_by_segments, layout_of, segment_mask, with_layout
 from base.segments import Layout
@@ -222,14 +222,19 @@ class VLModelMixin:
         Args:
             img_inputs: the collator's `img_input_dict`. Without images it is returned as it is.
         """
-        if img_inputs.get("pixel_values") is None:
+        if not has_images(img_inputs):
             return dict(img_inputs)
-        extract = self.base_model.get_image_features
-        names = set(inspect.signature(extract).parameters)
-        features = extract(**{k: v for k, v in img_inputs.items() if k in names}, return_dict=True)
-        # The grid is still needed for M-RoPE positions, everything else that the tower read is not.
-        rest = {k: v for k, v in img_inputs.items() if k not in names or k == "image_grid_thw"}
-        return {**rest, "mm_encoder_outputs": {"image": features}}
+        read: set[str] = set()
+        features = {}
+        for modality, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            if img_inputs.get(pixels) is not None:
+                extract = getattr(self.base_model, f"get_{modality}_features")
+                names = set(inspect.signature(extract).parameters)
+                features[modality] = extract(**{k: v for k, v in img_inputs.items() if k in names}, return_dict=True)
+                read |= names
+        # The grids are still needed for M-RoPE positions, everything else that the tower read is not.
+        rest = {k: v for k, v in img_inputs.items() if k not in read or k in ("image_grid_thw", "video_grid_thw")}
+        return {**rest, "mm_encoder_outputs": features}
 
     @property
     def image_placeholder_ids(self) -> list[int]:

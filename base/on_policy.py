@@ -20,13 +20,14 @@ import losses
 from args import RolloutFlags
 from base.adapters import Role, adapter_active
 from base.batch import ImageInputs, PPOBatch
-from base.features import pooled_features
+from base.features import has_images, pooled_features
 from base.reward_calls import UnscoredAnswers
 from base.rewards import AdapterReward, FunctionReward, ModelReward, Reward
 from base.rollout import AnswerLogps, Answers, Images, Prompts, Sampled, Scored
 from base.samples import Sample, write_samples
 from base.sampling import Sampler, end_token_ids, plain_generation_config
 from base.value import VLModelWithValueHead
+from base.videos import count_media, media_of, shown_pictures
 from base.vl_trainer import VLTrainer, disable_dropout
 from common.errors import InputError
 from common.tensors import to_device
@@ -117,8 +118,9 @@ class OnPolicyTrainer(VLTrainer):
         args = self.args
         micro_batch = len(prompts[0].rows) * args.rollouts_per_prompt
         at_once = max(1, args.local_rollout_forward_batch_size // micro_batch)
-        if self._on_any_process(len({len(row["images"]) for p in prompts for row in p.rows}) > 1):
-            at_once = 1  # some families lay out the images of a batch by its fullest row
+        media = {count_media(media_of(row)) for p in prompts for row in p.rows}
+        if self._on_any_process(len(media) > 1 or any(videos for _, videos in media)):
+            at_once = 1  # some families lay out the images of a batch by its fullest row, or its videos by the longest
         sampled = []
         with self._generating_model() as core, self.phase("rollout", len(prompts)) as bar:
             for start in range(0, len(prompts), at_once):
@@ -180,7 +182,7 @@ class OnPolicyTrainer(VLTrainer):
             return prompts.images[Role.POLICY]
         images = self._padded_images(prompts.img_inputs)
         with self.accelerator.autocast():
-            if self.args.world_size > 1 and images.get("pixel_values") is None:
+            if self.args.world_size > 1 and not has_images(images):
                 core.encode_images(to_device(self.dummy_images, self.args.device))
             features = pooled_features(core.encode_images(images))
         return {k: v for k, v in features.items() if k not in self.data_collator.processor.per_token_keys}
@@ -289,8 +291,9 @@ class OnPolicyTrainer(VLTrainer):
         for r in rollouts:
             kl = self.kl_to_reference(r)
             kls = [None] * len(r.texts) if kl is None else kl.tolist()
+            pictures = [shown_pictures(row) for row in r.rows]
             for b, text, score, of_answer in zip(r.prompt_of, r.texts, r.scores.tolist(), kls, strict=True):
-                samples.append(Sample(r.rows[b]["images"], r.rows[b]["prompt"], text, score, of_answer))
+                samples.append(Sample(pictures[b], r.rows[b]["prompt"], text, score, of_answer))
         write_samples(samples[:16], Path(self.args.output_dir), step + 1, self.callback_handler.callbacks)
 
     # -- models --------------------------------------------------------------------------------------------------------

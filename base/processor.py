@@ -12,20 +12,33 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from PIL import Image
-from transformers import AutoProcessor, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from base.features import join_rows
 from base.image_tokens import ImageTokenCounter
-from base.images import ImageSource, load_image, png, refuse_images
-from base.layout import complete_processor, damaged_file, model_config, processor_path, stop_tokens
+from base.images import ImageProcessor, ImageSource, load_image, png, refuse_images
+from base.layout import complete_processor, model_config, native_processor, processor_path, stop_tokens
 from base.resolution import set_resolution
 from base.template import ChatTemplate, Messages
+from base.videos import (
+    Clip,
+    Medium,
+    Sampling,
+    Video,
+    blank_clip,
+    count_media,
+    load_clip,
+    refuse_clips,
+    set_sampling,
+    stills_of,
+)
 from common.errors import InputError
 from common.openai_client import ChatReply, data_url
-from data.rows import IMAGE_MARK
+from data.rows import IMAGE_MARK, VIDEO_MARK
 
 IGNORE_INDEX = -100
 
@@ -49,24 +62,7 @@ def answer_start(labels: Sequence[int]) -> int:
     return next((i + 1 for i in reversed(range(end)) if labels[i] == IGNORE_INDEX), 0)
 
 
-class _ImageProcessor:
-    """An image processor that takes an empty list, too: a batch without images has no pixels.
-
-    Args:
-        native: of transformers; what it knows beside pixels (sizes, patches) is asked of it.
-        call: what makes the pixels, if not `native`.
-    """
-
-    def __init__(self, native: Any, call: Callable[..., Any] | None = None) -> None:
-        self._native, self._call = native, call or native
-
-    def __call__(self, images: Any = None, **kwargs: Any) -> Any:
-        if isinstance(images, list | tuple) and not images:
-            return BatchFeature({"pixel_values": None})
-        return self._call(images=images, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["_native"], name) if "_native" in vars(self) else object.__getattribute__(self, name)
+_RENDERING = {"enable_thinking", "date", "min_pixels", "max_pixels", "video_frames", "video_fps"}
 
 
 def _with_rendering(init: Callable[..., None]) -> Callable[..., None]:
@@ -77,7 +73,7 @@ def _with_rendering(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def wrapped(self: "VLProcessor", *args: Any, **kwargs: Any) -> None:
         if not takes_all:
-            left = {"enable_thinking", "date", "min_pixels", "max_pixels"} & kwargs.keys() - named.keys()
+            left = _RENDERING & kwargs.keys() - named.keys()
             self._rendering = {**self._rendering, **{name: kwargs.pop(name) for name in left}}
         init(self, *args, **kwargs)
 
@@ -97,6 +93,8 @@ class VLProcessor:
 
     # The template for checkpoints that ship none. Families set it.
     default_chat_template: ClassVar[str | None] = None
+    # How films are sampled where the checkpoint says nothing (see base.videos.set_sampling). None: the family takes no videos.
+    video_sampling: ClassVar[Sampling | None] = None
     # Outputs of the native processor with one entry per token, and what a response's tokens get
     # (None: the value of the token before).
     per_token_keys: ClassVar[dict[str, int | None]] = {"token_type_ids": 0, "mm_token_type_ids": 0}
@@ -117,6 +115,8 @@ class VLProcessor:
         date: datetime.date | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        video_frames: int | None = None,
+        video_fps: float | None = None,
         **kwargs: Any,
     ) -> None:
         """Load the processor saved in `model_name_or_path`, or of an adapter folder without one that of its base.
@@ -124,33 +124,25 @@ class VLProcessor:
         Args:
             enable_thinking, date: of the chat template, see base.template.ChatTemplate.
             min_pixels, max_pixels: of a picture, see base.resolution; by default as saved.
+            video_frames, video_fps: how many frames of a video are seen, see base.videos; by default as saved.
             kwargs: go to AutoProcessor.from_pretrained.
 
         Raises:
-            InputError: the checkpoint has no processor, or no chat template and the family has no default.
+            InputError: the checkpoint has no processor, or no chat template and the family has no default; an argument has no
+                part in the family.
         """
-        enable_thinking = self._rendering.get("enable_thinking", enable_thinking)
-        date = self._rendering.get("date", date)
-        min_pixels = self._rendering.get("min_pixels", min_pixels)
-        max_pixels = self._rendering.get("max_pixels", max_pixels)
+        given: dict[str, Any] = {
+            "enable_thinking": enable_thinking,
+            "date": date,
+            "min_pixels": min_pixels,
+            "max_pixels": max_pixels,
+        }
+        given |= {"video_frames": video_frames, "video_fps": video_fps, **self._rendering}
         config, stops = model_config(model_name_or_path), stop_tokens(model_name_or_path)
         model_name_or_path = processor_path(model_name_or_path)
-        try:
-            self.processor = AutoProcessor.from_pretrained(model_name_or_path, **kwargs)
-        except Exception as error:  # of the many kinds that a damaged file makes tokenizers and image processors raise
-            if damaged := damaged_file(model_name_or_path):
-                raise InputError(f"{damaged}: copy or download the file again.") from error
-            if not isinstance(error, OSError | ValueError):
-                raise
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(
-                f"{model_name_or_path} has no whole processor ({reason}): copy or download it again."
-            ) from error
-        if isinstance(self.processor, PreTrainedTokenizerBase):
-            raise InputError(
-                f"{model_name_or_path} holds a tokenizer but no image processor: save the whole processor there."
-            )
-        set_resolution(self.processor.image_processor, min_pixels, max_pixels)
+        self.processor: Any = native_processor(model_name_or_path, **kwargs)
+        set_resolution(self.processor.image_processor, given["min_pixels"], given["max_pixels"])
+        self._set_sampling(given["video_frames"], given["video_fps"])
         if config is not None:
             complete_processor(self.processor, config)
         if getattr(self.processor, "chat_template", None) is None:
@@ -166,14 +158,21 @@ class VLProcessor:
             self.tokenizer.pad_token = self.tokenizer.unk_token or self.tokenizer.eos_token
         self._native_image_processor = self.processor.image_processor
         self.template = ChatTemplate(
-            self.processor, self.tokenizer, enable_thinking=enable_thinking, date=date, stops=stops
+            self.processor, self.tokenizer, enable_thinking=given["enable_thinking"], date=given["date"], stops=stops
         )
         self.image_token, self.image_placeholder = self.template.image_token, self.template.image_placeholder
         self.answer_end = self.template.answer_end
         self._beyond = self._tokens_beyond(config, model_name_or_path) if config is not None else frozenset()
         self._lengths_only = False
-        self._image_tokens = ImageTokenCounter(self.template, self.tokenizer, self._expand)
+        self._image_tokens = ImageTokenCounter(self.template, self.tokenizer, self._expand, self._blank)
         self.train()
+
+    def _set_sampling(self, frames: int | None, fps: float | None) -> None:
+        """How videos are sampled, if the family takes any."""
+        if self.video_sampling is not None:
+            set_sampling(self.processor.video_processor, self.video_sampling, frames, fps)
+        elif frames is not None or fps is not None:
+            self._refuse_videos("--video_frames and --video_fps have no part")
 
     def _tokens_beyond(self, config: PreTrainedConfig, path: str) -> frozenset[int]:
         """Added tokens that the model has no embedding for; texts that hold them are refused.
@@ -229,7 +228,7 @@ class VLProcessor:
     @property
     def image_processor(self) -> Any:
         """The image processor: `image_processor(images=[...], return_tensors="pt")`; without images it gives None as pixel_values."""
-        return _ImageProcessor(self._native_image_processor)
+        return ImageProcessor(self._native_image_processor)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -266,7 +265,7 @@ class VLProcessor:
         return any(mark in text for mark in (self.image_placeholder, self.image_token, IMAGE_MARK))
 
     def process_batch_conv(
-        self, convs: Sequence[Messages], images: Sequence[Sequence[ImageSource]] | None = None, train_on: str = "all"
+        self, convs: Sequence[Messages], images: Sequence[Sequence[Medium]] | None = None, train_on: str = "all"
     ) -> dict[str, Any]:
         """Tokenise whole conversations.
 
@@ -288,12 +287,12 @@ class VLProcessor:
     def _encode_conversations(
         self,
         convs: Sequence[Messages],
-        images: Sequence[Sequence[ImageSource]],
+        images: Sequence[Sequence[Medium]],
         add_generation_prompt: bool = False,
         train_on: str = "all",
     ) -> tuple[list[list[int]], list[list[int]], dict[str, Any]]:
         """Token ids, labels and image inputs of conversations."""
-        parts = [self._parts(conv, len(row)) for conv, row in zip(convs, images, strict=True)]
+        parts = [self._parts(conv, *count_media(row)) for conv, row in zip(convs, images, strict=True)]
         skeletons, answers = zip(*(self.template.split(conv, add_generation_prompt) for conv in parts), strict=True)
         marker, marker_id = self.template.unused_token(skeletons)
         prompts, img_inputs = self.encode_prompts([marker.join(pieces) for pieces in skeletons], images)
@@ -331,7 +330,7 @@ class VLProcessor:
         self,
         texts: Sequence[str] | None = None,
         convs: Sequence[Messages] | None = None,
-        images: Sequence[list[ImageSource] | tuple[ImageSource, ...] | ImageSource] | None = None,
+        images: Sequence[list[Medium] | tuple[Medium, ...] | Medium] | None = None,
         train_on: str = "all",
     ) -> dict[str, torch.Tensor]:
         """Tensors for `model(**inputs)` or, in inference mode, `model.generate(**inputs)`.
@@ -360,7 +359,9 @@ class VLProcessor:
             input_ids, img_inputs = self._encode_questions(convs, rows)
         elif texts is not None:
             prompts = [
-                text if not row or self.is_multimodal_prompt_valid(text) else self.format_multimodal_prompt(text, row)
+                text
+                if not row or self.is_multimodal_prompt_valid(text)
+                else self.format_multimodal_prompt(text, stills_of(row))
                 for text, row in zip(texts, rows, strict=True)
             ]
             if IMAGE_MARK not in self.image_placeholder:
@@ -376,16 +377,22 @@ class VLProcessor:
 
     # -- text ----------------------------------------------------------------------------------------------------------
 
-    def render(self, messages: Messages, add_generation_prompt: bool = False, images: int | None = None) -> str:
-        """The chat template's text for `messages`, image placeholders not yet expanded.
+    def render(
+        self, messages: Messages, add_generation_prompt: bool = False, images: int | None = None, videos: int = 0
+    ) -> str:
+        """The chat template's text for `messages`, placeholders of images and videos not yet expanded.
 
         Raises:
-            InputError: `images` is given and differs from the number of marks.
+            InputError: `images` is given and differs from the number of marks, or `videos` does.
         """
-        return self.template.render(self._parts(messages, images), add_generation_prompt)
+        return self.template.render(self._parts(messages, images, videos), add_generation_prompt)
 
-    def _parts(self, messages: Messages, images: int | None) -> Messages:
+    def _parts(self, messages: Messages, images: int | None, videos: int = 0) -> Messages:
         """`as_parts`, in which `format_multimodal_prompt` puts the placeholders where no turn has one."""
+        if videos:
+            if self.video_sampling is None:
+                self._refuse_videos("A conversation has a video, which has no part")
+            return self.template.as_parts(messages, images, videos)
         if not (self._has_own("format_multimodal_prompt") or self._has_own("is_multimodal_prompt_valid")):
             return self.as_parts(messages, images)  # which does the same
         messages = self._without_default_marks(messages, images)
@@ -423,6 +430,8 @@ class VLProcessor:
         Raises:
             InputError: see `render` and `load_image`.
         """
+        if self.video_sampling is not None and any(VIDEO_MARK in str(m["content"]) for m in messages):
+            raise InputError("A prompt has a video, which is not sent to a server: leave such rows out.")
         pictures = iter(images)
         return [
             {
@@ -479,7 +488,7 @@ class VLProcessor:
         self,
         prompt: Messages,
         responses: Sequence[str],
-        images: Sequence[ImageSource],
+        images: Sequence[Medium],
         ended: Sequence[bool] | None = None,
     ) -> list[list[int]]:
         """Token ids of answers to a prompt: `encode_response`, or where a family has one its own `process_batch_conv`.
@@ -504,7 +513,7 @@ class VLProcessor:
         return self.template.decode_response(ids)
 
     def encode_conversations(
-        self, convs: Sequence[Messages], images: Sequence[Sequence[ImageSource]]
+        self, convs: Sequence[Messages], images: Sequence[Sequence[Medium]]
     ) -> tuple[list[list[int]], dict[str, Any]]:
         """Prompts of conversations as `encode_prompts` returns them. They pass through `__call__`, which a family may override."""
         training = self.mode == "train"
@@ -518,7 +527,7 @@ class VLProcessor:
         return self._unpadded(encoded)
 
     def encode_talks(
-        self, convs: Sequence[Messages], images: Sequence[Sequence[ImageSource]], train_on: str = "all"
+        self, convs: Sequence[Messages], images: Sequence[Sequence[Medium]], train_on: str = "all"
     ) -> tuple[list[list[int]], list[list[int]], dict[str, Any]]:
         """Whole conversations through `__call__` as well: token ids, labels, image inputs, all as `process_batch_conv` makes them."""
         which = {} if train_on == "all" else {"train_on": train_on}
@@ -529,7 +538,7 @@ class VLProcessor:
         return ids, [row[real].tolist() for row, real in zip(labels, mask, strict=True)], img_inputs
 
     def _encode_questions(
-        self, convs: Sequence[Messages], images: Sequence[Sequence[ImageSource]]
+        self, convs: Sequence[Messages], images: Sequence[Sequence[Medium]]
     ) -> tuple[list[list[int]], dict[str, Any]]:
         """As `encode_prompts`; where the family tokenises conversations itself, a prompt is what stands before an empty answer."""
         if not self._has_own("process_batch_conv"):
@@ -552,9 +561,7 @@ class VLProcessor:
     def _has_own(self, method: str) -> bool:
         return getattr(type(self), method) is not getattr(VLProcessor, method)
 
-    def _talks(
-        self, convs: Sequence[Messages], images: Sequence[Sequence[ImageSource]], train_on: str
-    ) -> dict[str, Any]:
+    def _talks(self, convs: Sequence[Messages], images: Sequence[Sequence[Medium]], train_on: str) -> dict[str, Any]:
         """What `process_batch_conv` returns, which a family may override."""
         return self._whole(
             "process_batch_conv",
@@ -574,7 +581,7 @@ class VLProcessor:
         return dict(returned)
 
     def encode_prompts(
-        self, texts: Sequence[str], images: Sequence[Sequence[ImageSource]]
+        self, texts: Sequence[str], images: Sequence[Sequence[Medium]]
     ) -> tuple[list[list[int]], dict[str, Any]]:
         """Token ids of rendered prompts with image placeholders expanded, and the model's image inputs of the batch.
 
@@ -585,25 +592,54 @@ class VLProcessor:
             InputError: an image cannot be read, or the number of placeholders differs from the number of images.
         """
         for text, row in zip(texts, images, strict=True):
-            if (found := self.count_placeholders(text)) != len(row):
-                raise InputError(f"A prompt has {found} image placeholder(s) for {len(row)} image(s): {text[:200]!r}.")
+            stills, videos = count_media(row)
+            if (found := self.count_placeholders(text)) != stills:
+                raise InputError(f"A prompt has {found} image placeholder(s) for {stills} image(s): {text[:200]!r}.")
+            if videos and (found := text.count(str(self.template.video_token))) != videos:
+                raise InputError(
+                    f"A prompt has {found} video placeholder(s) for {videos} video(s): {text[:200]!r}. If the conversation has its "
+                    f"marks, the chat template knows no videos: take that of a newer checkpoint of the family."
+                )
         if self._lengths_only and all(images):
             return [self._image_tokens.prompt_ids(text, row) for text, row in zip(texts, images, strict=True)], {}
-        return self._encode(texts, images, [[load_image(image) for image in row] for row in images])
+        return self._encode(texts, images, [[self._decoded(medium) for medium in row] for row in images])
+
+    def _refuse_videos(self, what: str) -> NoReturn:
+        raise InputError(
+            f"{what} in {type(self).__name__}, which reads pictures alone: leave it out, or take a family that docs/models.md "
+            "names for videos."
+        )
+
+    def _decoded(self, medium: Medium) -> Image.Image | Clip:
+        return load_clip(medium, self.processor.video_processor) if isinstance(medium, Video) else load_image(medium)
+
+    def _blank(self, video: Video) -> Clip:
+        return blank_clip(video, self.processor.video_processor)
 
     def _encode(
-        self, texts: Sequence[str], images: Sequence[Sequence[ImageSource]], pictures: list[list[Image.Image]]
+        self, texts: Sequence[str], images: Sequence[Sequence[Medium]], pictures: list[list[Image.Image | Clip]]
     ) -> tuple[list[list[int]], dict[str, Any]]:
-        """`encode_prompts` with the images decoded; `images` name them in messages."""
+        """`encode_prompts` with images and videos decoded; `images` name them in messages."""
+        clips = [medium for row in pictures for medium in row if isinstance(medium, Clip)]
+        if clips and len(texts) > 1:
+            # Native processors want equally many frames in all videos of a batch, or let them change each other's prompts.
+            rows = [self._encode([text], [i], [p]) for text, i, p in zip(texts, images, pictures, strict=True)]
+            ids = [own for (own,), _ in rows]
+            return ids, join_rows(
+                [inputs for _, inputs in rows], {name: [*map(len, ids)] for name in self.per_token_keys}
+            )
+        named, stills = [*map(stills_of, images)], [*map(stills_of, pictures)]
         own = self.image_processor
         try:
             if self._has_own("image_processor"):
                 # A function knows nothing of what native processors ask theirs
                 whole = hasattr(own, "fetch_images")
-                self.processor.image_processor = own if whole else _ImageProcessor(self._native_image_processor, own)
-            encoded = self.call_native(list(texts), pictures)
-        except ValueError:
-            refuse_images(own, images, pictures)
+                self.processor.image_processor = own if whole else ImageProcessor(self._native_image_processor, own)
+            # Families that take no videos have no such argument
+            encoded = self.call_native(list(texts), stills, *([clips] if clips else []))
+        except ValueError as error:
+            refuse_images(own, named, stills)
+            refuse_clips(clips, error)
             raise
         finally:
             self.processor.image_processor = self._native_image_processor
@@ -621,7 +657,7 @@ class VLProcessor:
         self._refuse_beyond(ids[mask].tolist())
         return [ids[b][mask[b]].tolist() for b in range(len(mask))], img_inputs
 
-    def _expand(self, text: str, images: Sequence[ImageSource], pictures: list[Image.Image]) -> list[int]:
+    def _expand(self, text: str, images: Sequence[Medium], pictures: list[Image.Image | Clip]) -> list[int]:
         return self._encode([text], [images], [pictures])[0][0]
 
     @contextmanager
@@ -633,13 +669,21 @@ class VLProcessor:
         finally:
             self._lengths_only = before
 
-    def call_native(self, texts: list[str], images: list[list[Image.Image]]) -> dict[str, Any]:
-        """Hook: call the family's transformers processor on a right-padded batch; images are nested per row."""
+    def call_native(
+        self, texts: list[str], images: list[list[Image.Image]], clips: Sequence[Clip] = ()
+    ) -> dict[str, Any]:
+        """Hook: call the family's transformers processor on a right-padded batch; images are nested per row.
+
+        Args:
+            clips: of a batch with videos, which has one row.
+        """
         bos = self.tokenizer.bos_token
+        frames = {"video_metadata": [clip.metadata for clip in clips], "do_sample_frames": False}
         return dict(
             self.processor(
                 text=texts,
                 images=images if any(images) else None,
+                **({"videos": [clip.frames for clip in clips], "videos_kwargs": frames} if clips else {}),
                 # A template that writes the BOS token itself must not get a second one.
                 add_special_tokens=not (bos and texts[0].startswith(bos)),
                 padding=True,

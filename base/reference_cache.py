@@ -28,6 +28,7 @@ from transformers.utils.hub import constants
 
 from base.images import ImageSource, image_file
 from base.processor import VLProcessor
+from base.videos import count_media, media_of
 from common.errors import InputError
 from common.files import replacing, write_text
 
@@ -74,10 +75,12 @@ def row_key(row: dict[str, Any], columns: Sequence[str], processor: VLProcessor)
     Args:
         columns: further ones that the reference is asked about.
     """
-    prompt = processor.render(row["prompt"], add_generation_prompt=True, images=len(row["images"]))
+    images, videos = count_media(media_of(row))
+    prompt = processor.render(row["prompt"], add_generation_prompt=True, images=images, videos=videos)
     text = [prompt, row["responses"], {name: row.get(name) for name in columns if name != "image_rejected"}]
     digest = hashlib.sha256(json.dumps(text, sort_keys=True).encode())
-    for image in [*row["images"], *([row["image_rejected"]] if "image_rejected" in columns else [])]:
+    films = (file for files in row.get("videos") or () for file in files)
+    for image in [*row["images"], *films, *([row["image_rejected"]] if "image_rejected" in columns else [])]:
         digest.update(_image_bytes(image))
     return digest.hexdigest()
 

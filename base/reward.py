@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from base.collator import VLRMDataCollatorWithPadding
+from base.features import has_images
 from base.heads import REWARD_HEAD, HeadModel, freeze_lm_head
 from base.loading import core_mapper_for
 from base.processor import VLProcessor
@@ -69,7 +70,7 @@ def score_rows(
         chunk = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
         batch = collator.responses_only(chunk)
         image_inputs = model.core.encode_images(to_device(batch["img_input_dict"], model.device))
-        if dummy_images is not None and batch["img_input_dict"].get("pixel_values") is None:
+        if dummy_images is not None and not has_images(batch["img_input_dict"]):
             model.core.encode_images(to_device(dummy_images, model.device))
         ids, segments, last = (to_device(batch[k], model.device) for k in ("input_ids", "segment_ids", "last_tokens"))
         inputs = model.core.packed_inputs(ids, segments, image_inputs, batch["packed"], batch["layout"])

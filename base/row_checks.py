@@ -16,10 +16,12 @@ from datasets import Dataset, Features, Value
 from PIL import Image
 
 from base.processor import VLProcessor
-from data.rows import IMAGE_MARK, Kind
+from base.videos import Medium, Video
+from data.rows import IMAGE_MARK, VIDEO_MARK, Kind
 
 # Sizes that some image processor may refuse; others are not tried.
 _SMALL, _NARROW = 64, 20
+_FRAMES = 2  # of the videos that stand for a row's
 # Beyond this a picture whose short side is scaled up fills the memory.
 _TOO_NARROW = 1000
 _MAX_TRIED = 500
@@ -104,11 +106,14 @@ class ProcessorCheck:
             )
         return f"has {token} in its texts, which stands for a picture: take it out"
 
-    def refused_shape(self, shape: Sequence[tuple[str, int]], kind: Kind) -> str | None:
-        """Whether turns of these roles, with these numbers of pictures, can be encoded."""
-        messages = [{"role": role, "content": IMAGE_MARK * images + "a"} for role, images in shape]
-        pictures = [Image.new("RGB", (_SMALL, _SMALL))] * sum(images for _, images in shape)
-        return self._refused(messages, pictures, kind)
+    def refused_shape(self, shape: Sequence[tuple[str, int, int]], kind: Kind) -> str | None:
+        """Whether turns of these roles, with these numbers of pictures and videos, can be encoded."""
+        messages = [
+            {"role": role, "content": IMAGE_MARK * images + VIDEO_MARK * videos + "a"} for role, images, videos in shape
+        ]
+        blank = Image.new("RGB", (_SMALL, _SMALL))
+        pictures = [blank] * sum(images for _, images, _ in shape)
+        return self._refused(messages, [*pictures, *[Video((blank,) * _FRAMES)] * sum(n for *_, n in shape)], kind)
 
     def refused_sizes(self, sizes: pa.ChunkedArray) -> dict[tuple[int, int], str]:
         """Of all pictures' sizes, those that the processor refuses, with the reason."""
@@ -131,7 +136,7 @@ class ProcessorCheck:
                     refused[width, height] = f"{name}, which the model's processor refuses ({reason})"
         return refused
 
-    def _refused(self, messages: list[dict[str, str]], pictures: list[Image.Image], kind: Kind) -> str | None:
+    def _refused(self, messages: list[dict[str, str]], pictures: list[Medium], kind: Kind) -> str | None:
         processor = self.processor
         try:
             if kind == "conversation":
@@ -153,11 +158,17 @@ def _rows_with(sizes: pa.ChunkedArray, some: Collection[tuple[int, int]]) -> lis
     return np.unique(row_of[wanted]).tolist()
 
 
+def _videos_in(message: Mapping[str, str]) -> int:
+    return message["content"].count(VIDEO_MARK) if message["role"] == "user" else 0
+
+
 def _look_at_batch(batch: Mapping[str, list], column: str, pattern: str) -> dict[str, list]:
     tokens = re.compile(pattern)
     out: dict[str, list] = {"token": [], "shape": []}
     for i, messages in enumerate(batch[column]):
-        texts = [m["content"] for m in messages] + (batch["responses"][i] if "responses" in batch else [])
+        texts = [m["content"].replace(VIDEO_MARK, "") if m["role"] == "user" else m["content"] for m in messages]
+        texts += batch["responses"][i] if "responses" in batch else []
         out["token"].append(next((m.group() for m in map(tokens.search, texts) if m), None))
-        out["shape"].append(json.dumps([[m["role"], m["content"].count(IMAGE_MARK)] for m in messages]))
+        shape = [[m["role"], m["content"].count(IMAGE_MARK), _videos_in(m)] for m in messages]
+        out["shape"].append(json.dumps(shape))
     return out

@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from common.errors import InputError
-from data.rows import IMAGE_MARK
+from data.rows import IMAGE_MARK, VIDEO_MARK
 
 Messages = list[dict[str, Any]]
 
@@ -40,6 +40,7 @@ class ChatTemplate:
         image_token: what the native processor replaces by an image's tokens, once per image in a rendered text.
         image_placeholder: all that the template writes for one image, `<|vision_start|><|image_pad|><|vision_end|>`
             for example.
+        video_token: the same for a video; None where the native processor has none.
         answer_end, answer_end_ids: the token, or tokens, behind an answer.
     """
 
@@ -79,6 +80,7 @@ class ChatTemplate:
             self._as_strings |= {role} if self._wants_string(role) else set()
 
         self.image_token = str(getattr(native, "image_token", None) or IMAGE_MARK)  # InstructBLIP has an AddedToken
+        self.video_token: str | None = getattr(native, "video_token", None)
         plain, prompt = self._apply([_USER]), self._apply([_USER], add_generation_prompt=True)
         answered = self._apply([_USER, _assistant(_ANSWER)]).split(_ANSWER)
         if len(answered) != 2 or _QUESTION not in prompt:
@@ -239,33 +241,38 @@ class ChatTemplate:
         pieces, answers = self.split(messages, add_generation_prompt)
         return pieces[0] + "".join(a + self.answer_end + piece for a, piece in zip(answers, pieces[1:], strict=True))
 
-    def as_parts(self, messages: Messages, images: int | None) -> Messages:
+    def as_parts(self, messages: Messages, images: int | None, videos: int = 0) -> Messages:
         """Messages with contents as parts; `<image>` marks (or the family's placeholder) become image parts.
 
-        When no mark stands anywhere, the images go in front of the first user turn.
+        When no mark stands anywhere, the images go in front of the first user turn. `<video>` marks are such only where
+        there are videos, which go behind the images.
 
         Raises:
-            InputError: `images` is given and differs from the number of marks.
+            InputError: `images` is given and differs from the number of marks; or `videos` does.
         """
         spellings = "|".join(map(re.escape, (self.image_placeholder, self.image_token, IMAGE_MARK)))
-        marks = re.compile(rf"\n*(?:{spellings})\n*")
+        marks = re.compile(rf"\n*({spellings}{f'|{re.escape(VIDEO_MARK)}' if videos else ''})\n*")
         converted = []
         for message in messages:
             content = message["content"]
             if isinstance(content, str):
                 pieces = [content] if message["role"] == "assistant" else marks.split(content)
                 content = []
-                for n, piece in enumerate(pieces):
-                    content += [{"type": "image"}] * (n > 0) + [_text(piece)] * bool(piece)
+                for n, piece in enumerate(pieces):  # text, mark, text, mark, ...
+                    if n % 2:
+                        content.append({"type": "video" if videos and piece == VIDEO_MARK else "image"})
+                    elif piece:
+                        content.append(_text(piece))
             converted.append({"role": message["role"], "content": [_clean_part(part) for part in content]})
-        found = sum(part["type"] == "image" for message in converted for part in message["content"])
-        if images and found == 0:
-            first = next(m for m in converted if m["role"] == "user")
-            first["content"] = [{"type": "image"}] * images + first["content"]
-        elif images is not None and found != images:
-            raise InputError(
-                f"A conversation has {found} image mark(s) for {images} image(s): make their numbers equal."
-            )
+        for medium, number in (("video", videos), ("image", images)):
+            found = sum(part["type"] == medium for message in converted for part in message["content"])
+            if number and found == 0:
+                first = next(m for m in converted if m["role"] == "user")
+                first["content"] = [{"type": medium}] * number + first["content"]
+            elif number is not None and found != number:
+                raise InputError(
+                    f"A conversation has {found} {medium} mark(s) for {number} {medium}(s): make their numbers equal."
+                )
         return converted
 
     def split(self, messages: Messages, add_generation_prompt: bool = False) -> tuple[list[str], list[str]]:
@@ -326,7 +333,7 @@ class ChatTemplate:
         Raises:
             InputError: the texts hold every special token.
         """
-        taken = {self.image_token, IMAGE_MARK}
+        taken = {self.image_token, self.video_token, IMAGE_MARK}
         for token_id, token in self._tokenizer.added_tokens_decoder.items():
             usable = token.special and not (token.lstrip or token.rstrip) and token.content not in taken
             usable = usable and token_id != self._tokenizer.bos_token_id
@@ -384,7 +391,7 @@ def _lead(before: str, prompt: str) -> str:
 
 def _clean_part(part: dict[str, Any]) -> dict[str, Any]:
     # datasets fills missing keys with None, and some templates test for the key alone.
-    return {"type": "image"} if part["type"] == "image" else _text(part["text"])
+    return {"type": part["type"]} if part["type"] in ("image", "video") else _text(part["text"])
 
 
 def _inserted(text: str, longer: str, token: str) -> str | None:

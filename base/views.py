@@ -13,6 +13,8 @@ import torch
 
 from base.corruption import Corruption, corrupt_pictures
 from base.images import load_image
+from common.errors import InputError
+from data.rows import VIDEO_MARK
 
 Row = dict[str, Any]
 Pairs = Sequence[tuple[int, int]]  # (better, worse) response indices of a row
@@ -55,8 +57,13 @@ def corrupted_view(
     """The rows with corrupted images: v' in place of v.
 
     Raises:
-        InputError: an image cannot be read, or there is no other row to swap images with.
+        InputError: an image cannot be read, there is no other row to swap images with, or a row has a video.
     """
+    if film := next((row for row in rows if row.get("videos")), None):
+        raise InputError(
+            f"{film.get('where') or 'A row'} has a video, and the loss compares with corrupted pictures, which are not made of "
+            "videos: leave such rows out, or choose another --loss_type."
+        )
     pictures = [[load_image(image) for image in row["images"]] for row in rows]
     return View.of(rows, corrupt_pictures(pictures, corruption, seeds), repeated)
 
@@ -72,11 +79,12 @@ def without_images(row: Row, remove_image_placeholder: Callable[[str], str]) -> 
     for message in row["prompt"]:
         content = message["content"]
         if isinstance(content, str):
-            content = remove_image_placeholder(content).strip("\n")
+            content = remove_image_placeholder(content)
+            content = (content.replace(VIDEO_MARK, "") if row.get("videos") else content).strip("\n")
         else:
-            content = [part for part in content if part["type"] != "image"]
+            content = [part for part in content if part["type"] not in ("image", "video")]
         prompt.append({"role": message["role"], "content": content})
-    return row | {"images": [], "prompt": prompt}
+    return row | {"images": [], "prompt": prompt} | ({"videos": []} if row.get("videos") else {})
 
 
 def with_copies(row: Row, responses: Sequence[int]) -> Row:

@@ -22,7 +22,7 @@ from base.batch import Batch, ImageInputs
 from base.callbacks import EvaluateAtEnd
 from base.checkpoints import SafeCheckpoints
 from base.collator import VLDataCollator
-from base.features import pooled_features
+from base.features import has_images, pooled_features
 from base.fsdp import in_root
 from base.learning_rates import learning_rates, split_by_rate
 from base.log_lines import Bars, LogLines
@@ -33,6 +33,7 @@ from base.run_page import RunPage
 from base.samples import asked_and_told
 from base.sampling import end_token_ids, plain_generation_config
 from base.self_check import SelfCheck
+from base.videos import count_media, media_of
 from common.errors import InputError
 from common.tensors import to_device
 from data.stream import StreamedRows
@@ -187,7 +188,7 @@ class VLTrainer(SafeCheckpoints):
         images = batch["img_input_dict"]
         # A rank whose rows have no image runs the tower all the same: else ZeRO-3 would wait for it, and DDP for its gradients. So does a single
         # process whose tower trains: Adam moves a parameter whose gradient is 0 and skips one whose gradient is None.
-        several, text_only = self.args.world_size > 1, images.get("pixel_values") is None
+        several, text_only = self.args.world_size > 1, not has_images(images)
         trains = any(p.requires_grad for p in parameters)
         dummy = self._prepare_images(self.dummy_images) if text_only and (several or trains) else None
         if trains:
@@ -214,7 +215,7 @@ class VLTrainer(SafeCheckpoints):
         with plain_generation_config(core), self.accelerator.autocast():
             for row in rows:
                 prompt, _ = asked_and_told(row)
-                (ids,), img_inputs = processor.encode_conversations([prompt], [row["images"]])
+                (ids,), img_inputs = processor.encode_conversations([prompt], [media_of(row)])
                 images = self._prepare_images(processor.pad_img_inputs(img_inputs))
                 inputs = torch.tensor([ids], device=self.args.device)
                 out = core.generate(
@@ -323,7 +324,8 @@ class VLTrainer(SafeCheckpoints):
     def image_sensitivity(self, dataset: Dataset, num_rows: int = 64) -> float:
         """Mean absolute change of `response_scores` when a row gets the images of the next one: 0 for a model that ignores images.
 
-        Measured on the first `num_rows` rows. Left out are rows without images, and rows whose next one has more or fewer images.
+        Measured on the first `num_rows` rows; videos count as images. Left out are rows without images, and rows whose next one has
+        more or fewer images.
         """
         rows = [dataset[i] for i in range(min(num_rows, len(dataset)))]
         changes, size = [], max(2, self.args.per_device_eval_batch_size)
@@ -332,9 +334,11 @@ class VLTrainer(SafeCheckpoints):
             batch_rows = rows[start : start + size]
             others = batch_rows[1:] + batch_rows[:1]
             swapped = [
-                (row, row | {"images": other["images"]})
+                (row, row | {name: other.get(name) for name in ("images", "videos")})
                 for row, other in zip(batch_rows, others, strict=True)
-                if row["images"] and len(row["images"]) == len(other["images"]) and row["images"] != other["images"]
+                if (own := media_of(row))
+                and own != (of_other := media_of(other))
+                and count_media(own) == count_media(of_other)
             ]
             if not swapped:
                 continue

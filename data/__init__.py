@@ -5,6 +5,7 @@ columns of any kind as they are (data/rows.py); marks, texts and images are chec
 """
 
 import copy
+import functools
 import hashlib
 import logging
 import os
@@ -303,11 +304,13 @@ def about_columns(rows: Dataset) -> dict[str, object]:
 
 
 def without_image(rows: Dataset) -> int:
-    """Rows without any image."""
+    """Rows without any image or video."""
     if not len(rows):
         return 0
-    lengths = pc.list_value_length(rows.select_columns("images").with_format("arrow")[:]["images"])
-    return pc.sum(pc.equal(lengths, 0)).as_py() or 0
+    columns = [name for name in ("images", "videos") if name in rows.column_names]
+    table = rows.select_columns(columns).with_format("arrow")[:]
+    lengths = [pc.fill_null(pc.list_value_length(table[name]), 0) for name in columns]
+    return pc.sum(pc.equal(functools.reduce(pc.add, lengths), 0)).as_py() or 0
 
 
 def checked_rows(

@@ -31,13 +31,15 @@ from args import DataArguments, parse, run
 from base.images import load_image
 from base.processor import IGNORE_INDEX, VLProcessor
 from base.row_checks import ProcessorCheck
+from base.videos import Video, first_frame, media_of
 from common.errors import InputError
 from common.files import replacing
 from data import about_columns, checked_rows, per_name, refused_rows, without_image
 from data.images import FORMATS
 from data.lengths import LengthLimits
-from data.rows import IMAGE_MARK, NUMBER_COLUMNS, Kind, Row, features_of, is_inside, shorten
+from data.rows import IMAGE_MARK, NUMBER_COLUMNS, VIDEO_MARK, Kind, Row, features_of, is_inside, shorten
 from data.source import image_root_of
+from data.videos import is_film, read_header
 from models import core_mapper_for
 
 _SAMPLE = 1000  # rows that lengths and image sizes are measured on
@@ -59,6 +61,8 @@ class CheckArguments:
     )
     max_pixels: int | None = field(default=None, metadata={"help": "As in training: larger pictures are shrunk."})
     min_pixels: int | None = field(default=None, metadata={"help": "As in training: smaller pictures are enlarged."})
+    video_frames: int | None = field(default=None, metadata={"help": "As in training: so many frames of a video."})
+    video_fps: float | None = field(default=None, metadata={"help": "As in training: so many frames of each second."})
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Show what this model's processor makes of the rows, and count tokens."}
     )
@@ -77,7 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if check_args.model_name_or_path:
         adapter = core_mapper_for(check_args.model_name_or_path)
         processor = adapter.processor(
-            check_args.model_name_or_path, min_pixels=check_args.min_pixels, max_pixels=check_args.max_pixels
+            check_args.model_name_or_path,
+            min_pixels=check_args.min_pixels,
+            max_pixels=check_args.max_pixels,
+            video_frames=check_args.video_frames,
+            video_fps=check_args.video_fps,
         )
 
     out = Path(check_args.output_dir)
@@ -144,6 +152,8 @@ def write_rows(rows: Dataset | Sequence[dict[str, Any]], kind: Kind, path: str, 
         for i, row in enumerate(rows):
             names = [_named(image, image_root, pictures / f"{i}_{n}") for n, image in enumerate(row["images"])]
             written: dict = {"images": names} if names else {}
+            if row.get("videos"):
+                written["videos"] = [[_named(file, image_root, pictures) for file in files] for files in row["videos"]]
             if kind == "conversation":
                 written["messages"] = row["messages"]
             else:
@@ -205,7 +215,7 @@ def _token_facts(rows: Dataset, kind: Kind, processor: VLProcessor, train_on: st
     whole, prompts, answers = [], [], []
     with processor.lengths_only():
         for row in _sample(rows):
-            images = row["images"]
+            images = media_of(row)
             if kind == "conversation":
                 ids, labels, _ = processor.encode_talks([row["messages"]], [images], train_on)
                 whole.append(len(ids[0]))
@@ -248,6 +258,7 @@ def _facts(
         facts.append(("  the following is of a sample of rows", f"{len(sample):,}"))
     images = Counter(len(images) for images in sample["images"])
     facts.append(("  images per row", ", ".join(f"{n}: {count:,}" for n, count in sorted(images.items())) or "-"))
+    facts += _video_facts(sample)
     sizes = [_size_of(image) for images in sample["images"] for image in images]
     facts.append(("  image width in pixels", _spread(width for width, _ in sizes)))
     facts.append(("  image height in pixels", _spread(height for _, height in sizes)))
@@ -278,8 +289,34 @@ def _facts(
     return facts
 
 
+def _video_facts(sample: Dataset) -> list[tuple[str, str]]:
+    """Number and length of the videos, if there are any."""
+    if "videos" not in sample.column_names:
+        return []
+    of_rows = [videos or [] for videos in sample["videos"]]
+    counts = Counter(map(len, of_rows))
+    if not counts.keys() - {0}:
+        return []
+    frames, seconds = [], []
+    for files in itertools.chain(*of_rows):
+        if not is_film(files):
+            frames.append(len(files))
+            continue
+        try:
+            header = read_header(files[0])
+        except (ValueError, OSError):  # with --check_images none nobody has looked at it
+            continue
+        frames.append(header.frames)
+        seconds.append(round(header.frames / header.fps))
+    return [
+        ("  videos per row", ", ".join(f"{n}: {count:,}" for n, count in sorted(counts.items()))),
+        ("  frames of a video", _spread(frames)),
+        ("  seconds of a video", _spread(seconds)),
+    ]
+
+
 def _words(question: str) -> str:
-    return question.replace(IMAGE_MARK, "").strip()
+    return question.replace(IMAGE_MARK, "").replace(VIDEO_MARK, "").strip()
 
 
 def _different(rows: Dataset) -> list:
@@ -373,10 +410,11 @@ def _loud(name: str, value: str) -> str:
 
 def _card(row: Row, kind: Kind, processor: VLProcessor | None, train_on: str) -> str:
     images: list = row["images"]  # type: ignore[assignment]
-    pictures = (
-        "".join(_picture(image, f"image {i} of {len(images)}") for i, image in enumerate(images, 1))
-        or "<p class=none>no image</p>"
-    )
+    videos: list = row.get("videos") or []  # type: ignore[assignment]
+    pictures = "".join(_picture(image, f"image {i} of {len(images)}") for i, image in enumerate(images, 1))
+    for i, files in enumerate(videos, 1):
+        pictures += _picture(Video(tuple(files)), f"first frame of video {i} of {len(videos)}")
+    pictures = pictures or "<p class=none>no image</p>"
     if kind == "conversation":
         text = _conversation(row, processor, train_on)
     else:
@@ -397,7 +435,7 @@ def _card(row: Row, kind: Kind, processor: VLProcessor | None, train_on: str) ->
 
 def _picture(image: object, name: str) -> str:
     try:
-        picture = load_image(image)  # type: ignore[arg-type]
+        picture = first_frame(image) if isinstance(image, Video) else load_image(image)  # type: ignore[arg-type]
     except InputError as error:
         return f"<p class=none>{html.escape(str(error))}</p>"
     width, height = picture.size
@@ -405,15 +443,18 @@ def _picture(image: object, name: str) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG" if max(width, height) <= 64 else "JPEG")
     encoded = base64.b64encode(buffer.getvalue()).decode()
-    return f'<figure><img alt="{name}" src="data:image/*;base64,{encoded}"><figcaption>{width} × {height}</figcaption></figure>'
+    return f'<figure><img alt="{name}" src="data:image/*;base64,{encoded}"><figcaption>{width} × {height}{_caption(image)}</figcaption></figure>'
+
+
+def _caption(image: object) -> str:
+    return f", first frame of {html.escape(Path(str(image)).name)}" if isinstance(image, Video) else ""
 
 
 def _prompt(row: Row, processor: VLProcessor | None) -> str:
     messages: list = row["prompt"]  # type: ignore[assignment]
-    images: list = row["images"]  # type: ignore[assignment]
     if processor is None:
         return _plain(messages)
-    ids = processor.encode_conversations([messages], [images])[0][0]
+    ids = processor.encode_conversations([messages], [media_of(row)])[0][0]
     return f"<pre>{_tokens(processor, ids)}</pre><p class=count>{len(ids):,} tokens{_of_images(processor, ids)}</p>"
 
 
@@ -421,7 +462,7 @@ def _conversation(row: Row, processor: VLProcessor | None, train_on: str) -> str
     messages: list = row["messages"]  # type: ignore[assignment]
     if processor is None:
         return _plain(messages)
-    (ids,), (labels,), _ = processor.encode_talks([messages], [row["images"]], train_on)  # type: ignore[list-item]
+    (ids,), (labels,), _ = processor.encode_talks([messages], [media_of(row)], train_on)
     trained = [label != IGNORE_INDEX for label in labels]
     return (
         f"<pre>{_tokens(processor, ids, trained)}</pre>"
@@ -451,11 +492,13 @@ def _response(response: str, side: str, notes: list[str], processor: VLProcessor
 
 
 def _plain(messages: Sequence[dict[str, str]]) -> str:
-    mark = f"<span class=special>{html.escape(IMAGE_MARK)}</span>"
-    return "".join(
-        f"<pre><span class=role>{m['role']}</span> {html.escape(m['content']).replace(html.escape(IMAGE_MARK), mark)}</pre>"
-        for m in messages
-    )
+    def marked(text: str) -> str:
+        text = html.escape(text)
+        for mark in map(html.escape, (IMAGE_MARK, VIDEO_MARK)):
+            text = text.replace(mark, f"<span class=special>{mark}</span>")
+        return text
+
+    return "".join(f"<pre><span class=role>{m['role']}</span> {marked(m['content'])}</pre>" for m in messages)
 
 
 def _tokens(processor: VLProcessor, ids: Sequence[int], trained: Sequence[bool] | None = None) -> str:
@@ -478,9 +521,12 @@ def _tokens(processor: VLProcessor, ids: Sequence[int], trained: Sequence[bool] 
 
 
 def _of_images(processor: VLProcessor, ids: Sequence[int]) -> str:
-    image_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-    count = sum(token == image_id for token in ids)
-    return f", {count:,} of them for images" if count else ""
+    told = ""
+    for medium, token in (("images", processor.image_token), ("videos", processor.template.video_token)):
+        placeholder = processor.tokenizer.convert_tokens_to_ids(token) if token else None
+        count = sum(id == placeholder for id in ids)
+        told += f", {count:,} of them for {medium}" if count else ""
+    return told
 
 
 _LEGEND = """<p class=legend><span class=special>token</span> special token, × how often in a row &nbsp;

@@ -19,7 +19,7 @@ from data.rows import BadRow, label_of, shorten
 
 # Columns of rows, and what trainers put beside them: a column of the user's own cannot have these names.
 RESERVED = {
-    "images", "messages", "prompt", "responses", "ranks", "scores", "severity", "margin", "image_rejected", "reference",
+    "images", "videos", "messages", "prompt", "responses", "ranks", "scores", "severity", "margin", "image_rejected", "reference",
     "source", "where", "problem", "skipped", "columns", "kept", "length", "lengths", "reference_logps", "mismatched", "rewards",
     "input_ids", "attention_mask", "labels",
 }  # fmt: skip
@@ -64,7 +64,7 @@ _KEYS_OF_ITEMS = {"role", "from", "human", "response", "score", "rank"}
 # Keys of messages, their parts and ranked answers that some format reads; others are listed.
 _KEYS_READ = {
     "role", "from", "content", "value", "human", "assistant", "loss", "weight", "loss_weight", "train", "trainable", "type", "text", "image",
-    "image_url", "path", "url", "bytes", "response", "answer", "rank", "score", "annotations",
+    "image_url", "video", "video_url", "path", "url", "bytes", "response", "answer", "rank", "score", "annotations",
 }  # fmt: skip
 
 
@@ -184,10 +184,14 @@ def _refuse_media(name: str, value: object, images: list, labels: set[str]) -> N
     if found is None:
         return
     medium, named = found
-    if medium != "picture":
-        article = "an" if medium == "audio" else "a"
+    if medium == "audio":
         raise BadRow(
-            f"is {article} {medium} row (its `{name}` is {shorten(repr(named), 80)}): {medium}s are not supported, take it out"
+            f"is an audio row (its `{name}` is {shorten(repr(named), 80)}): audios are not supported, take it out"
+        )
+    if medium == "video":
+        raise BadRow(
+            f"has a video in `{name}` ({shorten(repr(named), 80)}), which is not read: make it the video with --columns videos={name}, "
+            f"or leave it out with --columns ={name}"
         )
     # Beside an image that is read: its own name, where it came from, or the name of what is there as bytes.
     if images and isinstance(named, str) and (stem(named) in labels or re.match(r"https?://", named) or "" in labels):

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,22 @@ from data.rows import (
     text_of,
     type_name,
 )
+from data.videos import video_column, videos_of
 
 # Columns of a table whose cells may hold JSON or numbers; all other cells are texts.
-_STRUCTURED = {"image", "images", "messages", "conversations", "responses", "completions", "ranks", "scores", "history"}
+_STRUCTURED = {
+    "image",
+    "images",
+    "video",
+    "videos",
+    "messages",
+    "conversations",
+    "responses",
+    "completions",
+    "ranks",
+    "scores",
+    "history",
+}
 _NUMBERS = {"margin"}
 
 
@@ -68,8 +81,10 @@ class Reader:
             else:
                 record = Record(renamed(raw, self.names))
             row = self.convert(record, self.kind)
+            videos = video_column(record)
             _use_system(record, row, self.kind)
             _use_images_of_parts(row, self.kind)
+            videos = _or_those_of_parts(videos, row, self.kind)
             kept, left_out = own_columns(record, row, self.kind)
             left_out |= dict.fromkeys(sorted(unread_keys(record)), "a key that no format reads")
             row["images"] = _with_paths(row["images"], root, self.image_root, self.allow_outside, self.image_bytes)  # type: ignore[arg-type]
@@ -77,6 +92,8 @@ class Reader:
                 (row["image_rejected"],) = _with_paths(
                     [row["image_rejected"]], root, self.image_root, self.allow_outside, self.image_bytes
                 )
+            films = [_with_paths(v, root, self.image_root, self.allow_outside, False, "video") for v in videos]
+            row["videos"] = films or None
             row = check_row(self.kind, row)
             used = sorted(record.read & record.present().keys())
             row["columns"] = json.dumps({"used": used} | ({"left_out": left_out} if left_out else {}))
@@ -165,8 +182,22 @@ def _use_images_of_parts(row: Row, kind: Kind) -> None:
     row["images"] = images or named
 
 
+def _or_those_of_parts(videos: list[list[str]], row: Row, kind: Kind) -> list[list[str]]:
+    """The videos of the row's column, or those that parts of its messages name."""
+    messages: list = row["messages" if kind == "conversation" else "prompt"]  # type: ignore[assignment]
+    named = [video for message in messages for film in message.pop("videos", []) for video in videos_of(film)]
+    if named and videos and named != videos:
+        raise BadRow("names videos in `videos` and others in the parts of its messages: keep one of the two")
+    return videos or named
+
+
 def _with_paths(
-    images: list[object], folder: str, image_root: str, allow_outside: bool, image_bytes: bool
+    images: Sequence[object],
+    folder: str,
+    image_root: str,
+    allow_outside: bool,
+    image_bytes: bool,
+    what: str = "image",
 ) -> list[object]:
     """File names as absolute paths: relative ones lie in `folder`, which is `image_root` but for meta files."""
     found = []
@@ -177,7 +208,7 @@ def _with_paths(
         if data is None:
             name = str(name)
             inside = name if folder == image_root or "://" in name[:12] else os.path.join(folder, name)
-            path = normal_path(inside, image_root, allow_outside)
+            path = normal_path(inside, image_root, allow_outside, what)
         if data is not None and not image_bytes:
             raise BadRow("holds an image as bytes where other rows name files")
         found.append({"bytes": data, "path": path} if image_bytes else path)

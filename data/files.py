@@ -74,6 +74,8 @@ _ROW_NAMES = {
     "instruction",
     "image",
     "images",
+    "video",
+    "videos",
 }
 _ROW_NAMES |= {"chosen", "rejected", "responses"}
 # Names under which files keep their rows beside a version, a licence, ...

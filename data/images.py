@@ -53,6 +53,20 @@ def check_image(image: str | Mapping[str, Any], image_root: str, allow_outside: 
 # Many rows ask about one picture. `data.verify` empties the memory before it looks at a data set.
 @functools.lru_cache(maxsize=65536)
 def _check_file(path: str, image_root: str, allow_outside: bool, decode: bool) -> Checked:
+    size = size_of_file(path, image_root, allow_outside, "image")
+    try:
+        with open(path, "rb") as file:
+            return _check_open_image(file, size, f"the image {shorten(path)}", decode)
+    except OSError as error:
+        raise BadRow(f"names the image {shorten(path)}, which cannot be read ({error.strerror or error})") from None
+
+
+def size_of_file(path: str, image_root: str, allow_outside: bool, what: str) -> int:
+    """Size in bytes of the file of a picture or video (`what`).
+
+    Raises:
+        BadRow: it is missing, a link out of the image root, no file or empty.
+    """
     name = shorten(path)
     try:
         info = os.stat(path)
@@ -61,20 +75,19 @@ def _check_file(path: str, image_root: str, allow_outside: bool, decode: bool) -
             real = os.path.realpath(real)
         if not allow_outside and not is_inside(real, _real_folder(image_root)):
             raise BadRow(
-                f"names the image {name}, a link to {shorten(real)} outside of --image_root {image_root}: copy it there, "
+                f"names the {what} {name}, a link to {shorten(real)} outside of --image_root {image_root}: copy it there, "
                 "or trust the file with --allow_outside_image_root True"
             )
         if not stat.S_ISREG(info.st_mode):
             kind = "a folder" if stat.S_ISDIR(info.st_mode) else "no regular file"
-            raise BadRow(f"names the image {name}, which is {kind}: give the name of an image file")
+            raise BadRow(f"names the {what} {name}, which is {kind}: give the name of a file")
         if info.st_size == 0:
-            raise BadRow(f"names the image {name}, which has 0 bytes: restore the file")
-        with open(path, "rb") as file:
-            return _check_open_image(file, info.st_size, f"the image {name}", decode)
+            raise BadRow(f"names the {what} {name}, which has 0 bytes: restore the file")
+        return info.st_size
     except FileNotFoundError:
-        raise BadRow(f"names the image {name}, which does not exist: check --image_root {image_root}") from None
+        raise BadRow(f"names the {what} {name}, which does not exist: check --image_root {image_root}") from None
     except OSError as error:
-        raise BadRow(f"names the image {name}, which cannot be read ({error.strerror or error})") from None
+        raise BadRow(f"names the {what} {name}, which cannot be read ({error.strerror or error})") from None
 
 
 def size_and_time(path: str) -> tuple[int, int] | None:

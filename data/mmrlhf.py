@@ -1,7 +1,7 @@
-"""`mmrlhf`: MM-RLHF's JSON lines (arXiv 2502.10391): `image`, `question` or `prompt`, and ranked responses.
+"""`mmrlhf`: MM-RLHF's JSON lines (arXiv 2502.10391): `image` or `video`, `question` or `prompt`, and ranked responses.
 
 Responses are `chosen` and `rejected` (dpo_pairs.jsonl), or `responses`: texts with `ranks` (or `rankings`) or `scores`
-beside them, or objects with `response` and `rank` or `score`. A rank of 1 is the best. Video rows are refused by name.
+beside them, or objects with `response` and `rank` or `score`. A rank of 1 is the best.
 """
 
 from datasets import Dataset

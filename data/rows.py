@@ -9,6 +9,7 @@
 | prompt       | images, prompt (messages), optionally reference |
 
 A message is {"role": system | user | assistant, "content": text}, with one `<image>` mark in a user's text per image.
+Rows of all kinds may have `videos`, each a list of file names (data/videos.py), with a `<video>` mark for each.
 Every row also has `where`, the file and row that it came from, `source`, the name of its data set, and the file's other
 columns as far as they are texts, numbers, booleans or lists of those. Until `load_train_eval` has dealt with them, rows
 have `problem` (why the row cannot be used, or None), `skipped` (True: nothing is wrong with it, it just holds no
@@ -30,10 +31,11 @@ Row = dict[str, object]
 
 
 class Message(dict[str, Any]):
-    """{"role", "content"} as `messages_of` has read it, and `images` where its parts name pictures."""
+    """{"role", "content"} as `messages_of` has read it, and `images` and `videos` where its parts name some."""
 
 
 IMAGE_MARK = "<image>"
+VIDEO_MARK = "<video>"
 # Longer than any context: a text like this is a broken file, and tokenising it would take minutes.
 MAX_TEXT_CHARS = 1_000_000
 
@@ -47,10 +49,14 @@ IMAGE_TOKENS = re.compile(
 )
 # Qwen's parts may say how large a picture is to be shown.
 _PIXEL_KEYS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
-# What names a picture, a film or a sound within a question; answers may be about such texts.
+# And which frames of a film.
+_FRAME_KEYS = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end", "total_pixels")
+_PATH_KEYS = ("path", "url")
+# What names a picture or a sound within a question, or a film where a row has none; answers may be about such texts.
 _NAMED_IN_TEXT = re.compile(
-    r"<img>[^<]{0,500}|!\[[^\]]{0,200}\]\([^)\s]{1,500}\)|<(?:video|audio|speech|sound)>", re.IGNORECASE
+    r"<img>[^<]{0,500}|!\[[^\]]{0,200}\]\([^)\s]{1,500}\)|<(?:audio|speech|sound)>", re.IGNORECASE
 )
+_VIDEO_IN_TEXT = re.compile(r"</?video>", re.IGNORECASE)
 # Other projects' marks. `<image_1>` may also refer to a picture whose place `<image>` marks.
 _OTHER_MARK = re.compile(r"<(?:image|img|picture|photo)[ _-]?\d*>|[\[{](?:image|img)[ _-]?\d*[\]}]", re.IGNORECASE)
 # What a label of one answer may be written as; cells of a table are texts.
@@ -99,7 +105,7 @@ REQUIRED: dict[Kind, tuple[str, ...]] = {
     "unpaired": ("prompt", "responses", "label"),
     "prompt": ("prompt",),
 }
-OPTIONAL = (*NUMBER_COLUMNS, "image_rejected", "reference")
+OPTIONAL = (*NUMBER_COLUMNS, "image_rejected", "reference", "videos")
 
 
 class BadRow(Exception):
@@ -113,7 +119,7 @@ class SkippedRow(BadRow):
 def features_of(kind: Kind, image_bytes: bool) -> Features:
     """Columns of a kind. Images are file paths, or with `image_bytes` {"bytes", "path"} as parquet files hold them."""
     image = _IMAGE_BYTES if image_bytes else _IMAGE_PATH
-    features = {"images": [image], **_KIND_FEATURES[kind]}
+    features = {"images": [image], "videos": [[_IMAGE_PATH]], **_KIND_FEATURES[kind]}
     if kind == "preference":
         features["image_rejected"] = image
     return Features({**features, "source": Value("string"), "where": Value("string")})
@@ -196,7 +202,7 @@ def label_of(value: object) -> bool | None:
 def messages_of(value: object, name: str = "messages") -> list[Message]:
     """Messages from [{"role", "content"}], [{"from", "value"}] or [{"human", "assistant"}], or from one such message.
 
-    A content is a text, or a list of text and image parts; pictures that parts name stand in the message's `images`.
+    A content is a text, or a list of text, image and video parts; what parts name stands in the message's `images` and `videos`.
     """
     if isinstance(value, list) and value and all(isinstance(message, Message) for message in value):
         return value
@@ -222,11 +228,11 @@ def messages_of(value: object, name: str = "messages") -> list[Message]:
             raise BadRow(f"its {here} has the role {shorten(repr(role))}: use system, user (human) or assistant (gpt)")
         _refuse_extras({k: v for k, v in message.items() if k not in (role_key, text_key)}, here)
         content = message[text_key]
-        images: list[object] = []
+        named: dict[str, list[object]] = {"images": [], "videos": []}
         if isinstance(content, list):
-            content = "".join(_part_text(part, f"{here}.{text_key}[{j}]", images) for j, part in enumerate(content))
+            content = "".join(_part_text(part, f"{here}.{text_key}[{j}]", named) for j, part in enumerate(content))
         text = text_of(content, f"{here}.{text_key}")
-        messages.append(Message(role=ROLES[role], content=text, **({"images": images} if images else {})))
+        messages.append(Message(role=ROLES[role], content=text, **{name: v for name, v in named.items() if v}))
     return messages
 
 
@@ -246,41 +252,62 @@ def _refuse_extras(extras: Mapping[str, object], name: str) -> None:
             raise BadRow(f"its {name} has {medium[0]} in `{key}`, which is not supported: take the row out")
 
 
-def _part_text(part: object, name: str, images: list[object]) -> str:
-    """The text of one part; a picture that it names is added to `images`."""
+def _part_text(part: object, name: str, named: dict[str, list[object]]) -> str:
+    """The text of one part; a picture or film that it names is added to the `images` or `videos` of `named`."""
     if not isinstance(part, Mapping):
         raise BadRow(f"its {name} is {type_name(part)}: a part is an object with a type")
     # Qwen-VL's parts have no type; parquet files give every part all keys.
-    kind = part.get("type") or next((key for key in ("text", "image", "image_url") if part.get(key) is not None), None)
-    picture = next((part[key] for key in ("image", "image_url", "path", "url") if part.get(key) is not None), None)
-    if set_here := [key for key in _PIXEL_KEYS if part.get(key) is not None]:
-        raise BadRow(f"its {name} sets {set_here[0]} for one picture, which is not supported: resize the file instead")
+    keys = ("text", "image", "image_url", "video")
+    kind = part.get("type") or next((key for key in keys if part.get(key) is not None), None)
+    _refuse_settings(part, name)
     match kind:
         case "text":
-            if picture is not None:
-                raise BadRow(f"its {name} is a text part that names a picture: make that an image part")
-            text = text_of(part.get("text"), name, may_be_empty=True)
-            if IMAGE_MARK in text:
-                raise BadRow(f"its {name} is a text part that holds an {IMAGE_MARK} mark: use an image part instead")
-            return text
+            return _text_part(part, name)
         case "image" | "image_url":
-            if part.get("text"):
-                raise BadRow(f"its {name} is an image part that holds a text: make that a text part")
-            if isinstance(picture, Mapping) and isinstance(picture.get("url"), str):
-                picture = picture["url"]
-            odd = [
-                key
-                for key, value in part.items()
-                if key != "type" and isinstance(value, str | bytes | Mapping) and value
-            ]
-            if picture is None and odd:
-                raise BadRow(f"its {name} is an image part with `{odd[0]}`: name its file in `image`")
-            if picture is not None:
-                (picture,) = images_of(picture, name)
-                images.append(picture)
+            named["images"] += _picture_of(part, name)
             return IMAGE_MARK
+        case "video" | "video_url":
+            named["videos"] += [part[key] for key in ("video", "video_url", *_PATH_KEYS) if part.get(key) is not None][
+                :1
+            ]
+            return VIDEO_MARK
         case other:
-            raise BadRow(f"its {name} has the type {shorten(repr(other))}: only text and image parts are supported")
+            raise BadRow(
+                f"its {name} has the type {shorten(repr(other))}: only text, image and video parts are supported"
+            )
+
+
+def _refuse_settings(part: Mapping[str, object], name: str) -> None:
+    """Raises BadRow for a size or a sampling that is to hold for one picture or video alone."""
+    if set_here := [key for key in _PIXEL_KEYS if part.get(key) is not None]:
+        raise BadRow(f"its {name} sets {set_here[0]} for one picture, which is not supported: resize the file instead")
+    if set_here := [key for key in _FRAME_KEYS if part.get(key) is not None]:
+        raise BadRow(
+            f"its {name} sets {set_here[0]} for one video, which is not supported: --video_frames and --video_fps set it for all"
+        )
+
+
+def _text_part(part: Mapping[str, object], name: str) -> str:
+    if any(part.get(key) is not None for key in ("image", "image_url", *_PATH_KEYS)):
+        raise BadRow(f"its {name} is a text part that names a picture: make that an image part")
+    text = text_of(part.get("text"), name, may_be_empty=True)
+    if mark := next((mark for mark in (IMAGE_MARK, VIDEO_MARK) if mark in text), None):
+        kind = "an image" if mark == IMAGE_MARK else "a video"
+        raise BadRow(f"its {name} is a text part that holds the mark {mark}: use {kind} part instead")
+    return text
+
+
+def _picture_of(part: Mapping[str, object], name: str) -> list[object]:
+    """The picture that an image part names, if it names one."""
+    picture = next((part[key] for key in ("image", "image_url", *_PATH_KEYS) if part.get(key) is not None), None)
+    if part.get("text"):
+        raise BadRow(f"its {name} is an image part that holds a text: make that a text part")
+    if isinstance(picture, Mapping) and isinstance(picture.get("url"), str):
+        picture = picture["url"]
+    odd = [k for k, value in part.items() if k != "type" and isinstance(value, str | bytes | Mapping) and value]
+    if picture is None and odd:
+        raise BadRow(f"its {name} is an image part with `{odd[0]}`: name its file in `image`")
+    return images_of(picture, name) if picture is not None else []
 
 
 def images_of(value: object, name: str = "image") -> list[object]:
@@ -343,9 +370,10 @@ def check_row(kind: Kind, row: Row) -> Row:
     """The row with its image marks in place. Raises BadRow if it cannot be trained on. Looks at no file."""
     messages: list[Message] = row["messages" if kind == "conversation" else "prompt"]  # type: ignore[assignment]
     _check_turns(messages, ends_with="assistant" if kind == "conversation" else "user")
+    videos = len(row.get("videos") or ())  # type: ignore[arg-type]
     for i, message in enumerate(messages):
-        _refuse_tokens(message["content"], f"message {i}", asked=message["role"] == "user")
-    _place_marks(messages, len(row["images"]))  # type: ignore[arg-type]
+        _refuse_tokens(message["content"], f"message {i}", message["role"] == "user", bool(videos))
+    _place_all_marks(messages, len(row["images"]), videos)  # type: ignore[arg-type]
     if kind == "preference":
         _check_responses(row["responses"], row["ranks"])  # type: ignore[arg-type]
     if kind == "unpaired":
@@ -372,12 +400,17 @@ def _check_turns(messages: Sequence[Message], ends_with: str) -> None:
         raise BadRow(f"ends with a message of {last}: it must end with one of {ends_with}")
 
 
-def _refuse_tokens(text: str, name: str, asked: bool) -> None:
-    """Raises BadRow for a text with another family's (or the model's own) image tokens, or that names a picture itself."""
-    if asked and (named := _NAMED_IN_TEXT.search(text)):
+def _refuse_tokens(text: str, name: str, asked: bool, videos: bool = False) -> None:
+    """Raises BadRow for a text with another family's (or the model's own) image tokens, or that names a picture itself.
+
+    Args:
+        asked: it is a question. videos: the row has some, which marks may stand for.
+    """
+    named = _NAMED_IN_TEXT.search(text) or (None if videos else _VIDEO_IN_TEXT.search(text))
+    if asked and named:
         raise BadRow(
-            f"names {shorten(named.group(), 80)} in the text of {name}, which no model sees: put pictures into the image "
-            f"column and {IMAGE_MARK} where they stand; video and audio are not supported"
+            f"names {shorten(named.group(), 80)} in the text of {name}, which no model sees: put pictures into the image column and "
+            f"{IMAGE_MARK} where they stand, films into `videos` and {VIDEO_MARK} where they stand; audio is not supported"
         )
     if token := IMAGE_TOKENS.search(text):
         raise BadRow(
@@ -386,23 +419,36 @@ def _refuse_tokens(text: str, name: str, asked: bool) -> None:
         )
 
 
-def _place_marks(messages: list[Message], num_images: int) -> None:
+def _place_all_marks(messages: list[Message], num_images: int, num_videos: int) -> None:
+    def count(mark: str) -> int:
+        return sum(message["content"].count(mark) for message in messages)
+
+    if num_videos and not num_images and not count(VIDEO_MARK) and count(IMAGE_MARK) == num_videos:
+        for message in messages:  # LLaVA-Video's sets write <image> where a video stands
+            message["content"] = message["content"].replace(IMAGE_MARK, VIDEO_MARK)
+    if num_videos:
+        _place_marks(messages, num_videos, VIDEO_MARK, "video")
+    _place_marks(messages, num_images, IMAGE_MARK, "image")
+
+
+def _place_marks(messages: list[Message], number: int, mark: str, medium: str) -> None:
     for i, message in enumerate(messages):
-        if message["role"] != "user" and IMAGE_MARK in message["content"]:
+        if message["role"] != "user" and mark in message["content"]:
             role = message["role"]
-            raise BadRow(f"has an {IMAGE_MARK} mark in message {i}, of {role}: images go into user messages")
-    marks = sum(message["content"].count(IMAGE_MARK) for message in messages)
-    for message in messages if marks == 0 else ():
+            article = "an" if medium == "image" else "a"
+            raise BadRow(f"has {article} {mark} mark in message {i}, of {role}: {medium}s go into user messages")
+    marks = sum(message["content"].count(mark) for message in messages)
+    for message in messages if marks == 0 and mark == IMAGE_MARK else ():
         other = _OTHER_MARK.search(message["content"]) if message["role"] == "user" else None
-        if other and (num_images or re.fullmatch(r"<.*\d>", other.group())):
+        if other and (number or re.fullmatch(r"<.*\d>", other.group())):
             raise BadRow(f"has {other.group()} where an image stands: write {IMAGE_MARK}, in the order of its images")
-    if marks == 0 and num_images:
+    if marks == 0 and number:
         first = next(message for message in messages if message["role"] == "user")
-        first["content"] = IMAGE_MARK * num_images + first["content"]
-    elif marks != num_images:
+        first["content"] = mark * number + first["content"]
+    elif marks != number:
         raise BadRow(
-            f"has {_count(marks, f'{IMAGE_MARK} mark')} and {_count(num_images, 'image')}: write one mark per image, or "
-            "no mark at all to put the images first"
+            f"has {_count(marks, f'{mark} mark')} and {_count(number, medium)}: write one mark per {medium}, or "
+            f"no mark at all to put the {medium}s first"
         )
 
 
@@ -434,22 +480,22 @@ def _check_response(response: object, name: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Names of images, and words for messages
+# Names of images and videos, and words for messages
 
 
-def normal_path(name: str, image_root: str, allow_outside: bool) -> str:
-    """Absolute path of an image name. Raises BadRow for URLs and names that leave `image_root`; looks at no file."""
+def normal_path(name: str, image_root: str, allow_outside: bool, what: str = "image") -> str:
+    """Absolute path of an image's (or video's) name. Raises BadRow for URLs and names that leave `image_root`; looks at no file."""
     name = name.removeprefix("file://")
     if is_base64(name):
         raise BadRow(f"holds an image as base64 text ({shorten(name, 40)}): write it to a file and name that")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|data:", name):
-        raise BadRow(f"names the image {shorten(name)} by URL: download it first and give its file name")
+        raise BadRow(f"names the {what} {shorten(name)} by URL: download it first and give its file name")
     if "\0" in name:
-        raise BadRow("has an image name with a zero character in it")
+        raise BadRow(f"has the name of a file ({what}) with a zero character in it")
     path = os.path.normpath(os.path.join(image_root, name))
     if not allow_outside and not is_inside(path, image_root):
         raise BadRow(
-            f"names the image {shorten(name)}, which lies outside of --image_root {image_root}: move it there, or trust "
+            f"names the {what} {shorten(name)}, which lies outside of --image_root {image_root}: move it there, or trust "
             "the file with --allow_outside_image_root True"
         )
     return path

@@ -1,4 +1,4 @@
-"""The second pass over converted rows: image files, pairs, and the content keys that keep evaluation apart from training."""
+"""The second pass over converted rows: image and video files, pairs, and the content keys that keep evaluation apart from training."""
 
 import hashlib
 import json
@@ -14,7 +14,8 @@ from common.threads import map_in_threads
 from data.files import code_state
 from data.images import check_image, forget_images, size_and_time
 from data.pairs import ordered_pairs
-from data.rows import IMAGE_MARK, REQUIRED, BadRow, Kind, Message, Row, SkippedRow, first_user_text
+from data.rows import IMAGE_MARK, REQUIRED, VIDEO_MARK, BadRow, Kind, Message, Row, SkippedRow, first_user_text
+from data.videos import check_video, forget_videos
 
 SAMPLE = 1000  # rows whose images `--check_images sample` looks at
 _VERDICT = Features(
@@ -32,7 +33,7 @@ class Verdicts(NamedTuple):
     """One entry per row.
 
     problem: why the row cannot be used, or None. skipped: it holds no preference, which is not a mistake.
-    group: int64 key of the images and the first user's text. content: int64 key of the whole row.
+    group: int64 key of the images, the videos and the first user's text. content: int64 key of the whole row.
     sizes: lists of int32: width and height of each image, one after the other, in pixels; null where no file was looked at.
     """
 
@@ -54,7 +55,7 @@ def verify(
     decode: bool = False,
     check_images: Literal["all", "sample", "none"] = "all",
 ) -> Verdicts:
-    """Look at the image files of every row, in parallel. Cached by `datasets`; an image that failed is looked at again.
+    """Look at the image and video files of every row, in parallel. Cached by `datasets`; an image that failed is looked at again.
 
     Args:
         pairs: with `score_margin`, the pairs that a loss will use: rows without any are skipped. None: no pairs are needed.
@@ -62,6 +63,7 @@ def verify(
         check_images: which rows' files are looked at. Unless it is all, equal images are known by their names, not by bytes.
     """
     forget_images()
+    forget_videos()
     image_bytes = not isinstance(rows.features["images"].feature, Value)
     batch_size = 100 if image_bytes else 1000
     kwargs: dict[str, Any] = {
@@ -79,6 +81,7 @@ def verify(
     needed = (
         *REQUIRED[kind],
         "images",
+        "videos",
         "image_rejected",
         "ranks",
         "scores",
@@ -174,15 +177,17 @@ def verify_row(
         return Verdict(str(row["problem"]), bool(row["skipped"]), 0, 0, None)
     sizes = None
     try:
-        images = list(row["images"])  # type: ignore[call-overload]
-        shown = len(images)
-        if row.get("image_rejected") is not None:
-            images.append(row["image_rejected"])
-        signatures = [_name_of(image) for image in images]
+        images, videos = list(row["images"]), list(row.get("videos") or ())  # type: ignore[call-overload]
+        shown = len(images) + len(videos)
+        rejected = [row["image_rejected"]] if row.get("image_rejected") is not None else []
+        names = [*map(_name_of, images), *(_name_of("\n".join(files)) for files in videos), *map(_name_of, rejected)]
+        signatures = names
         if look:
             checked = [check_image(image, image_root, allow_outside, decode) for image in images]
-            sizes = [side for found in checked[:shown] for side in found.size]
-            signatures = signatures if by_name else [found.signature for found in checked]
+            sizes = [side for found in checked for side in found.size]
+            films = [check_video(files, image_root, allow_outside, decode) for files in videos]
+            others = [check_image(image, image_root, allow_outside, decode).signature for image in rejected]  # type: ignore[arg-type]
+            signatures = names if by_name else [*(found.signature for found in checked), *films, *others]
         _check_pairs(row, pairs, score_margin)
         return Verdict(None, False, *_keys(row, kind, signatures, shown), sizes)
     except BadRow as error:
@@ -190,12 +195,14 @@ def verify_row(
 
 
 def _state_of_files(rows: Dataset, check_images: str) -> str:
-    """Digest of size and time of change of the images that are looked at: a verdict is as old as its file."""
+    """Digest of size and time of change of the files that are looked at: a verdict is as old as its file."""
     every = max(len(rows) // SAMPLE, 1) if check_images == "sample" else 1
     found: set[str] = set()
     some = rows.select(range(0, len(rows), every)).with_format("arrow")[:] if len(rows) else {}
-    for column in {"images", "image_rejected"} & set(rows.column_names) if len(rows) else ():
-        values = pc.list_flatten(some[column]) if column == "images" else some[column]
+    for column in {"images", "videos", "image_rejected"} & set(rows.column_names) if len(rows) else ():
+        values = some[column]
+        while pa.types.is_list(values.type):
+            values = pc.list_flatten(values)
         found.update(name for name in pc.unique(values).to_pylist() if name)  # not a string for every row
     names = sorted(found)
     digest = hashlib.blake2b(digest_size=16)
@@ -223,7 +230,7 @@ def _check_pairs(row: Row, pairs: str | None, score_margin: float | None) -> Non
 def _keys(row: Row, kind: Kind, signatures: list[bytes], shown: int) -> tuple[int, int]:
     messages: list[Message] = row["messages" if kind == "conversation" else "prompt"]  # type: ignore[assignment]
     # Neither spaces nor the place of the image makes another question.
-    asked = " ".join(first_user_text(messages).replace(IMAGE_MARK, " ").split())
+    asked = " ".join(first_user_text(messages).replace(IMAGE_MARK, " ").replace(VIDEO_MARK, " ").split())
     texts = [messages, row.get("responses"), row.get("ranks"), row.get("reference")]
     if kind == "unpaired":
         texts.append(row["label"])

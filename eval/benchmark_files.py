@@ -20,6 +20,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from common.errors import InputError
+from data.rows import BadRow
+from data.videos import video_column
 from eval.files import REFERENCE_LENGTH, need, read_any, read_parquet, read_records
 
 Row = dict[str, object]
@@ -420,8 +422,19 @@ def _mmrlhf(path: str | Path, image_root: str | None) -> list[Row]:
     ]  # fmt: skip
 
 
+def _videos(record: dict, image_root: str | None, path: str | Path, number: int) -> dict[str, list[list[str]]]:
+    """`videos` of a record that has some, as data/videos.py reads them, with the files' paths."""
+    try:
+        videos = video_column(record)
+    except BadRow as error:
+        raise InputError(f"{path}: row {number} {error}") from error
+    found = [[str(_file(name, image_root, path)) for name in files] for files in videos]
+    return {"videos": found} if found else {}
+
+
 def _plain(path: str | Path, image_root: str | None) -> list[Row]:
-    """The user's questions: a list of {id?, image | images, question | prompt}; `image` a path or base64 bytes in parquet."""
+    """The user's questions: a list of {id?, image | images, question | prompt}; `image` a path or base64 bytes in parquet; `video`,
+    `videos` as in training."""
     out: list[Row] = []
     for n, r in enumerate(read_records(path)):
         images = r.get("images") or ([r["image"]] if r.get("image") else [])
@@ -429,8 +442,9 @@ def _plain(path: str | Path, image_root: str | None) -> list[Row]:
         if not isinstance(question, str):
             raise InputError(f"{path}: row {n} has no 'question' or 'prompt' text")
         paths = [_picture(i, image_root, path, n) for i in ([images] if isinstance(images, str | dict) else images)]
-        rest = {k: v for k, v in r.items() if k not in ("images", "image", "question", "prompt")}
-        out.append({**rest, "id": str(r.get("id", n)), "images": paths, "question": question})
+        rest = {k: v for k, v in r.items() if k not in ("images", "image", "videos", "video", "question", "prompt")}
+        videos = _videos(r, image_root, path, n)
+        out.append({**rest, "id": str(r.get("id", n)), "images": paths, "question": question, **videos})
     return out
 
 
@@ -489,11 +503,13 @@ def check_images(rows: Iterable[Row]) -> None:
     """Raise InputError for the first image file that is not there, before hours of work reach it."""
     seen: set[str] = set()
     for row in rows:
-        for image in row["images"]:
+        frames = [file for files in row.get("videos") or () for file in files]
+        for image in (*row["images"], *frames):
             if isinstance(image, str) and image not in seen:
                 seen.add(image)
                 if not Path(image).is_file():
-                    raise InputError(f"row '{row['id']}': the image {image} does not exist; pass --image_root")
+                    what = "video" if image in frames else "image"
+                    raise InputError(f"row '{row['id']}': the {what} {image} does not exist; pass --image_root")
 
 
 def prompt(task: str, row: Row, suffix: str | None = None) -> str:

@@ -78,24 +78,28 @@ def barrier(world: int) -> None:
 
 
 def image_key(row: Row) -> tuple[str, ...]:
-    """The same for rows with the same images: paths, or digests of embedded bytes."""
-    return tuple(i if isinstance(i, str) else hashlib.sha1(i["bytes"]).hexdigest() for i in row["images"])
+    """The same for rows with the same images and videos: paths, or digests of embedded bytes."""
+    images = (i if isinstance(i, str) else hashlib.sha1(i["bytes"]).hexdigest() for i in row["images"])
+    return (*images, *("\n".join(files) for files in row.get("videos") or ()))
 
 
 def plan(rows: list[Row], batch_size: int) -> list[list[Batch]]:
     """Batches in runs; the batches of a run share an image and must go to one rank.
 
     A group of rows with the same image is kept in one batch unless it is larger than a batch. Rows without images never stand
-    beside rows with images.
+    beside rows with images, and those with videos beside none: some families want equally many frames in all.
     """
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(image_key(row), []).append(row)
     runs: list[list[Batch]] = []
     for key, members in groups.items():
-        if key and len(members) <= batch_size:
+        if members[0].get("videos"):
+            runs.append([[row] for row in members])
+        elif key and len(members) <= batch_size:
             last = runs[-1][-1] if runs and len(runs[-1]) == 1 else None
-            if last is not None and last[0]["images"] and len(last) + len(members) <= batch_size:
+            alike = last is not None and last[0]["images"] and not last[0].get("videos")
+            if alike and len(last) + len(members) <= batch_size:
                 last.extend(members)
             else:
                 runs.append([list(members)])
@@ -128,13 +132,14 @@ class EncodedBatches(torch.utils.data.Dataset):
         """Token ids, image inputs of this row alone, and a digest of everything that its image features depend on."""
         messages = [{"role": "user", "content": with_image_marks(row["prompt"], len(row["images"]))}]
         try:
-            return self.encode_messages(messages, row["images"])
+            return self.encode_messages(messages, row["images"], row.get("videos"))
         except InputError as error:
             raise InputError(f"row '{row['id']}': {error}") from error
 
-    def encode_messages(self, messages: list[dict], images: list) -> dict:
+    def encode_messages(self, messages: list[dict], images: list, videos: list[list[str]] | None = None) -> dict:
         """As `encode`, of a conversation that ends with a question."""
-        processor, batch = self.collator.processor, self.collator([{"images": images, "prompt": messages}])
+        row = {"images": images, "videos": videos, "prompt": messages}
+        processor, batch = self.collator.processor, self.collator([row])
         (ids,), inputs = batch["prompts"], batch["img_input_dict"]
         # InstructBLIP's features depend on the question, too: what is equal in all inputs of the tower is shared, no more
         digest = hashlib.sha1()
@@ -142,7 +147,7 @@ class EncodedBatches(torch.utils.data.Dataset):
             if name not in processor.per_token_keys and isinstance(value, torch.Tensor):
                 digest.update(name.encode() + str(tuple(value.shape)).encode())
                 digest.update(value.contiguous().view(torch.uint8).numpy())
-        return {"ids": ids, "inputs": inputs, "digest": digest.hexdigest() if images else None}
+        return {"ids": ids, "inputs": inputs, "digest": digest.hexdigest() if images or videos else None}
 
 
 # ---------------------------------------------------------------------------------------------------- model
@@ -447,7 +452,7 @@ def _samples(answers: list[str]) -> dict:
 def _shown(row: Row) -> dict:
     """Small fields that make answers.jsonl readable by itself."""
     paths = [i for i in row["images"] if isinstance(i, str)]
-    extra = {k: row[k] for k in ("label", "category", "split", "choices") if k in row}
+    extra = {k: row[k] for k in ("label", "category", "split", "choices", "videos") if k in row}
     return ({"images": paths} if paths else {}) | extra
 
 

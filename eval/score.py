@@ -42,9 +42,7 @@ def write_scores(args: argparse.Namespace, path: str) -> None:
     videos = [r["id"] for r in rows if r.get("video") and not r["images"]]
     if videos:
         if not args.skip_video:
-            raise InputError(
-                f"row '{videos[0]}' shows a video, which no family here reads; --skip_video leaves such rows out"
-            )
+            raise InputError(f"row '{videos[0]}' shows a video, which is not scored; --skip_video leaves such rows out")
         rows = [r for r in rows if r["id"] not in set(videos)]
     check_images(rows)
     with ranks() as (rank, world, device):

@@ -51,6 +51,7 @@ class LoadPlan:
         freeze_language_model: whether decoder and head do not train.
         enable_thinking, date: what chat templates are told; the date is the day on which the run began.
         min_pixels, max_pixels: of a picture (base/resolution.py); None is the checkpoint's own.
+        video_frames, video_fps: of a video (base/videos.py); None is the checkpoint's own.
     """
 
     checkpoint: str
@@ -68,6 +69,8 @@ class LoadPlan:
     train_vision_layers: int | None = None
     train_projector: bool | None = None
     freeze_language_model: bool = False
+    video_frames: int | None = None
+    video_fps: float | None = None
 
     @classmethod
     def of(cls, model_args: ModelArguments, lora_args: LoraArguments, training_args: VLConfig) -> Self:
@@ -104,6 +107,8 @@ class LoadPlan:
             train_vision_layers=model_args.train_vision_layers,
             train_projector=model_args.train_projector,
             freeze_language_model=model_args.freeze_language_model,
+            video_frames=model_args.video_frames,
+            video_fps=model_args.video_fps,
         )
         if training_args.process_index == 0:
             print(f"Loading\n{plan}", flush=True)
@@ -122,6 +127,8 @@ class LoadPlan:
             "date": datetime.date.fromisoformat(self.date),
             "min_pixels": self.min_pixels,
             "max_pixels": self.max_pixels,
+            "video_frames": self.video_frames,
+            "video_fps": self.video_fps,
         }
 
     @property

@@ -239,7 +239,7 @@ def test_mmrlhf_pairs_ranked_responses_and_video(folder: Path) -> None:
     ]
     file = write(folder / "m.jsonl", rows)
     with pytest.raises(
-        InputError, match=r"^2 of 5 rows .* row 3 \(line 4\): is a video row \(its `video` is 'video/7.mp4'\)"
+        InputError, match=r"^2 of 5 rows .* row 3 \(line 4\): names the video .*video/7\.mp4, which does not exist"
     ):
         load(arguments(folder, "mmrlhf", file))
     found = load(arguments(folder, "mmrlhf", file, on_bad_row="drop"))
@@ -364,8 +364,14 @@ BAD_TALKS = {
         "mark in message 1, of assistant",
     ),
     "video part": (
-        talk(0, conversations=[{"role": "user", "content": [{"type": "video"}]}]),
-        "has the type 'video': only text and image parts",
+        talk(
+            0, conversations=[{"role": "user", "content": [{"type": "video"}]}, {"role": "assistant", "content": "A."}]
+        ),
+        "names <video> in the text of message 0",
+    ),
+    "audio part": (
+        talk(0, conversations=[{"role": "user", "content": [{"type": "audio"}]}]),
+        "has the type 'audio': only text, image and video parts",
     ),
 }
 

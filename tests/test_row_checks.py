@@ -106,8 +106,8 @@ def test_image_tokens_of_every_family_are_known(processor_of, family: str) -> No
     assert processor.image_token == "<image>" or IMAGE_TOKENS.fullmatch(processor.image_token)
     check = ProcessorCheck(processor)
     assert not check.tokens().search("A picture of <image> and of a video.")
-    assert check.refused_shape([("user", 1)], "preference") is None
-    assert check.refused_shape([("user", 1), ("assistant", 0)], "conversation") is None
+    assert check.refused_shape([("user", 1, 0)], "preference") is None
+    assert check.refused_shape([("user", 1, 0), ("assistant", 0, 0)], "conversation") is None
     assert check.refused_sizes(pa.chunked_array([[[640, 480], None, [64, 64]]])) == {}
 
 

@@ -65,6 +65,8 @@ def test_the_load_plan_is_printed_and_kept(command, tmp_path, llava, capsys):
         "enable_thinking",
         "max_pixels",
         "min_pixels",
+        "video_frames",
+        "video_fps",
     }
     lines = capsys.readouterr().out.splitlines()
     start = lines.index("Loading") + 1

@@ -141,9 +141,10 @@ def _stops_at(model: tf.PreTrainedModel, tokenizer: tf.PreTrainedTokenizerFast, 
 # llava-hf/llava-1.5-7b-hf, model card: "USER: <image>\n<prompt> ASSISTANT:"; images first, one space after every text.
 # The card's template writes no end token after an answer; the original code (haotian-liu/LLaVA, conversation.py,
 # vicuna_v1) writes </s>.
+_LLAVA_IMAGES = "{% for part in m['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
 LLAVA_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'].upper() + ': ' }}{% endif %}"
-    "{% for part in m['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    f"{_LLAVA_IMAGES}"
     "{% for part in m['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
@@ -257,6 +258,7 @@ def llava_next() -> Parts:
 LLAVA_ONEVISION_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ' ' }}"
     "{% for part in m['content'] if part['type'] == 'image' %}{{ '<image>' }}{% endfor %}"
+    "{% for part in m['content'] if part['type'] == 'video' %}{{ '<video>' }}{% endfor %}"
     "{% for part in m['content'] if part['type'] == 'text' %}{{ '\n' + part['text'] }}{% endfor %}"
     "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -332,7 +334,8 @@ QWEN_TEMPLATE = (
     "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
     "{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}{% else %}"
+    "{% if part['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% elif part['type'] == 'video' %}{{ '<|vision_start|><|video_pad|><|vision_end|>' }}{% else %}"
     "{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -351,7 +354,8 @@ def _qwen(
     processor = processor_class(
         tf.Qwen2VLImageProcessor(size=pixels, patch_size=7, temporal_patch_size=2, merge_size=2),
         tokenizer,
-        video_class(patch_size=7),
+        # Qwen3-VL counts the pixels of all frames, the others of one.
+        video_class(patch_size=7, size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56 * 8}),
         chat_template="{% set default_system = " + str(default_system).lower() + " %}" + QWEN_TEMPLATE,
     )
     names = dict(
@@ -408,8 +412,8 @@ def qwen3_vl() -> Parts:
 INTERNVL_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['content'] is string %}"
     "{{ m['content'] }}{% else %}"
-    "{% for part in m['content'] %}{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\n' }}{% else %}"
-    "{{ part['text'] }}{% endif %}"
+    "{% for part in m['content'] %}{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\n' }}"
+    "{% elif part['type'] == 'video' %}{{ '<video>\n' }}{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -498,9 +502,12 @@ def smolvlm() -> Parts:
     processor = tf.SmolVLMProcessor(
         tf.SmolVLMImageProcessor(**IDEFICS_SIZE),
         tokenizer,
-        tf.SmolVLMVideoProcessor(),
+        tf.SmolVLMVideoProcessor(size={"longest_edge": 28}, max_image_size={"longest_edge": 28}),
         image_seq_len=4,
-        chat_template="{{ '<|im_start|>' }}" + IDEFICS_TEMPLATE,
+        chat_template="{{ '<|im_start|>' }}"
+        + IDEFICS_TEMPLATE.replace(
+            "{% else %}{{ '<image>' }}", "{% elif part['type'] == 'video' %}{{ '<video>' }}{% else %}{{ '<image>' }}"
+        ),
     )
     config = tf.SmolVLMConfig(
         vision_config=VISION,
@@ -1110,13 +1117,13 @@ def llava_next_video() -> Parts:
     tokenizer = sentencepiece_tokenizer(["<image>", "<video>"], {"image_token": "<image>", "video_token": "<video>"})
     grids = [[28, 56], [56, 28], [56, 56]]
     processor = tf.LlavaNextVideoProcessor(
-        tf.LlavaNextVideoVideoProcessor(),
+        tf.LlavaNextVideoVideoProcessor(size={"shortest_edge": 28}, crop_size=SQUARE),
         tf.LlavaNextImageProcessor(size={"shortest_edge": 28}, crop_size=SQUARE, image_grid_pinpoints=grids),
         tokenizer,
         patch_size=7,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=LLAVA_TEMPLATE,
+        chat_template=LLAVA_TEMPLATE.replace(_LLAVA_IMAGES, _LLAVA_IMAGES + _LLAVA_IMAGES.replace("image", "video")),
     )
     config = tf.LlavaNextVideoConfig(
         vision_config=tf.CLIPVisionConfig(**VISION, projection_dim=WIDTH),

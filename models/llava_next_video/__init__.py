@@ -1,18 +1,21 @@
-"""LLaVA-NeXT-Video, on images: LLaVA-NeXT trained on videos as well. https://llava-vl.github.io/blog/2024-04-30-llava-next-video/"""
+"""LLaVA-NeXT-Video: LLaVA-NeXT trained on videos as well. https://llava-vl.github.io/blog/2024-04-30-llava-next-video/"""
 
 from transformers import LlavaNextVideoForConditionalGeneration
 
 from base.model import VLModelMixin
 from base.processor import VLProcessor
 from models.core_mapper import ModelCoreMapper
+from models.frames import VideosOfAnyLength
 
 
-class LlavaNextVideoForRL(VLModelMixin, LlavaNextVideoForConditionalGeneration):
+class LlavaNextVideoForRL(VideosOfAnyLength, VLModelMixin, LlavaNextVideoForConditionalGeneration):
     """LLaVA-NeXT-Video with the project's model methods."""
 
 
 class LlavaNextVideoProcessor(VLProcessor):
     """`USER: <image>\\nquestion ASSISTANT: answer</s>`."""
+
+    video_sampling = {"num_frames": 8}  # of the model card
 
 
 core_mapper = ModelCoreMapper(model=LlavaNextVideoForRL, processor=LlavaNextVideoProcessor)

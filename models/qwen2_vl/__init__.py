@@ -20,15 +20,17 @@ class MRopeMixin:
     ) -> torch.Tensor:
         """Positions (3, B, L): those of the model for the prompt; every response continues from the prompt's
         largest one."""
-        prompt, grid = segment_ids == 0, img_inputs.get("image_grid_thw")
+        prompt = segment_ids == 0
+        names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+        of_media = {name: img_inputs[name].cpu() for name in names if img_inputs.get(name) is not None}
         # The class reads token after token and image after image: on a device it would wait for each of them.
         of_token = torch.stack([input_ids, img_inputs["mm_token_type_ids"].long(), prompt.long()])  # (3, B, L)
         ids, kinds, in_prompt = of_token.cpu()
         positions, _ = self.model.get_rope_index(
             ids,
             mm_token_type_ids=kinds,
-            image_grid_thw=None if grid is None else grid.cpu(),
             attention_mask=in_prompt,
+            **of_media,
         )
         positions = to_device(positions, input_ids.device)
         after_prompt = positions.amax(dim=(0, 2))[:, None] + 1  # (B, 1): an image spans fewer positions than tokens
@@ -45,6 +47,8 @@ class Qwen2VLForRL(MRopeMixin, VLModelMixin, Qwen2VLForConditionalGeneration):
 
 class Qwen2VLProcessor(VLProcessor):
     """ChatML with a default system message; an image is `<|vision_start|><|image_pad|><|vision_end|>`."""
+
+    video_sampling = {"fps": 2}  # FPS of qwen-vl-utils, between 4 and 768 frames
 
 
 core_mapper = ModelCoreMapper(model=Qwen2VLForRL, processor=Qwen2VLProcessor)

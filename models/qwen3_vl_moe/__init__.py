@@ -3,9 +3,9 @@
 from transformers import Qwen3VLMoeForConditionalGeneration
 
 from base.model import VLModelMixin
-from base.processor import VLProcessor
 from models.core_mapper import ModelCoreMapper
 from models.qwen2_vl import MRopeMixin
+from models.qwen3_vl import Qwen3VLProcessor
 
 
 class Qwen3VLMoeForRL(MRopeMixin, VLModelMixin, Qwen3VLMoeForConditionalGeneration):
@@ -17,7 +17,7 @@ class Qwen3VLMoeForRL(MRopeMixin, VLModelMixin, Qwen3VLMoeForConditionalGenerati
     default_lora_target = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
-class Qwen3VLMoeProcessor(VLProcessor):
+class Qwen3VLMoeProcessor(Qwen3VLProcessor):
     """As Qwen3-VL's."""
 
 

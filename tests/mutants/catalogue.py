@@ -341,8 +341,8 @@ faults(
     no_marks={
         "marks of images left in text-only rows": (
             "without_images",
-            'remove_image_placeholder(content).strip("\\n")',
-            'content.strip("\\n")',
+            "remove_image_placeholder(content)",
+            "content",
         ),
     },
 )
@@ -470,6 +470,59 @@ faults(
             '("image", "video", "audio")',
             '("video", "audio")',
         ),
+    },
+)
+
+# ------------------------------------------------------------------------------------------------------------- videos
+
+faults(
+    "models/qwen2_vl/__init__.py",
+    "tests/test_videos.py",
+    packed_logps={
+        "positions of videos without their time": (
+            "MRopeMixin.packed_position_ids",
+            '("image_grid_thw", "video_grid_thw", "second_per_grid_ts")',
+            '("image_grid_thw", "video_grid_thw")',
+        ),
+    },
+)
+faults(
+    "models/frames.py",
+    "tests/test_videos.py",
+    packed_logps={
+        "videos of different length without the end of a line": ("_video_by_video", "(part, ending)", "(part,)"),
+    },
+)
+faults(
+    "base/videos.py",
+    "tests/test_videos.py",
+    by_hand={
+        "every frame of a clip is the first": (
+            "load_clip",
+            "np.stack([found[i] for i in indices])",
+            "np.stack([found[min(indices)] for i in indices])",
+        ),
+        "frames of a video chosen by the class's numbers, not by the flag": (
+            "sampled",
+            "video_processor.sample_frames(metadata, num_frames=frames, fps=fps)",
+            "video_processor.sample_frames(metadata, num_frames=8)",
+        ),
+    },
+)
+faults(
+    "data/videos.py",
+    "tests/test_videos.py",
+    every_bad_video={"films that are cut off pass": ("_check_film", "whole < header.frames", "whole < 0")},
+)
+faults(
+    "data/verify.py",
+    "tests/test_videos.py",
+    its_copy={
+        "a film does not tell a row from others": (
+            "verify_row",
+            "[*(found.signature for found in checked), *films, *others]",
+            "[*(found.signature for found in checked), *others]",
+        )
     },
 )
 
@@ -748,8 +801,8 @@ faults(
     without_an_image={
         "rows without images join those with": (
             "plan",
-            'last is not None and last[0]["images"] and len(last) + len(members) <= batch_size',
-            "last is not None and len(last) + len(members) <= batch_size",
+            'last is not None and last[0]["images"] and not last[0].get("videos")',
+            "last is not None",
         ),
         "rows without images are grouped as one image": (
             "plan",
