@@ -1726,7 +1726,11 @@ faults(
             "names = sorted(found)",
             "names = sorted(name for name in values.to_pylist() if name)",
         ),
-        "the state of rejected images is left out": ("_state_of_files", '{"images", "image_rejected"}', '{"images"}'),
+        "the state of rejected images is left out": (
+            "_state_of_files",
+            '{"images", "videos", "image_rejected"}',
+            '{"images", "videos"}',
+        ),
     },
 )
 faults(
