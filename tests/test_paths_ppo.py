@@ -199,7 +199,7 @@ FROZEN = torch.tensor([[-1.2, -2.5, -3.0], [-2.0, -1.0, 0.0]])  # the reference'
 def test_the_loss_of_answers_is_that_of_the_flags(built, flags: str, high, delta, level: str, kl: float, corrected):
     trainer = built(f"--advantage_estimator grpo --cliprange 0.2 --num_ppo_epochs 2 {flags}")
     advantages = torch.tensor([[1.0, 1.0, 1.0], [-1.0, -1.0, 0.0]])
-    r = SimpleNamespace(logps=REF_LOGPS, ref_logps=FROZEN, mask=MASK, advantages=advantages)
+    r = SimpleNamespace(logps=REF_LOGPS, ref_logps=FROZEN, mask=MASK, advantages=advantages, sampler_logps=None)
     found, value_loss, _ = trainer.policy_and_value_loss(NOW, None, r)
     assert value_loss is None
     for row, column in MASK.nonzero().tolist():

@@ -112,8 +112,7 @@ def check_kills(argv, tmp_path: Path, script: str, mode: str, kills: int, seed: 
         (2, "rm", "lora"),
         (3, "ppo", "lora"),
         (4, "dynamic_sampling", "lora"),
-        (5, "online_dpo", "lora"),
-        pytest.param(6, "online_dpo", "full", marks=pytest.mark.slow),
+        *(pytest.param(6, "online_dpo", mode, marks=pytest.mark.slow) for mode in ("lora", "full")),
         *(
             pytest.param(5, name, "lora", marks=pytest.mark.slow)
             for name in RL
