@@ -55,7 +55,7 @@ def _step(checkpoint: str, rows: list[dict], out: Path, flags: str) -> tuple[dic
 @pytest.mark.parametrize(
     ("family", "flags"),
     [
-        ("llava", ""),
+        pytest.param("llava", "", marks=pytest.mark.slow),
         ("qwen2_5_vl", "--use_lora True --lora_dropout 0 --gradient_checkpointing True"),
         pytest.param("gemma3", "", marks=pytest.mark.slow),
     ],

@@ -467,6 +467,10 @@ def test_every_field_of_a_batch_is_in_base_batch(llava, rows_with_columns):
     dpo |= mapper.dpo_collator(processor)(cached)
     own = [row | {"mine": 1.0, "theirs": [0.5] * len(row["responses"])} for row in rows]
     dpo |= mapper.dpo_collator(processor, columns={"mine", "theirs"})(own)
+    single = [
+        {k: row[k] for k in ("images", "prompt")} | {"responses": row["responses"][:1], "label": True} for row in rows
+    ]
+    dpo |= mapper.dpo_collator(processor, needs={"mismatched"})(single)
     assert dpo.keys() == DPOBatch.__annotations__.keys()
     rm = mapper.reward_collator(processor)(rows)
     assert rm.keys() <= RMBatch.__annotations__.keys() == dpo.keys() | {"source", "counted"}

@@ -112,7 +112,7 @@ def test_mmhal_template_is_read_for_the_model_and_refused_empty(tmp_path: Path) 
     with pytest.raises(InputError, match=r"judge http://127\.0\.0\.1:9/v1 failed 8 times"):
         judge = ["--judge", "http://127.0.0.1:9/v1", "--judge_model", "x", "--judge_timeout", "1"]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("eval.judge.time.sleep", lambda seconds: None)
+            patch.setattr("common.openai_client._random.uniform", lambda low, high: 0.0)  # no pauses
             score(judged.main, "mmhal", file, file, tmp_path, *judge)
 
 

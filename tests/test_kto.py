@@ -97,7 +97,12 @@ METRICS = ["grad_norm", "kl", "rewards/chosen", "rewards/rejected", "rewards/mar
 
 
 @pytest.mark.parametrize(
-    "flags", [LORA, pytest.param(f"{LORA} --share_prefix False", marks=pytest.mark.slow), "--freeze_vision_tower False"]
+    "flags",
+    [
+        LORA,
+        pytest.param(f"{LORA} --share_prefix False", marks=pytest.mark.slow),
+        pytest.param("--freeze_vision_tower False", marks=pytest.mark.slow),
+    ],
 )
 def test_losses_kl_and_metrics_are_trls(trl_llava, unpaired, tmp_path, flags: str):  # noqa: F811
     weights = {

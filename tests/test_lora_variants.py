@@ -224,7 +224,8 @@ def test_the_start_is_not_saved_beside_a_reward_model(llava, tmp_path):
     assert not (tmp_path / "ref").exists() and (tmp_path / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("name", ["dora rslora", pytest.param("orthogonal", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dora rslora", "orthogonal"])
 def test_ppo_with_a_value_adapter_of_the_same_kind(command, rewards, tmp_path, name: str):
     flags = f"{flags_of(name)} --reward_fn {rewards} --response_length 4 --lora_dropout 0 --max_steps 2"
     train_ppo.main(command("ppo", flags))

@@ -105,8 +105,8 @@ CASES = [
         for checkpointing in (False, True)
     ),
     pytest.param("sft", "lora", True, True, marks=pytest.mark.slow),
-    ("dpo", "full", True, True),
-    ("dpo", "lora", True, True),
+    pytest.param("dpo", "full", True, True, marks=pytest.mark.slow),
+    pytest.param("dpo", "lora", True, True, marks=pytest.mark.slow),
     ("dpo", "lora", False, True),
     ("rm", "lora", True, True),
     pytest.param("ppo", "full", True, False, marks=pytest.mark.slow),

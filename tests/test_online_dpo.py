@@ -204,6 +204,7 @@ def test_ties_move_nothing(llava, image_dir, tmp_path, reward_file):
     assert trainer.state.log_history[0]["frac_reward_zero_std"] == 1
 
 
+@pytest.mark.slow
 def test_scores_rise(llava, image_dir, tmp_path, reward_file):
     """The reward is the share of even token ids, which the policy can learn."""
     flags = f"--reward_fn {reward_file}:even --rollouts_per_prompt 4 --max_steps 12"

@@ -63,8 +63,11 @@ def test_the_load_plan_is_printed_and_kept(command, tmp_path, llava, capsys):
     assert {name: plan[name] for name in expected} == expected and set(plan) - set(expected) == {
         "date",
         "enable_thinking",
+        "freeze_language_model",
         "max_pixels",
         "min_pixels",
+        "train_projector",
+        "train_vision_layers",
         "video_frames",
         "video_fps",
     }

@@ -139,6 +139,7 @@ def test_servers_that_read_another_prompt(server, llava, pairs_json, image_dir, 
         train(tmp_path / "word", llava, pairs_json, image_dir, f"--rollout_url {server.url}")
 
 
+@pytest.mark.slow
 def test_a_server_without_log_probs(server, llava, pairs_json, image_dir, tmp_path):
     """Its texts are tokenised again, without importance weights; and that has to be asked for."""
     server.gives_tokens = False
