@@ -1545,10 +1545,8 @@ def _refuse_contradictions(parsed: Sequence[Any]) -> None:
         _refuse_where_answers_are_sampled(flags)
     if not flags.get("use_lora"):
         _refuse_lora_alone(flags)
-    if flags.get("q_lora") and any(c.is_zero3() for p in parsed if (c := getattr(p, "hf_deepspeed_config", None))):
-        raise InputError(
-            "--q_lora does not work with ZeRO-3, which cannot partition quantised weights: take ZeRO-2, or DDP."
-        )
+    if any(c.is_zero3() for p in parsed if (c := getattr(p, "hf_deepspeed_config", None))):
+        _refuse_under_zero3(flags)
     if flags.get("q_lora") and flags.get("fsdp"):
         raise InputError("--q_lora does not work with --fsdp, which cannot share quantised weights out: take DDP.")
     _refuse_training_in_16_bits(flags)
@@ -1581,6 +1579,16 @@ def _refuse_what_would_not_train(flags: dict[str, Any]) -> None:
     trains_vision = not flags.get("freeze_vision_tower", True) or layers
     if flags.get("freeze_language_model") and flags.get("train_projector") is False and not trains_vision:
         raise InputError("--freeze_language_model True and --train_projector False leave nothing to train.")
+
+
+def _refuse_under_zero3(flags: dict[str, Any]) -> None:
+    """Kinds of LoRA that read whole weights."""
+    if flags.get("q_lora"):
+        raise InputError(
+            "--q_lora does not work with ZeRO-3, which cannot partition quantised weights: take ZeRO-2, or DDP."
+        )
+    if flags.get("use_dora"):
+        raise InputError("--use_dora does not work with ZeRO-3, which hides the weights' shapes: take ZeRO-2, or DDP.")
 
 
 def _refuse_lora_alone(flags: dict[str, Any]) -> None:

@@ -141,13 +141,14 @@ def test_evaluation_alone(command, rewards, tmp_path, script: str):
         main(command(script, flags.replace("--eval_ratio 0.25", "--do_train False"), out=tmp_path / "none"))
 
 
-def test_quantised_weights_are_not_partitioned(command):
+@pytest.mark.parametrize("kind", ["q_lora", "use_dora"])
+def test_what_needs_whole_weights_is_refused_under_zero3(command, kind: str):
     """As parse would do under a launcher, which has to be there for DeepSpeed's configuration to be read."""
-    argv = command("dpo", "--use_lora True --q_lora True")
+    argv = command("dpo", f"--use_lora True --{kind} True")
     *others, training = args.parse(*OTHERS, args.DPOConfig, argv=argv)
     training.hf_deepspeed_config = HfDeepSpeedConfig("ds_configs/zero2.json")
     args._refuse_contradictions([*others, training])
     training.hf_deepspeed_config = HfDeepSpeedConfig("ds_configs/zero3.json")
-    with pytest.raises(InputError, match="take ZeRO-2, or DDP"):
+    with pytest.raises(InputError, match=f"--{kind} does not work with ZeRO-3.*take ZeRO-2, or DDP"):
         args._refuse_contradictions([*others, training])
     unset_hf_deepspeed_config()
