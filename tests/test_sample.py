@@ -296,12 +296,15 @@ def test_two_rounds(llava, pairs_json, image_dir, tmp_path, reward_file):
 
 
 @pytest.mark.slow
-def test_hallucinations_fall_over_rounds(tmp_path):
-    """The embedded captions: the SFT model asks itself about every object that it names, three rounds."""
+def test_a_round_takes_hallucinations_away(tmp_path):
+    """The embedded captions: the SFT model asks itself about every object that it names.
+
+    CHAIR_i .121 -> .002 once, captions hold 92 % of the objects. Further rounds at this rate unlearn objects: 68 %, then 39 %.
+    """
     before = train_base(0, tmp_path)["chair_i"]
     assert before > 0.05
     start, found = str(tmp_path / "sft"), [before]
-    for number in (1, 2, 3):
+    for number in (1,):
         out = tmp_path / f"round{number}"
         environment = os.environ | {
             "PYTHON": sys.executable, "START": start, "OUT": str(out), "SEED": str(number), "IMAGES": str(tmp_path / "data"),
@@ -317,4 +320,4 @@ def test_hallucinations_fall_over_rounds(tmp_path):
         scores = shapes.evaluate(str(tmp_path / "sft"), start, tmp_path / "data" / "eval.json", out / "eval", 100)
         found.append(scores["chair_i"])
         shutil.rmtree(out / "dpo" / "checkpoint-25", ignore_errors=True)
-    assert found[3] < found[2] + 0.01 and found[1] < found[0] and found[3] < found[0] / 2, found
+    assert found[1] < found[0] / 4, found
