@@ -1625,6 +1625,10 @@ def _refuse_starts_of_adapters(flags: dict[str, Any]) -> None:
 def _refuse_where_answers_are_sampled(flags: dict[str, Any]) -> None:
     """What would change the base or the image features that policy, reference and rewards share in PPO and online DPO."""
     where = "online DPO" if flags.get("online") else "PPO"
+    if flags.get("fsdp"):
+        raise InputError(
+            f"--fsdp is not supported in {where}, which would gather all weights for every token: take DDP or ZeRO-3."
+        )
     for name in ("lora_vision", "train_projector", "train_vision_layers", "freeze_language_model"):
         if flags.get(name):
             raise InputError(f"--{name} is not supported in {where}, whose roles share the features of an image.")

@@ -55,17 +55,10 @@ class HubUploads(Trainer):
                 f"({' '.join(str(error).split())[:300]}): look at --hub_model_id, the token's rights and the network."
             ) from error
 
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Save the model and upload it."""
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the model and upload it; for the arguments see `upload_model`."""
         self.save_model(_internal_call=True)
-        return self.upload_model(commit_message, blocking, token, revision) if self.is_world_process_zero() else None
+        return self.upload_model(*args, **kwargs) if self.is_world_process_zero() else None
 
     def upload_model(
         self,

@@ -116,7 +116,7 @@ def read_prompts(args: argparse.Namespace, processor: VLProcessor) -> list[Row]:
     """The prompts of the data set, each with an `id`.
 
     Raises:
-        InputError: rows that cannot be read, or a function that asks for what they do not have: before anything is sampled.
+        InputError: rows that cannot be read or show videos, or a function that asks for what they do not have: before anything is sampled.
     """
     data_args = DataArguments(**{name: getattr(args, name) for name in OF_DATA})
     data = load_train_eval(data_args, "prompt", args.seed, Path(args.output).parent, ProcessorCheck(processor)).train
@@ -124,7 +124,11 @@ def read_prompts(args: argparse.Namespace, processor: VLProcessor) -> list[Row]:
         Function(spec, args.reward_timeout, processor.encode_response).reward.check_columns(data)
     if args.limit is not None:
         data = data.select(range(min(args.limit, len(data))))
-    return [row | {"id": str(i), "where": row.get("where") or f"row {i}"} for i, row in enumerate(data)]
+    rows = [row | {"id": str(i), "where": row.get("where") or f"row {i}"} for i, row in enumerate(data)]
+    film = next((row for row in rows if row.get("videos")), None)
+    if film is not None:
+        raise InputError(f"{film['where']} shows a video, which data.sample does not: leave such rows out.")
+    return rows
 
 
 def fingerprint(rows: Sequence[Row]) -> str:

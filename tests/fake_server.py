@@ -5,7 +5,10 @@ import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+from tests import zoo
 
 
 class FakeServer:
@@ -96,3 +99,14 @@ def completion(*texts: str, **fields: Any) -> dict:
         for n, text in enumerate(texts)
     ]
     return {"choices": choices} | fields
+
+
+def seed_file(folder: Path) -> Path:
+    """A file of SEED-Bench with one question of four choices, its picture beside it."""
+    zoo.image(3).save(folder / "0", "PNG")
+    question = {"question_id": "q", "question": "What is it?", "data_id": "0", "data_type": "image", "answer": "B"}
+    choices = ["a red square", "no", "two blue circles", "a dog"]
+    question |= {f"choice_{letter}": text for letter, text in zip("abcd", choices, strict=True)}
+    file = folder / "seed.json"
+    file.write_text(json.dumps({"questions": [question | {"question_type_id": 1}], "question_type": {"Scene": 1}}))
+    return file

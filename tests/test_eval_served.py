@@ -9,7 +9,7 @@ import pytest
 from common.errors import InputError
 from eval import generate, served
 from tests import zoo
-from tests.fake_server import FakeServer, completion
+from tests.fake_server import FakeServer, completion, seed_file
 from tests.tiny_server import TinyServer
 
 WORDS = ["dog", "cat", "red square", "table"]
@@ -101,21 +101,7 @@ def test_another_model_is_noticed(server, questions, tmp_path, llava):
 
 def test_likelihood(server, llava, tmp_path):
     """The losses of a SEED question's choices, end token included, are those of our packed pass."""
-    zoo.image(3).save(tmp_path / "0", "PNG")
-    question = {
-        "question_id": "q",
-        "question": "What is it?",
-        "data_id": "0",
-        "data_type": "image",
-        "answer": "B",
-        "question_type_id": 1,
-    }
-    question |= {
-        f"choice_{letter}": text
-        for letter, text in zip("abcd", ["a red square", "no", "two blue circles", "a dog"], strict=True)
-    }
-    data = tmp_path / "seed.json"
-    data.write_text(json.dumps({"questions": [question], "question_type": {"Scene": 1}}))
+    data = seed_file(tmp_path)
     line = f"--task seed --data_path {data} --image_root {tmp_path} --likelihood --model_name_or_path {llava} --num_workers 0"
 
     def losses(output: Path, more: str) -> list[float]:

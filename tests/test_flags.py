@@ -152,3 +152,12 @@ def test_what_needs_whole_weights_is_refused_under_zero3(command, kind: str):
     with pytest.raises(InputError, match=f"--{kind} does not work with ZeRO-3.*take ZeRO-2, or DDP"):
         args._refuse_contradictions([*others, training])
     unset_hf_deepspeed_config()
+
+
+def test_online_dpo_under_fsdp_is_refused(command, rewards: str):
+    """As parse would do where torchrun has started several processes."""
+    argv = command("dpo", f"--use_lora True --online True --reward_fn {rewards} --response_length 4")
+    *others, training = args.parse(*OTHERS, args.DPOConfig, argv=argv)
+    training.fsdp = "full_shard auto_wrap"
+    with pytest.raises(InputError, match=r"--fsdp is not supported in online DPO.*take DDP or ZeRO-3"):
+        args._refuse_contradictions([*others, training])

@@ -1,7 +1,7 @@
 """--push_to_hub: what reaches the hub, by a stand-in for huggingface_hub's two calls."""
 
+import copy
 import importlib
-import pickle
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -134,7 +134,7 @@ def test_the_token_is_not_pickled(tmp_path, hub: Hub):
     for kind in (args.SFTConfig, args.DPOConfig):
         (config,) = args.parse(kind, argv=f"--output_dir {tmp_path} --push_to_hub True --hub_token hf_secret".split())
         torch.save(config, tmp_path / "training_args.bin")
-        assert config.hub_token == "hf_secret" and pickle.loads(pickle.dumps(config)).hub_token is None
+        assert config.hub_token == "hf_secret" and copy.copy(config).hub_token is None  # made as pickle makes it
         assert b"hf_secret" not in (tmp_path / "training_args.bin").read_bytes()
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import train_dpo
 from args import DataArguments
@@ -23,6 +24,7 @@ from eval.answer_scores import JUDGE_PROMPT, Claims, questions_in, rating, says_
 from eval.ledger import Ledger
 from models import core_mapper_for
 from scripts.demo_rewards import object_questions
+from tests import zoo
 from tests.fake_server import FakeServer, completion
 from tests.test_ppo import reward_adapters  # noqa: F401  a fixture
 
@@ -94,6 +96,19 @@ def test_rows_are_ranked_and_train(command, image_dir, tmp_path, reward_file, ll
     assert (tmp_path / "rows.jsonl").read_bytes() == before
     with pytest.raises(InputError, match="was written with generation"):
         sample.main(command(f"--reward_fn {reward_file}:mark --temperature 0.5"))
+
+
+def test_rows_with_videos_are_refused(command, tmp_path, reward_file):
+    for i in range(2):
+        Image.new("RGB", (56, 56), "red").save(tmp_path / f"{i}.png")
+    row = {"videos": [["0.png", "1.png"]], "prompt": "<video>What happens?", "chosen": "A", "rejected": "B"}
+    (tmp_path / "films.json").write_text(json.dumps([row]))
+    model, data = zoo.checkpoint("qwen2_5_vl"), tmp_path / "films.json"
+    argv = command(
+        f"--reward_fn {reward_file}:mark --model_name_or_path {model} --data_path {data} --image_root {tmp_path}"
+    )
+    with pytest.raises(InputError, match=r"films\.json, row 0.* shows a video, which data\.sample does not"):
+        sample.main(argv)
 
 
 @pytest.mark.parametrize("kept", [1, 3])

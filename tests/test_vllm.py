@@ -19,6 +19,7 @@ import train_ppo
 from common.openai_client import OpenAIClient
 from eval import generate
 from tests import zoo
+from tests.fake_server import seed_file
 from tests.test_server_rollouts import RECORDED, REWARD, same_form
 from tests.vllm_transcripts import of_server, transcript
 
@@ -123,20 +124,7 @@ def test_an_evaluation_is_ours_token_for_token(url: str, checkpoint: str, questi
 
 def test_the_losses_of_choices_are_ours(url: str, checkpoint: str, tmp_path: Path) -> None:
     """One request at a time: with --enable-lora vLLM 0.32 dies on a CPU of log-probs of several prompts in a step."""
-    zoo.image(3).save(tmp_path / "0", "PNG")
-    question = {
-        "question_id": "q",
-        "question": "What is it?",
-        "data_id": "0",
-        "data_type": "image",
-        "answer": "B",
-        "question_type_id": 1,
-    }
-    question |= {
-        f"choice_{x}": text for x, text in zip("abcd", ["a red square", "no", "two blue circles", "a dog"], strict=True)
-    }
-    (tmp_path / "seed.json").write_text(json.dumps({"questions": [question], "question_type": {"Scene": 1}}))
-    line = f"--task seed --likelihood --data_path {tmp_path / 'seed.json'} --image_root {tmp_path} --model_name_or_path {checkpoint} --num_workers 0"
+    line = f"--task seed --likelihood --data_path {seed_file(tmp_path)} --image_root {tmp_path} --model_name_or_path {checkpoint} --num_workers 0"
     generate.main(f"{line} --output {tmp_path / 'here.jsonl'}".split())
     generate.main(f"{line} --output {tmp_path / 'there.jsonl'} --url {url} --batch_size 1".split())
     here, there = (json.loads((tmp_path / f"{name}.jsonl").read_text())["losses"] for name in ("here", "there"))

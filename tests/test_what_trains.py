@@ -12,6 +12,7 @@ import args
 import merge_lora
 import train_dpo
 import train_sft
+from base.checkpoints import SafeCheckpoints
 from base.loading import load_model
 from common.errors import InputError
 from models.assemble import add_lora
@@ -182,18 +183,24 @@ def test_a_rate_of_what_does_not_train_is_refused(llava, preference_data, tmp_pa
         dpo_trainer(llava, preference_data, tmp_path, "--use_lora True --vision_lr 1e-5")
 
 
-def test_a_resumed_run_has_the_rates_of_its_flags(command, tmp_path, capsys):
+def test_a_resumed_run_has_the_rates_of_its_flags(command, tmp_path, capsys, monkeypatch):
     """A rate that has changed is said, and counts."""
     flags = "--use_lora True --lr_scheduler_type constant --save_strategy steps --save_steps 1"
     run = tmp_path / "run"
     train_sft.main(command("sft", f"{flags} --max_steps 1", out=run))
+    decays, load = [], SafeCheckpoints._load_optimizer_and_scheduler
+
+    def look(trainer: SafeCheckpoints, checkpoint: str) -> None:
+        load(trainer, checkpoint)
+        decays.extend(group["weight_decay"] for group in trainer.optimizer.param_groups)
+
+    monkeypatch.setattr(SafeCheckpoints, "_load_optimizer_and_scheduler", look)
     changed = f"{flags} --max_steps 2 --learning_rate 3e-3 --weight_decay 0.2 --resume_from_checkpoint True"
     train_sft.main(command("sft", changed, out=run))
     assert "--learning_rate 0.003 (was 0.001)" in capsys.readouterr().err
     rates = [entry["learning_rate"] for entry in history(run) if "learning_rate" in entry]
     assert rates == [1e-3, 3e-3]
-    groups = torch.load(run / "checkpoint-2" / "optimizer.pt", weights_only=True)["param_groups"]
-    assert 0.2 in {group["weight_decay"] for group in groups}
+    assert 0.2 in decays
 
 
 # ---------------------------------------------------------------------------------------------------------------------
