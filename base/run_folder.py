@@ -19,7 +19,8 @@ from typing import IO, Any
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from args import NEW_ADAPTER, RUN_JSON, describe, without_token, write_run_json
+from args import RUN_JSON, describe, without_token, write_run_json
+from args.model import NEW_ADAPTER
 from base.heads import weights_fingerprint
 from base.layout import base_model_path
 from base.resume import checkpoint_to_resume, checkpoints_of

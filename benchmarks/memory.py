@@ -31,7 +31,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from args import NEW_ADAPTER, LoraArguments, run
+from args import LoraArguments, run
+from args.model import NEW_ADAPTER
 from base.adapters import Role
 from base.fast_lora import use_fast_lora
 from base.packing import last_token_positions, pack_rows
@@ -91,7 +92,7 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Setup:
-    """One run, with the names of args.py where they exist."""
+    """One run, with the names of args where they exist."""
 
     script: str = "dpo"
     method: str = "lora"

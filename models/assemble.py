@@ -16,7 +16,8 @@ from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
-from args import CHANGE_BASE, NEW_ADAPTER, LoraArguments, ModelArguments, VLConfig
+from args import LoraArguments, ModelArguments, VLConfig
+from args.model import CHANGE_BASE, NEW_ADAPTER
 from base.adapters import Role
 from base.fast_lora import use_fast_lora
 from base.layout import without_cwd

@@ -13,6 +13,9 @@ import pytest
 import args
 import data.check
 import merge_lora
+from args import training as training_flags
+from args.dpo import with_loss_flags
+from args.training import PROJECT_VARIABLES, USUAL_OF_TRANSFORMERS
 from common.dataclass_flags import DataclassParser
 from common.errors import InputError
 from common.flags import FlagParser
@@ -107,8 +110,8 @@ def test_no_command_has_a_parser_of_its_own():
 
 
 def parser_of(kind: str) -> DataclassParser:
-    config = args._with_loss_flags(args.DPOConfig) if kind == "dpo" else CONFIGS[kind]
-    return DataclassParser([*OTHERS, config], args.USUAL_OF_TRANSFORMERS)
+    config = with_loss_flags(args.DPOConfig) if kind == "dpo" else CONFIGS[kind]
+    return DataclassParser([*OTHERS, config], USUAL_OF_TRANSFORMERS)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -166,8 +169,8 @@ def test_no_line_stands_before_the_users_own():
 @pytest.fixture
 def installed(monkeypatch):
     names = ["tensorboard", "wandb", "trackio"]
-    monkeypatch.setattr(args, "get_available_reporting_integrations", lambda: names)
-    for variable in args.PROJECT_VARIABLES:
+    monkeypatch.setattr(training_flags, "get_available_reporting_integrations", lambda: names)
+    for variable in PROJECT_VARIABLES:
         monkeypatch.setenv(variable, "before")  # put back afterwards
     return names
 
@@ -204,7 +207,7 @@ def test_names_of_project_and_run_reach_every_service(tmp_path, installed):
     import os
 
     assert (config.project, config.run_name) == ("p", "r")
-    assert {os.environ[variable] for variable in args.PROJECT_VARIABLES} == {"p"}
+    assert {os.environ[variable] for variable in PROJECT_VARIABLES} == {"p"}
 
 
 def test_a_run_without_a_folder_is_refused():

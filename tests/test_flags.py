@@ -10,11 +10,15 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 import args
+import losses
+from args.contradictions import refuse_contradictions
+from args.dpo import with_loss_flags
+from args.training import REFUSED
 from common.errors import InputError
 from tests.processes import history
 
 CONFIGS = {"sft": args.SFTConfig, "dpo": args.DPOConfig, "rm": args.RMConfig, "ppo": args.PPOConfig}
-OWN = {"sft": args.SFTConfig, "dpo": args._with_loss_flags(args.DPOConfig), "rm": args.RMConfig, "ppo": args.PPOConfig}
+OWN = {"sft": args.SFTConfig, "dpo": with_loss_flags(args.DPOConfig), "rm": args.RMConfig, "ppo": args.PPOConfig}
 OTHERS = (args.ModelArguments, args.DataArguments, args.LoraArguments)
 
 # transformers' flags that no test of this project gives a value: who reads them. Nothing of ours stands between.
@@ -66,7 +70,7 @@ def test_every_flag_of_transformers_has_a_line():
     """A new version of transformers that adds a flag fails here."""
     text = words_of_tests()
     listed = {name: reader for reader, names in READ_BY.items() for name in names.split()}
-    refused = set(args.REFUSED)
+    refused = set(REFUSED)
     for field in dataclasses.fields(TrainingArguments):
         places = [field.name in refused, field.name in listed, f"--{field.name} " in text or f"{field.name}=" in text]
         assert any(places), f"{field.name}: a test, a refusal or a reader"
@@ -79,7 +83,7 @@ def test_every_flag_of_ours_is_in_a_test():
     inherited = {f.name for f in dataclasses.fields(TrainingArguments)}
     for kind in (*OTHERS, *OWN.values()):
         for field in dataclasses.fields(kind):
-            known = field.name in inherited or field.name in args.losses.flags()  # tests/test_losses.py
+            known = field.name in inherited or field.name in losses.flags()  # tests/test_losses.py
             assert known or field.name in text, f"{kind.__name__}.{field.name}"
 
 
@@ -147,10 +151,10 @@ def test_what_needs_whole_weights_is_refused_under_zero3(command, kind: str):
     argv = command("dpo", f"--use_lora True --{kind} True")
     *others, training = args.parse(*OTHERS, args.DPOConfig, argv=argv)
     training.hf_deepspeed_config = HfDeepSpeedConfig("ds_configs/zero2.json")
-    args._refuse_contradictions([*others, training])
+    refuse_contradictions([*others, training])
     training.hf_deepspeed_config = HfDeepSpeedConfig("ds_configs/zero3.json")
     with pytest.raises(InputError, match=f"--{kind} does not work with ZeRO-3.*take ZeRO-2, or DDP"):
-        args._refuse_contradictions([*others, training])
+        refuse_contradictions([*others, training])
     unset_hf_deepspeed_config()
 
 
@@ -160,4 +164,4 @@ def test_online_dpo_under_fsdp_is_refused(command, rewards: str):
     *others, training = args.parse(*OTHERS, args.DPOConfig, argv=argv)
     training.fsdp = "full_shard auto_wrap"
     with pytest.raises(InputError, match=r"--fsdp is not supported in online DPO.*take DDP or ZeRO-3"):
-        args._refuse_contradictions([*others, training])
+        refuse_contradictions([*others, training])

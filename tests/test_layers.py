@@ -102,7 +102,7 @@ BY_NAME = {"base.loading", "models", "benchmarks.memory"}
 
 def modules() -> dict[str, Path]:
     """Every module of the project but the tests: dotted name -> file."""
-    folders = ("common", "losses", "data", "base", "models", "scripts", "eval", "benchmarks")
+    folders = ("common", "losses", "args", "data", "base", "models", "scripts", "eval", "benchmarks")
     files = [*ROOT.glob("*.py"), *(f for folder in folders for f in (ROOT / folder).rglob("*.py"))]
     return {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f for f in files}
 

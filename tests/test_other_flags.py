@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 import args
+from args.dpo import with_loss_flags
 from common import other_flags
+from common.dataclass_flags import DataclassParser
 from common.errors import InputError
 from models import core_mapper_for
 from tests import zoo
@@ -218,8 +220,8 @@ def test_every_target_exists():
     """No entry leads to a flag that none of the scripts has; none hides a flag of ours."""
     known = set()
     for config in CONFIGS.values():
-        kinds = [*OTHERS, args._with_loss_flags(config) if config is args.DPOConfig else config]
-        known |= {option.lstrip("-") for option in args.DataclassParser(kinds)._option_string_actions}
+        kinds = [*OTHERS, with_loss_flags(config) if config is args.DPOConfig else config]
+        known |= {option.lstrip("-") for option in DataclassParser(kinds)._option_string_actions}
     for table in other_flags.OTHERS.values():
         for name, entry in table.items():
             targets = [entry] if isinstance(entry, str) else []

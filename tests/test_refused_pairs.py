@@ -7,6 +7,7 @@ layers' inits, torch.utils.checkpoint. What they find out later than that is loo
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ import pytest
 import args
 import train_ppo
 import train_sft
+from args import training as training_flags
+from args.training import PROJECT_VARIABLES
 from common.errors import InputError
 from tests.processes import history
 from tests.test_flags import OTHERS, parse
@@ -214,14 +217,14 @@ def finished(tmp_path_factory, llava, image_dir, conversations_json) -> Path:
 
 
 def test_tensorboard_has_a_folder_of_the_project(tmp_path, monkeypatch):
-    monkeypatch.setattr(args, "get_available_reporting_integrations", lambda: ["tensorboard"])
-    for variable in (*args.PROJECT_VARIABLES, "TENSORBOARD_LOGGING_DIR"):
+    monkeypatch.setattr(training_flags, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    for variable in (*PROJECT_VARIABLES, "TENSORBOARD_LOGGING_DIR"):
         monkeypatch.setenv(variable, "")
     flags = "--report_to tensorboard --project_name p --run_name r"
     parse("sft", tmp_path, flags)
-    assert args.os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "runs" / "p" / "r")
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "runs" / "p" / "r")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "/logs")
     parse("sft", tmp_path, flags)
-    assert args.os.environ["TENSORBOARD_LOGGING_DIR"] == "/logs/p/r"
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == "/logs/p/r"
     with pytest.raises(InputError, match="--group_name has no part in tensorboard"):
         parse("sft", tmp_path, "--report_to tensorboard --group_name g")
