@@ -3,11 +3,12 @@
 import re
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from tests.in_two import halves
+from tests.in_two import OneOfTwo
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
@@ -47,7 +48,25 @@ def test_index_names_every_page():
         assert page.name == "README.md" or f"({page.name})" in index, page.name
 
 
-def test_both_halves_hold_every_test_once():
-    first, second = halves()
-    here = {f"tests/{path.relative_to(ROOT / 'tests').parts[0]}" for path in (ROOT / "tests").rglob("test_*.py")}
-    assert len(first + second) == len({*first, *second}) and here == {*first, *second}
+@pytest.mark.parametrize("pace", [1, 5])
+def test_every_file_runs_in_one_of_two_processes(tmp_path, pace: int):
+    """However fast the second is: they take turns, and it takes `pace` tests in its own."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    ran: list[list[tuple[str, int]]] = [[], []]
+    turns = []
+    for from_the_end in (False, True):
+        process = OneOfTwo(tmp_path, from_the_end)
+        line = [SimpleNamespace(path=file, n=n) for n in range(3) for file in files]
+        process.pytest_collection_modifyitems(line)
+        turns.append(iter([(process, item) for item in line]))
+
+    def next_test(i: int) -> bool:
+        item = next((item for process, item in turns[i] if not process.pytest_runtest_protocol(item)), None)
+        ran[i] += [(str(item.path), item.n)] if item else []
+        return item is not None
+
+    while any([next_test(i) for i in (0, *[1] * pace)]):
+        pass
+    assert sorted(ran[0] + ran[1]) == [(str(file), n) for file in files for n in range(3)]
+    first, second = ({file for file, _ in part} for part in ran)
+    assert not first & second and abs(len(second) - pace * len(first)) <= pace + 1
