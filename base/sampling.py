@@ -120,7 +120,7 @@ class Sampler:
             logits_processor=LogitsProcessorList(
                 [SeededSampling(uniforms.to(args.device), args.temperature, args.top_p)]
             ),
-            past_key_values=rollout_cache(core, inputs["input_ids"].shape[1] + args.response_length, packed),
+            past_key_values=rollout_cache(core, inputs["input_ids"].shape[1], args.response_length, K if packed else 1),
             disable_compile=True,
             # Weights that are shared out need all ranks at every token, until the longest answer of all ranks has
             # ended.

@@ -624,7 +624,7 @@ class TestFamily:
             features = model.encode_images(batch)
         assert generated(model, text | features) == expected
         assert calls.count == 1
-        cache = rollout_cache(model, text["input_ids"].shape[1] + length["max_new_tokens"])
+        cache = rollout_cache(model, text["input_ids"].shape[1], length["max_new_tokens"])
         assert generated(model, text | features, past_key_values=cache, disable_compile=True) == expected
 
     def test_placeholders_are_never_generated(self, it: SimpleNamespace):

@@ -40,7 +40,7 @@ def with_k_prefills(trainer, core, prompts, images, seed: int):
         eos_token_id=sampler.end_ids,
         pad_token_id=sampler.collator.processor.tokenizer.pad_token_id,
         logits_processor=LogitsProcessorList([SeededSampling(uniforms, args.temperature, args.top_p)]),
-        past_key_values=rollout_cache(core, inputs["input_ids"].shape[1] + args.response_length),
+        past_key_values=rollout_cache(core, inputs["input_ids"].shape[1], args.response_length),
         disable_compile=True,
     )
     if sequences.shape[1] > args.response_length:
