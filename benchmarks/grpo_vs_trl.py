@@ -5,9 +5,11 @@
 
 Processor seconds of this process, medians over updates after the first: of the whole update, of the rollout, of forward
 and backward; and the most that tensors take in the latter beyond what was there before. The bound is what multiply-adds
-of the decoder allow: K (P + T) / (P + K T) for a prompt of P tokens and answers of T.
+of the decoder allow: K (P + T) / (P + K T) for a prompt of P tokens and answers of T. No token ends an answer on either
+side, so that all have T tokens; at its own ends a random model stops anywhere.
 """
 
+import dataclasses
 import gc
 import statistics
 import tempfile
@@ -33,6 +35,7 @@ from common.flags import FlagParser
 from data import DataSplits
 
 CASES = [f"{family}-{tokens}" for family in ("llava", "qwen2_5_vl") for tokens in (50, 150, 400)]
+NO_END = [-1]
 Row = dict[str, Any]
 
 
@@ -95,6 +98,7 @@ def ours(checkpoint: Path, data: list[Row], tokens: int, answers: int, updates: 
     )
     prompts = Dataset.from_list([{"images": r["images"], "prompt": r["prompt"]} for r in data])
     trainer, _ = train_ppo.build(*parsed, data=DataSplits(prompts, None, {}))
+    trainer.sampler = dataclasses.replace(trainer.sampler, end_ids=NO_END)
     clock = Clock()
     clock.watch(trainer, "rollout", "rollout")
     clock.watch(trainer, "_micro_step", "training pass", peak)
@@ -136,6 +140,7 @@ def theirs(checkpoint: Path, data: list[Row], tokens: int, answers: int, updates
         args=config,
         peft_config=lora,
     )
+    trainer.eos_token_ids = trainer.generation_config.eos_token_id = NO_END
     clock = Clock()
     clock.watch(trainer, "_generate", "rollout")
     _watch_training_pass(clock, trainer, peak)

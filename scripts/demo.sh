@@ -49,10 +49,15 @@ stage grpo python train_ppo.py --model_name_or_path "$OUT/sft" --output_dir "$OU
     --per_device_train_batch_size 32 --gradient_accumulation_steps 2 \
     --max_steps 30 --learning_rate 5e-4 $common --logging_steps 1
 
-for name in sft dpo ppo grpo; do
-    adapter=$([ $name = sft ] || echo "--adapter $OUT/$name")
-    stage evaluation python -m eval.shapes --model_name_or_path "$OUT/sft" $adapter --data_path "$DATA/eval.json" \
-        --output "$OUT/eval/$name"
+for two in "sft dpo" "ppo grpo"; do # side by side: most of an evaluation is one thread
+    running=()
+    for name in $two; do
+        adapter=$([ $name = sft ] || echo "--adapter $OUT/$name")
+        OMP_NUM_THREADS=1 stage evaluation python -m eval.shapes --model_name_or_path "$OUT/sft" $adapter --data_path "$DATA/eval.json" \
+            --output "$OUT/eval/$name" &
+        running+=($!)
+    done
+    for evaluation in "${running[@]}"; do wait "$evaluation"; done
 done
 
 printf '\n\033[1m[report]\033[0m python -m eval.shapes_report %s\n' "$OUT"
