@@ -3,8 +3,10 @@
     python -m benchmarks.sweep train_dpo.py --grid beta=.05,.1,.2,.5 seed=0,1,2 --output runs/beta \\
         -- --model_name_or_path runs/sft --use_lora True --dataset_name pairs.json --image_root images --eval_ratio 0.1
     python -m benchmarks.sweep ... --gpus 0,1,2,3 --benchmarks benchmarks.yaml -- ...
+    python -m benchmarks.sweep ... --evaluate "python my_eval.py --adapter RUN --output RUN/scores.json" -- ...
 
-What stands behind `--` goes to every run. Runs take turns, or one each GPU of --gpus. The same command goes on where it was
+What stands behind `--` goes to every run. --evaluate is a command of yours for each run, whose folder takes the place of
+RUN: the numbers in RUN/scores.json become columns. Runs take turns, or one each GPU of --gpus. The same command goes on where it was
 stopped: finished runs are kept, others resume from their checkpoint. `seed`, if it is in the grid, is averaged over.
 
     runs/beta/beta=.05,seed=0/     a run each, and its .log
@@ -198,6 +200,28 @@ def benchmark_numbers(
     ]
 
 
+def command_numbers(jobs: Sequence[Job], command: str) -> list[dict[str, float]]:
+    """The numbers that `command` leaves in scores.json of every job's folder; what is younger than its run is kept.
+
+    Raises:
+        InputError: the command ended with an error, or left no such file.
+    """
+    found = []
+    for job in jobs:
+        file, trained = job.folder / "scores.json", job.folder / "trainer_state.json"
+        if not file.is_file() or file.stat().st_mtime < trained.stat().st_mtime:
+            words = [word.replace("RUN", str(job.folder)) for word in shlex.split(command)]
+            words = [sys.executable if words[0] in ("python", "python3") else words[0], *words[1:]]
+            print(f"{job.folder}: evaluating", flush=True)
+            if code := call(words, f"{job.folder}.log", dict(os.environ)):
+                raise InputError(f"--evaluate ended with exit status {code}, see {job.folder}.log: {shlex.join(words)}")
+            if not file.is_file():
+                raise InputError(f"--evaluate has not written {file}: {shlex.join(words)}")
+        scores = json.loads(file.read_text())
+        found.append({k: v for k, v in scores.items() if isinstance(v, int | float) and not isinstance(v, bool)})
+    return found
+
+
 def averaged(
     jobs: Sequence[Job], numbers: Sequence[dict[str, float]]
 ) -> dict[Setting, dict[str, tuple[float, float | None, int]]]:
@@ -344,9 +368,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="columns of the table; default: all of held-out rows, and the benchmarks",
     )
     parser.add_argument("--benchmarks", help="benchmarks.yaml of eval.sweep: evaluate every run, too")
+    parser.add_argument("--evaluate", help="a command for every run that writes RUN/scores.json")
     parser.add_argument(
         "--benchmark_flags", default="", help='further flags of eval.sweep, in quotes: "--bf16 True --limit 100"'
     )
+    if not flags and not {"-h", "--help"} & set(mine):
+        raise InputError(
+            "The flags of the training stand at the end, behind --, as in: ... --output runs/beta -- --use_lora True"
+        )
     args = parser.parse_args(mine)
     jobs = jobs_of(args.script, read_grid(args.grid), args.output, flags)
     failed = train(jobs, [gpu for gpu in args.gpus.split(",") if gpu])
@@ -357,6 +386,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.benchmarks:
         more = benchmark_numbers(done, args.benchmarks, args.output, shlex.split(args.benchmark_flags))
         numbers = [a | b for a, b in zip(numbers, more, strict=True)]
+    if args.evaluate:
+        numbers = [a | b for a, b in zip(numbers, command_numbers(done, args.evaluate), strict=True)]
     report(done, numbers, args.metrics, args.output)
     return 1 if failed else 0
 

@@ -18,10 +18,13 @@ def nearest(given: str, known: Iterable[str]) -> str:
     return f": one of {', '.join(names)}." if len(names) < 30 else ": --help lists the flags."
 
 
-def refuse_unknown(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+def refuse_unknown(parser: argparse.ArgumentParser, argv: Sequence[str], others: bool = False) -> None:
     """Look at every flag of a command line before anything else is said about it.
 
     A mistyped flag that is required would otherwise be reported as missing.
+
+    Args:
+        others: another program takes what the parser does not have: only what is nearly one of its flags is refused.
 
     Raises:
         InputError: a flag that the parser does not have.
@@ -35,6 +38,8 @@ def refuse_unknown(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
             spelling = "_" if "-" in flag[2:] else "-"  # the one that was not used: most flags have both
             shown = [name for name, action in known.items() if action.help != argparse.SUPPRESS]
             alike = [name for name in shown if spelling not in name[2:]]
+            if others and not difflib.get_close_matches(flag, alike, n=1, cutoff=0.8):
+                continue
             raise InputError(f"There is no flag {flag}{nearest(flag, alike)}")
 
 

@@ -13,7 +13,7 @@ import sys
 
 from args import run
 from common.errors import InputError
-from common.flags import FlagParser
+from common.flags import FlagParser, refuse_unknown
 from eval.flags import add_model_flags, add_switch, add_thinking_flag
 
 NAME = "vl_rlhf"
@@ -39,6 +39,7 @@ def forwarded(argv: list[str] | None = None) -> list[str]:
     add_switch(parser, "--bf16", help="weights and activations in bfloat16 (default float32)")
     add_thinking_flag(parser)
     parser.add_argument("--batch_size", type=int, default=8)
+    refuse_unknown(parser, sys.argv[1:] if argv is None else argv, others=True)
     args, rest = parser.parse_known_args(argv)
     for value in filter(None, (args.model_name_or_path, args.adapter)):
         if "," in value or "=" in value:

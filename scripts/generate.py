@@ -4,8 +4,11 @@ python -m scripts.generate
 """
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
+
+from common.flags import FlagParser
 
 FOLDER = Path(__file__).parent
 ALGORITHMS = ("sft", "rm", "dpo", "ppo", "grpo")
@@ -83,8 +86,9 @@ def generated() -> dict[str, str]:
     return {f"{algorithm}_{row['family']}.sh": script(algorithm, row) for row in families() for algorithm in ALGORITHMS}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Write the scripts; remove those whose row is gone."""
+    FlagParser(description=__doc__).parse_args(argv)
     texts = generated()
     for name, text in texts.items():
         (FOLDER / name).write_text(text)

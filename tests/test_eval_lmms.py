@@ -54,6 +54,8 @@ def test_flags_go_to_the_model_and_the_rest_to_lmms_eval() -> None:
     assert argv[4:] == ["--batch_size", "8", "--tasks", "mmstar,ai2d", "--limit", "4"]
     with pytest.raises(InputError, match="cannot take a path with ',' or '='"):
         lmms.forwarded(["--model_name_or_path", "runs/lr=1e-6"])
+    with pytest.raises(InputError, match="There is no flag --adapte: did you mean --adapter"):  # and is not handed on
+        lmms.forwarded(["--adapte", "a", "--model_name_or_path", "m"])
 
 
 @pytest.mark.skipif(INSTALLED, reason="lmms-eval is installed")

@@ -170,3 +170,33 @@ def test_what_a_run_prints_goes_to_its_log(tmp_path: Path):
         command = [sys.executable, "-c", f"import sys; print('{text}'); sys.exit({code})"]
         assert sweep.call(command, str(log), dict(os.environ)) == code
     assert log.read_text() == "one\ntwo\n"
+
+
+def test_numbers_of_a_command_of_ones_own(tmp_path: Path, capsys):
+    """It runs once for each run, with the run's folder in the place of RUN, and again after another training."""
+    jobs = [job(tmp_path, beta=b) for b in (".1", ".5")]
+    for one in jobs:
+        one.folder.mkdir()
+        (one.folder / "trainer_state.json").write_text("{}")
+    (tmp_path / "my_eval.py").write_text(
+        "import json, sys\n"
+        "beta = float(sys.argv[1].split('=')[-1])\n"
+        "open(sys.argv[1] + '/scores.json', 'w').write(json.dumps({'model': 'm', 'twice': 2 * beta, 'fine': True}))\n"
+    )
+    command = f"python {tmp_path}/my_eval.py RUN"
+    assert sweep.command_numbers(jobs, command) == [{"twice": 0.2}, {"twice": 1.0}]
+    assert capsys.readouterr().out.count("evaluating") == 2
+    os.utime(jobs[1].folder / "scores.json", (0, 0))
+    sweep.command_numbers(jobs, command)
+    assert capsys.readouterr().out == f"{jobs[1].folder}: evaluating\n"
+    os.utime(jobs[0].folder / "scores.json", (0, 0))
+    with pytest.raises(InputError, match=r"--evaluate ended with exit status 3, see .*beta=\.1\.log"):
+        sweep.command_numbers(jobs, "python -c 'raise SystemExit(3)'")
+    (jobs[0].folder / "scores.json").unlink()
+    with pytest.raises(InputError, match=r"has not written .*beta=\.1/scores\.json"):
+        sweep.command_numbers(jobs, "true")
+
+
+def test_flags_of_the_training_in_the_wrong_place():
+    with pytest.raises(InputError, match="stand at the end, behind --"):
+        sweep.main("train_dpo.py --grid beta=.1 --output runs/x --use_lora True".split())
