@@ -1,6 +1,9 @@
 """What several files say about the project agrees: versions, links between documents, the index."""
 
+import fnmatch
+import json
 import re
+import shlex
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,3 +73,57 @@ def test_every_file_runs_in_one_of_two_processes(tmp_path, pace: int):
     assert sorted(ran[0] + ran[1]) == [(str(file), n) for file in files for n in range(3)]
     first, second = ({file for file, _ in part} for part in ran)
     assert not first & second and abs(len(second) - pace * len(first)) <= pace + 1
+
+
+# -- the Dockerfile, which no test builds ------------------------------------------------------------------------------------
+
+
+def instructions() -> list[tuple[str, str]]:
+    """(COPY, "requirements*.txt ./"), ... of the Dockerfile."""
+    text = re.sub(r"(?m)^#.*\n", "", (ROOT / "Dockerfile").read_text()).replace("\\\n", " ")
+    return [(name, rest) for name, _, rest in (line.partition(" ") for line in text.splitlines() if line)]
+
+
+def commands() -> list[list[str]]:
+    """The words of every command in a RUN."""
+    return [shlex.split(part) for name, rest in instructions() if name == "RUN" for part in rest.split("&&")]
+
+
+def test_dockerfile_has_the_python_and_the_packages_of_the_readme():
+    (name, image), *_ = instructions()
+    python = re.fullmatch(r"python:(\d\.\d+)-slim", image)
+    least = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert name == "FROM" and python and [*map(int, python[1].split("."))] >= [*map(int, least[2:].split("."))]
+    installs = [" ".join(w for w in words if w != "--no-cache-dir") for words in commands() if words[0] == "pip"]
+    assert " && ".join(installs) in (ROOT / "README.md").read_text()
+    assert installs[0].split()[-1] in (ROOT / "requirements.txt").read_text().splitlines()  # the pin of torch
+
+
+def test_dockerfile_copies_what_is_there_and_not_left_out():
+    left_out = (ROOT / ".dockerignore").read_text().split()
+    kept = [f.name for f in ROOT.iterdir() if not any(fnmatch.fnmatch(f.name, pattern) for pattern in left_out)]
+    assert not [name for name in kept if name.startswith(".venv") or name == "runs"]  # GBs
+    here, seen = "/", []
+    for name, rest in instructions():
+        here = rest if name == "WORKDIR" else here
+        if name == "COPY":
+            *sources, target = rest.split()
+            assert target in (".", "./") and here == "/vl-rlhf"
+            seen += [f for source in sources for f in (kept if source == "." else fnmatch.filter(kept, source))]
+            assert all(source == "." or fnmatch.filter(kept, source) for source in sources), rest
+        if name == "RUN" and "-r requirements.txt" in rest:
+            assert "requirements.txt" in seen
+    assert {"train_dpo.py", "scripts", "ds_configs"} <= set(seen)
+
+
+def test_dockerfile_leaves_no_package_lists_and_ends_in_a_command_that_is_there():
+    """As hadolint asks: apt-get without questions and extras, lists removed in the same layer, CMD as a list."""
+    first, *_ = [rest for name, rest in instructions() if name == "RUN"]
+    update, install, remove = (shlex.split(part) for part in first.split("&&"))
+    assert update == ["apt-get", "update"] and remove == ["rm", "-rf", "/var/lib/apt/lists/*"]
+    assert install[:4] == ["apt-get", "install", "-y", "--no-install-recommends"]
+    name, command = instructions()[-1]
+    python, script, *flags = json.loads(command)
+    assert name == "CMD" and python == "python" and (ROOT / script).is_file() and flags == ["--help"]
+    mounts = re.findall(r"-v \S+?:(\S+)", (ROOT / "Dockerfile").read_text())
+    assert mounts == ["/vl-rlhf/runs", "/root/.cache/huggingface"]  # WORKDIR, and the home of the image's user
