@@ -1,6 +1,7 @@
 """What losses need besides log-probs, provided by collator and trainer: every loss through the real trainer."""
 
 import copy
+import dataclasses
 import importlib.util
 import json
 import math
@@ -216,6 +217,19 @@ def unregister() -> Iterator[None]:
     yield
     losses.LOSSES.clear()
     losses.LOSSES.update(before)
+
+
+def test_the_loss_of_the_documentation(unregister):
+    """As it stands: chosen 1 above the reference, rejected 2 below; -log σ(.1 (1 + 2 · 2)) and a flag of its own."""
+    text = (Path(train_dpo.__file__).parent / "docs" / "losses.md").read_text().split("## Adding a loss")[1]
+    exec(text.split("```python\n")[1].split("```")[0], {})
+    flags = {field.name for field in dataclasses.fields(args._with_loss_flags(args.DPOConfig))}
+    assert {"my_gamma", "beta"} <= flags
+    policy, ref = (
+        losses.PairLogps(chosen=torch.tensor([c]), rejected=torch.tensor([r])) for c, r in [(1.0, -2.0), (0.0, 0.0)]
+    )
+    batch = losses.PreferenceBatch(policy=policy, ref=ref, chosen_lengths=torch.ones(1), rejected_lengths=torch.ones(1))
+    assert losses.LOSSES["my_loss"](batch).item() == pytest.approx(math.log1p(math.exp(-0.5)), rel=1e-6)
 
 
 LOSS_OF_A_SCRIPT = """
