@@ -8,6 +8,7 @@
 What stands behind `--` goes to every run. --evaluate is a command of yours for each run, whose folder takes the place of
 RUN: the numbers in RUN/scores.json become columns. Runs take turns, or one each GPU of --gpus. The same command goes on where it was
 stopped: finished runs are kept, others resume from their checkpoint. `seed`, if it is in the grid, is averaged over.
+Flags that change together are one entry: lora_r:lora_alpha=4:8,32:64
 
     runs/beta/beta=.05,seed=0/     a run each, and its .log
     table.md  table.tex            a row per setting; mean ± standard deviation over seeds (n - 1)
@@ -78,17 +79,23 @@ RESUME = ["--resume_from_checkpoint", "True"]
 
 
 def read_grid(given: Sequence[str]) -> dict[str, list[str]]:
-    """["beta=.05,.1", "seed=0,1"] -> {"beta": [".05", ".1"], "seed": ["0", "1"]}.
+    """["beta=.05,.1", "seed=0,1"] -> {"beta": [".05", ".1"], "seed": ["0", "1"]}; a name may be "lora_r:lora_alpha".
 
     Raises:
-        InputError: an entry has no values, or a flag or a value comes twice.
+        InputError: an entry has no values, a value of too few or too many flags, or a flag or a value comes twice.
     """
     grid: dict[str, list[str]] = {}
     for entry in given:
         name, _, values = entry.removeprefix("--").partition("=")
         listed = [value for value in values.split(",") if value]
-        if not listed or name in grid or len(set(listed)) < len(listed):
+        if (
+            not listed
+            or set(name.split(":")) & {n for key in grid for n in key.split(":")}
+            or len(set(listed)) < len(listed)
+        ):
             raise InputError(f"--grid {entry}: give every flag once, as name=value,value,... with different values.")
+        if uneven := [value for value in listed if ":" in name and value.count(":") != name.count(":")]:
+            raise InputError(f"--grid {entry}: {uneven[0]} is not one value for each flag of {name}.")
         grid[name] = listed
     return grid
 
@@ -99,12 +106,18 @@ def jobs_of(script: str, grid: dict[str, list[str]], output: Path, flags: Sequen
     Raises:
         InputError: the flags of all runs hold one of the grid, or --output_dir.
     """
-    for name in (*grid, "output_dir", "overwrite_output_dir", "resume_from_checkpoint"):
+    names = [name for key in grid for name in key.split(":")]
+    for name in (*names, "output_dir", "overwrite_output_dir", "resume_from_checkpoint"):
         if any(word.split("=")[0].replace("-", "_") == f"__{name}" for word in flags):
             raise InputError(f"--{name} stands behind --, where the flags of all runs stand: the sweep sets it.")
     jobs = []
     for values in itertools.product(*grid.values()):
-        chosen = dict(zip(grid, values, strict=True))
+        together = zip(grid, values, strict=True)
+        chosen = dict(
+            pair
+            for key, value in together
+            for pair in (zip(key.split(":"), value.split(":"), strict=True) if ":" in key else [(key, value)])
+        )
         folder = output / ",".join(f"{name}={value.replace('/', '_')}" for name, value in chosen.items())
         own = [word for name, value in chosen.items() for word in (f"--{name}", *_words(value))]
         jobs.append(
@@ -283,6 +296,13 @@ def _number(text: str) -> float | None:
         return None
 
 
+def tied(settings: Sequence[Setting], flag: str) -> set[str]:
+    """The flag, and those that change with it and only with it."""
+    rows = [dict(setting) for setting in settings]
+    values = len({row[flag] for row in rows})
+    return {n for n in rows[0] if values == len({row[n] for row in rows}) == len({(row[flag], row[n]) for row in rows})}
+
+
 def plot(
     means: dict[Setting, dict[str, tuple[float, float | None, int]]], metrics: Sequence[str], flag: str, path: Path
 ) -> None:
@@ -293,8 +313,9 @@ def plot(
     from matplotlib.figure import Figure
 
     lines: dict[Setting, list[tuple[float, dict]]] = {}
+    with_it = tied(list(means), flag)
     for setting, found in means.items():
-        others = tuple((name, value) for name, value in setting if name != flag)
+        others = tuple((name, value) for name, value in setting if name not in with_it)
         lines.setdefault(others, []).append((float(dict(setting)[flag]), found))
     wide = min(3, len(metrics))
     tall = math.ceil(len(metrics) / wide)

@@ -28,12 +28,27 @@ def test_the_grid():
     assert job(learning_rate="1e+5").command[3] == "1e+5"
 
 
+def test_flags_that_change_together():
+    grid = sweep.read_grid(["lora_r:lora_alpha=4:8,32:64", "beta=.1,.5"])
+    jobs = sweep.jobs_of("train_dpo.py", grid, Path("runs"), [])
+    assert [job.setting for job in jobs] == [
+        (("lora_r", r), ("lora_alpha", a), ("beta", b)) for r, a in (("4", "8"), ("32", "64")) for b in (".1", ".5")
+    ]
+    assert jobs[3].command[2:8] == "--lora_r 32 --lora_alpha 64 --beta .5".split()
+    settings = [job.setting for job in jobs]
+    assert sweep.tied(settings, "lora_r") == {"lora_r", "lora_alpha"} and sweep.tied(settings, "beta") == {"beta"}
+    assert sweep.tied(settings[::2], "lora_r") == {"lora_r", "lora_alpha"}  # a flag that never changes is a line's
+
+
 @pytest.mark.parametrize(
     ("grid", "flags"),
     [
         (["beta"], ""),
         (["beta=.1", "beta=.2"], ""),
         (["beta=.1,.1"], ""),
+        (["lora_r=4", "lora_r:lora_alpha=4:8"], ""),
+        (["lora_r:lora_alpha=4:8,32"], ""),
+        (["lora_r:lora_alpha=4:8"], "--lora_alpha 8"),
         (["beta=.1"], "--beta .2"),
         (["beta=.1"], "--beta=.2"),
         (["learning_rate=1"], "--learning-rate 2"),
