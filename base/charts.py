@@ -128,6 +128,7 @@ def svg(chart: Chart, present: Mapping[str, Points]) -> str:
         ((_, at),) = place([(x0, y)])
         parts.append(f'<path class="rule" d="M{left} {at:.1f}H{width - right}"/>')
         parts.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{number(y)}</text>')
+    parts.append(f'<text x="{left - 6}" y="{height - 6}" text-anchor="end">step</text>')
     for x in ticks(x0, x1) if x1 > x0 else [x0]:
         ((at, _),) = place([(x, y0)])
         parts.append(f'<text x="{at:.1f}" y="{height - 6}" text-anchor="middle">{number(x)}</text>')
