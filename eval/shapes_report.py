@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from base.charts import Chart, series, svg
+from base.charts import CHARTS, Chart, series, svg
 from common.errors import InputError, run
 from common.files import write_json, write_text
 from common.flags import FlagParser
@@ -34,6 +34,10 @@ CURVES = {
         "groups without variance": "frac_reward_zero_std",
     },
 }
+UNITS = {name: chart.unit for chart in CHARTS for name in chart.names} | {
+    "reward_std": "reward",
+    "frac_reward_zero_std": "share",
+}
 PICTURES = 24
 
 STYLE = (
@@ -41,6 +45,7 @@ STYLE = (
     "thead th,tbody tr{border-bottom:1px solid var(--line)}.n{text-align:right;font-variant-numeric:tabular-nums}"
     ".scene{display:flex;flex-wrap:wrap;gap:1rem}.scene img{width:96px;height:96px;image-rendering:pixelated}"
     ".scene table{margin:0;flex:1;min-width:14rem}.scene td{border:0;padding:.1rem .6rem .1rem 0}.scene tr{border:0}"
+    ".scene td:first-child{white-space:nowrap;overflow-wrap:normal}@media(max-width:34rem){.scroll td,.scroll th{padding:.3rem .45rem}}"
     "mark{background:var(--warn);color:var(--ground);border-radius:2px;padding:0 .15em}del{color:var(--soft)}"
     "svg{width:100%;height:auto;display:block}svg text{font:11px system-ui,sans-serif;fill:var(--soft)}svg .rule{stroke:var(--line)}"
 )
@@ -132,9 +137,10 @@ def curves(folder: Path) -> str:
         found = series(read_history(folder / stage))
         for title, name in metrics.items():
             if len(found.get(name, [])) > 1:
-                chart = Chart(f"{stage.upper()}: {title}", "", (name,))
+                chart = Chart(f"{stage.upper()}: {title}", UNITS.get(name, ""), (name,))
+                unit = f' <span class="soft">({chart.unit})</span>' if chart.unit else ""
                 figures.append(
-                    f'<div class="card"><h3>{html.escape(chart.title)}</h3>{svg(chart, {name: found[name]})}</div>'
+                    f'<div class="card"><h3>{html.escape(chart.title)}{unit}</h3>{svg(chart, {name: found[name]})}</div>'
                 )
     return f'<div class="grid">{"".join(figures)}</div>'
 
