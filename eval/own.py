@@ -70,18 +70,26 @@ def contains(answer: str, right: Sequence[str], _: Row) -> tuple[bool, str]:
 
 def choice(answer: str, right: Sequence[str], row: Row) -> tuple[bool, str]:
     """Whether the option meant is a right one; `right` are letters, or texts of options."""
+    said = infer_letter(answer, _options(row)) or ""
+    return said in _right_letters(right, _options(row)), said
+
+
+def _options(row: Row) -> dict[str, str]:
+    """Letter -> text."""
     options = row["choices"]
-    if not isinstance(options, dict):
-        options = dict(zip(string.ascii_uppercase, map(str, options), strict=False))
-    letters = {r.strip().upper() for r in right} | {k for k, text in options.items() if text in right}
-    said = infer_letter(answer, options) or ""
-    return said in letters & set(options), said
+    return options if isinstance(options, dict) else dict(zip(string.ascii_uppercase, map(str, options), strict=False))
+
+
+def _right_letters(right: Sequence[str], options: Mapping[str, str]) -> set[str]:
+    """Of the options that `right` names by letter ("B", "b", "(B)", "B.") or by text."""
+    letters = {r.strip(string.punctuation + " ").upper() for r in right} & set(options)
+    return letters | {k for k, text in options.items() if normalised(str(text)) in map(normalised, right)}
 
 
 def yesno(answer: str, right: Sequence[str], _: Row) -> tuple[bool, str]:
     """Whether the answer says yes, or no, and is right."""
     said = hallusion_parse(answer)
-    return said.lower() in [r.lower() for r in right], said
+    return said.lower() in map(normalised, right), said
 
 
 _BY_RULE = {"exact": exact, "contains": contains, "choice": choice, "yesno": yesno}
@@ -95,11 +103,11 @@ def rule_of(row: Row, given: str | None) -> str:
     """
     right = row.get("answer")
     guess = "none" if right in (None, "", []) else "contains"
+    one = right if isinstance(right, list) else [right]
     if guess != "none":
-        one = [right] if isinstance(right, str) else right
         if row.get("choices"):
             guess = "choice"
-        elif all(str(r).strip().lower().rstrip(".") in ("yes", "no") for r in one):
+        elif all(normalised(str(r)) in ("yes", "no") for r in one):
             guess = "yesno"
     rule = row.get("rule") or given or guess
     if rule not in RULES:
@@ -111,6 +119,14 @@ def rule_of(row: Row, given: str | None) -> str:
     if rule == "choice" and not row.get("choices"):
         raise InputError(
             f'question {row["id"]} has no `choices`, which the rule choice reads: {{"A": "red", "B": "blue"}}.'
+        )
+    if rule == "choice" and not _right_letters([str(r) for r in one], _options(row)):
+        raise InputError(
+            f"question {row['id']} has the answer {right!r}, which is none of its choices {', '.join(_options(row))}."
+        )
+    if rule == "yesno" and not all(normalised(str(r)) in ("yes", "no") for r in one):
+        raise InputError(
+            f"question {row['id']} has the answer {right!r}, which the rule yesno cannot find: yes or no, or another rule."
         )
     return rule
 

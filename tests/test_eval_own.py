@@ -38,6 +38,11 @@ def question(n: int = 0, **fields: object) -> dict:
         ("yesno", ["yes"], "Yes, there is.", True),
         ("yesno", ["yes"], "yes or no", False),
         ("yesno", ["No"], "no", True),
+        ("yesno", ["No."], "No.", True),  # as the answers of data sets are written
+        ("yesno", ["Yes!"], "No.", False),
+        ("choice", ["(b)"], "B", True),
+        ("choice", ["B."], "A", False),
+        ("choice", ["Four."], "B", True),
     ],
 )
 def test_rules_by_hand(rule: str, right: list[str], answer: str, correct: bool):
@@ -72,6 +77,12 @@ def test_the_rule_of_a_question(fields: dict, rule: str):
         ({}, "exact", "question 0 has no `answer`, which the rule exact reads"),
         ({"answer": "A"}, "choice", "has no `choices`"),
         ({"answer": "A", "rule": "fuzzy"}, None, "has the rule 'fuzzy': one of exact"),
+        (
+            {"answer": "C", "choices": {"A": "x", "B": "y"}},
+            None,
+            "has the answer 'C', which is none of its choices A, B",
+        ),
+        ({"answer": "red"}, "yesno", "has the answer 'red', which the rule yesno cannot find"),
     ],
 )
 def test_rules_that_cannot_be(fields: dict, given: str | None, sentence: str):
