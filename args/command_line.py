@@ -103,7 +103,9 @@ def _settle_lora(model_args: ModelArguments, lora_args: LoraArguments) -> None:
         "modules_to_save": sorted(saved) if saved else None,
         "use_dora": bool(config.get("use_dora")),
         "use_rslora": bool(config.get("use_rslora")),
-        "init_lora_weights": "default" if (init := config.get("init_lora_weights", True)) is True else str(init),
+        "init_lora_weights": "default"
+        if (init := config.get("init_lora_weights", True)) in (True, "eva")
+        else str(init),
         "lora_vision": isinstance(targets, str) and "(?P<vision>" in targets,
     }
     if model_args.train_projector and not saved:

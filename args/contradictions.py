@@ -69,6 +69,10 @@ def _refuse_under_zero3(flags: dict[str, Any]) -> None:
         )
     if flags.get("use_dora"):
         raise InputError("--use_dora does not work with ZeRO-3, which hides the weights' shapes: take ZeRO-2, or DDP.")
+    if flags.get("init_lora_weights") == "eva":
+        raise InputError(
+            "--init_lora_weights eva runs the model before DeepSpeed starts, which ZeRO-3 does not allow: take ZeRO-2, or DDP."
+        )
 
 
 def _refuse_lora_alone(flags: dict[str, Any]) -> None:
@@ -96,6 +100,14 @@ def _refuse_starts_of_adapters(flags: dict[str, Any]) -> None:
         raise InputError(
             f"--init_lora_weights {init} changes the base, which checkpoints of DeepSpeed and FSDP leave out: train with DDP."
         )
+    if init == "eva" and flags.get("streaming"):
+        raise InputError(
+            "--init_lora_weights eva reads rows in random order, which --streaming does not have: leave it out."
+        )
+    if init == "eva" and flags.get("fsdp"):
+        raise InputError(
+            "--init_lora_weights eva runs the whole model first, which --fsdp shares out: train with DDP or ZeRO-2."
+        )
     if (changes_base or init == "loftq") and flags.get("use_dora"):
         raise InputError(f"--use_dora starts from the base's own weights: leave --init_lora_weights {init} out.")
     if init == "orthogonal" and (flags.get("lora_r") or 0) % 2:
@@ -120,6 +132,8 @@ def _refuse_where_answers_are_sampled(flags: dict[str, Any]) -> None:
         raise InputError(
             f"--lora_bias must be none in {where}: trained biases belong to the base, which the reference and the rewards share."
         )
+    if flags.get("init_lora_weights") == "eva":
+        raise InputError(f"--init_lora_weights eva reads answers in the data; in {where} there are none: take another.")
     if (init := flags.get("init_lora_weights") or "default").startswith(CHANGE_BASE):
         raise InputError(
             f"--init_lora_weights {init} changes the base, which rewards and value function share in {where}: take another."

@@ -112,6 +112,7 @@ LORA_INITS: dict[str, str] = {
     "pissa": "the largest singular values of each weight, 2404.02948; pissa_niter_16 is quicker",
     "olora": "the QR decomposition of each weight, 2406.01775",
     "loftq": "what --q_lora rounds off, 2310.08659",
+    "eva": "A from what the layers read of the training data, B 0, 2410.07170",
 }
 CHANGE_BASE = ("pissa", "olora")  # take what the adapter starts with out of the base's weights
 OF_NEW_ADAPTER = "by default the adapter's that training continues, of a new one"
@@ -193,8 +194,9 @@ class LoraArguments:
         init = self.init_lora_weights
         if init is not None and init not in LORA_INITS and not re.fullmatch(r"pissa_niter_\d+", init):
             known = ", ".join(LORA_INITS)
-            if init in ("eva", "corda", "lora_ga"):
+            if init in ("corda", "lora_ga"):
                 raise InputError(
-                    f"--init_lora_weights {init} reads data first, which is not supported: one of {known}."
+                    f"--init_lora_weights {init} takes what it starts with out of the base by gradients or covariances of data, which is "
+                    f"not supported: take eva, which reads data and leaves the base alone, or one of {known}."
                 )
             raise InputError(f"--init_lora_weights {init} is unknown: one of {known}, pissa_niter_N.")

@@ -226,6 +226,8 @@ def load_adapter(
                     key_mapping=renames,
                 )
     _set_adapter_weights(model, folder, adapter_name)
+    if model.peft_config[adapter_name].init_lora_weights == "eva":  # what peft has saved has started already
+        model.peft_config[adapter_name].init_lora_weights = True
     if (Path(folder) / ADAPTER_CONFIG).is_file():
         model.peft_config[adapter_name].base_model_name_or_path = base_model_path(folder)  # where it lies now
     return model

@@ -1,4 +1,6 @@
-"""Adapters that start elsewhere than at zero: PiSSA and OLoRA as a part of the base, LoftQ as what quantisation rounds off.
+"""Starts of adapters that peft does not find by itself when it makes them.
+
+PiSSA and OLoRA are a part of the base, LoftQ is what quantisation rounds off, EVA reads rows of the data.
 
 PiSSA (2404.02948) and OLoRA (2406.01775) take A0 and B0 out of a weight and leave W - s B0 A0 in its place, s being the
 scale. The frozen start lies in the model as the adapter "ref": it is the reference, and with it what is saved is an
@@ -9,18 +11,28 @@ ordinary adapter of twice the rank, [A; A0] and [B, -B0], that gives W + s (B A 
 import copy
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    PeftModel,
+    PeftModelForCausalLM,
+    get_eva_state_dict,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from base.adapters import Role
+from base.batch import Batch
+from common.errors import InputError
 
 START = Role.REFERENCE.adapter
 POLICY = Role.POLICY.adapter
@@ -120,3 +132,63 @@ def start_as_rounding_error(model: PeftModel, exact: nn.Module) -> None:
         rank = len(root)  # a layer may be smaller than r
         A.zero_(), B.zero_()
         A[:rank], B[:, :rank] = root[:, None] * Vh[:rank], U[:, :rank] * root
+
+
+EVA_BATCHES = 500  # more than the paper needs of any data
+
+
+class Moved(dict):
+    """A batch that lies where the model is."""
+
+    def to(self, device: torch.device) -> "Moved":
+        """peft would move it, layouts and paths of images included."""
+        return self
+
+
+@torch.no_grad()
+def start_from_inputs(model: PeftModel, loader: DataLoader, forward: Callable[[Batch], Any]) -> None:
+    """EVA, 2410.07170: A becomes the largest principal components of what its layer reads at the answers' tokens.
+
+    Departure: 1. every layer keeps its rank (rho = 1 in peft's EvaConfig), so that the adapter is one like any other.
+
+    Args:
+        model: whose adapter was made with init_lora_weights "eva".
+        loader: batches of trainers, on the model's device; equally many on every process.
+        forward: runs the model on one of them.
+
+    Raises:
+        InputError: the components do not settle, for example because a batch has fewer such tokens than the adapter ranks.
+    """
+    config, batches = model.peft_config[POLICY], 0
+
+    def answers(read: tuple[Tensor, ...], batch: Batch, _layer: str) -> Tensor:
+        states, layout = read[0], batch["layout"]
+        trained = batch["segment_ids"] > 0 if "segment_ids" in batch else batch["labels"] != -100  # (B, L)
+        if states.shape[:2] == (1, layout.tokens):
+            trained = layout.end_to_end(trained)
+        # Else a layer of the tower, or one that reads the picture by cross-attention
+        return states[trained] if states.shape[:2] == trained.shape else states.flatten(0, -2)
+
+    def run(_model: nn.Module, batch: Batch) -> None:
+        nonlocal batches
+        batches += 1
+        if batches > EVA_BATCHES:
+            raise ValueError(f"the components still change after {EVA_BATCHES} batches")
+        forward(batch)
+
+    try:
+        found = get_eva_state_dict(
+            model,
+            loader,
+            forward_fn=run,
+            prepare_model_inputs_fn=lambda batch, _config: batch,
+            prepare_layer_inputs_fn=answers,
+            show_progress_bar=False,
+        )
+    except ValueError as error:
+        raise InputError(
+            f"--init_lora_weights eva finds no start: {error}. Each batch needs more tokens of answers than --lora_r {config.r}: "
+            "take a larger --per_device_train_batch_size, or a smaller rank."
+        ) from error
+    for name, weight in found.items():
+        model.get_submodule(name).lora_A[POLICY].weight.copy_(weight)

@@ -18,6 +18,7 @@ from transformers.trainer_utils import TrainOutput
 from trl.trainer.utils import disable_dropout_in_model
 
 from args import VLConfig
+from base.adapters import Role
 from base.batch import Batch, ImageInputs
 from base.callbacks import EvaluateAtEnd
 from base.checkpoints import SafeCheckpoints
@@ -26,6 +27,7 @@ from base.features import has_images, pooled_features
 from base.fsdp import in_root
 from base.learning_rates import learning_rates, split_by_rate
 from base.log_lines import Bars, LogLines
+from base.lora_start import Moved, start_from_inputs
 from base.model import CompletionOutput, VLModelMixin
 from base.packing import scatter_to_responses
 from base.processor import VLProcessor
@@ -143,6 +145,21 @@ class VLTrainer(SafeCheckpoints):
         self._vision: WeakKeyDictionary[nn.Module, tuple[list[nn.Parameter], list[nn.Module]]] = WeakKeyDictionary()
         # Sums and counts, (2,), or (2, 2) for the sum of two means
         self._metrics: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+
+    def _start_from_data(self, policy: PeftModel) -> None:
+        """--init_lora_weights eva, on rows in random order, shared out over processes. No number of the run's own is drawn."""
+        self.model.to(self.args.device)  # which DeepSpeed would do later
+        rank, ranks = self.args.process_index, self.args.world_size
+        loader = DataLoader(
+            self.train_dataset,
+            self._train_batch_size * ranks,
+            shuffle=True,
+            collate_fn=lambda rows: Moved(self._prepare_inputs(self.data_collator(rows[rank::ranks]))),
+            generator=torch.Generator().manual_seed(self.args.seed),
+            drop_last=ranks > 1,  # which would leave a process without rows
+        )
+        with self.accelerator.autocast():
+            start_from_inputs(policy, loader, lambda batch: self.response_scores(self.model, batch))
 
     @property
     def tokens_seen(self) -> int:
@@ -376,8 +393,8 @@ class VLTrainer(SafeCheckpoints):
 
     # -- evaluation ---------------------------------------------------------------------------------------------------------
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As Trainer's.
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """As Trainer's; an adapter that starts from the data does so first.
 
         Raises:
             InputError: --metric_for_best_model names a metric that evaluation does not log.
@@ -390,7 +407,13 @@ class VLTrainer(SafeCheckpoints):
                     f"--metric_for_best_model {self.args.metric_for_best_model} is not what evaluation logs: choose from "
                     f"{', '.join(['loss', *sorted(names - {'loss'})])}."
                 )
-        return super().train(*args, **kwargs)
+        policy = next((m for m in self.model.modules() if isinstance(m, PeftModel)), None)
+        config = policy and policy.peft_config[Role.POLICY.adapter]
+        if config and config.init_lora_weights == "eva":
+            if not resume_from_checkpoint:  # whose weights come from its file
+                self._start_from_data(policy)
+            config.init_lora_weights, config.eva_config = True, None  # what is saved starts nowhere else again
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def metrics_of_evaluation(self) -> set[str] | None:
         """Names that evaluation logs, read off one row; None where that cannot say."""

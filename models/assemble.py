@@ -6,6 +6,7 @@ import datetime
 import logging
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Self
 
 import torch
 from accelerate.utils import broadcast_object_list
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
 from args import LoraArguments, ModelArguments, VLConfig
@@ -311,10 +312,13 @@ def add_lora(
         use_rslora=lora_args.use_rslora,
         # LoftQ begins from the quantised layers, which peft does not do by itself
         init_lora_weights=True if lora_args.init_lora_weights in ("default", "loftq") else lora_args.init_lora_weights,
+        eva_config=EvaConfig(rho=1.0) if lora_args.init_lora_weights == "eva" else None,  # see start_from_inputs
         task_type="CAUSAL_LM",
     )
     try:
-        peft_model = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "lora with eva initialization used with low_cpu_mem_usage=False")
+            peft_model = get_peft_model(model, config)
     except ValueError as error:  # the regular expression matches nothing, or a module that LoRA cannot adapt
         raise InputError(f"--lora_target_modules: {' '.join(str(error).split())[:300]}") from error
     if config.base_model_name_or_path:  # None of a model that was never saved

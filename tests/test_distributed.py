@@ -307,14 +307,18 @@ def test_ranks_without_images(job, mixed_files, tmp_path: Path, setup: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setup", ["ddp", "zero3"])
+@pytest.mark.parametrize("setup", ["ddp", "zero2", "zero3"])
 def test_kinds_of_adapters(job, tmp_path: Path, setup: str):
-    """Adapters in the tower beside a projector that trains, rates by part; DoRA with rsLoRA, and PiSSA, where DeepSpeed takes them."""
+    """Adapters in the tower beside a projector that trains, rates by part; kinds and starts, where DeepSpeed takes them."""
     cells = {
         "vision": ("dpo", "--lora_vision True --train_projector True --vision_lr 1e-4 --loraplus_lr_ratio 4"),
+        "orthogonal": ("sft", "--init_lora_weights orthogonal --gradient_checkpointing True"),
     }
-    if setup == "ddp":
+    if setup != "zero3":
         cells["dora"] = ("sft", "--use_dora True --use_rslora True")
+        cells["eva"] = ("dpo", "--init_lora_weights eva")
+        cells["loftq"] = ("dpo", "--q_lora True --init_lora_weights loftq")
+    if setup == "ddp":
         cells["pissa"] = ("dpo", "--init_lora_weights pissa")
     launcher, flags = LAUNCH[setup]
     alone, two = (

@@ -145,15 +145,15 @@ def test_evaluation_alone(command, rewards, tmp_path, script: str):
         main(command(script, flags.replace("--eval_ratio 0.25", "--do_train False"), out=tmp_path / "none"))
 
 
-@pytest.mark.parametrize("kind", ["q_lora", "use_dora"])
-def test_what_needs_whole_weights_is_refused_under_zero3(command, kind: str):
+@pytest.mark.parametrize("flag", ["--q_lora True", "--use_dora True", "--init_lora_weights eva"])
+def test_what_needs_whole_weights_is_refused_under_zero3(command, flag: str):
     """As parse would do under a launcher, which has to be there for DeepSpeed's configuration to be read."""
-    argv = command("dpo", f"--use_lora True --{kind} True")
+    argv = command("dpo", f"--use_lora True {flag}")
     *others, training = args.parse(*OTHERS, args.DPOConfig, argv=argv)
     training.hf_deepspeed_config = HfDeepSpeedConfig("ds_configs/zero2.json")
     refuse_contradictions([*others, training])
     training.hf_deepspeed_config = HfDeepSpeedConfig("ds_configs/zero3.json")
-    with pytest.raises(InputError, match=f"--{kind} does not work with ZeRO-3.*take ZeRO-2, or DDP"):
+    with pytest.raises(InputError, match=f"{flag.removesuffix(' True')} .*ZeRO-3.*take ZeRO-2, or DDP"):
         refuse_contradictions([*others, training])
     unset_hf_deepspeed_config()
 

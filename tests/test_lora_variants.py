@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file
 from torch import nn
@@ -17,6 +17,7 @@ import merge_lora
 import train_dpo
 import train_ppo
 import train_rm
+import train_sft
 from args import LoraArguments
 from base.adapters import adapter_active
 from base.fast_lora import use_fast_lora
@@ -26,6 +27,7 @@ from base.reward import VLRewardModel
 from common.errors import InputError
 from data import DataSplits
 from models.assemble import add_lora
+from tests import zoo
 from tests.processes import history
 from tests.test_dpo import dpo_trainer
 
@@ -41,14 +43,15 @@ VARIANTS = {
     "pissa_niter": {"init_lora_weights": "pissa_niter_4"},
     "olora": {"init_lora_weights": "olora"},
 }
+EVA = {"eva": {"init_lora_weights": "eva"}}  # reads rows first
 QUICK = ("pissa rslora",)
 each_variant = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in VARIANTS]
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in VARIANTS | EVA]
 )
 
 
 def flags_of(name: str) -> str:
-    return f"{LORA} {' '.join(f'--{flag} {value}' for flag, value in VARIANTS[name].items())}"
+    return f"{LORA} {' '.join(f'--{flag} {value}' for flag, value in (VARIANTS | EVA)[name].items())}"
 
 
 def numbers(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -187,6 +190,99 @@ def test_an_adapter_that_holds_a_part_of_its_base_is_not_trained_on(llava, tmp_p
     model.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="path_initial_model_for_weight_conversion"):
         load_model(str(tmp_path), dtype=torch.float32, is_trainable=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# EVA, whose start is read from the data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def trainer_of(script, command, name: str, flags: str, model: str):
+    """The trainer that a script builds, before its first step."""
+    config = {train_sft: args.SFTConfig, train_dpo: args.DPOConfig, train_rm: args.RMConfig}[script]
+    kinds = (args.ModelArguments, args.DataArguments, args.LoraArguments, config)
+    return script.build(*args.parse(*kinds, argv=command(name, f"{LORA} --init_lora_weights eva {flags}", model)))[0]
+
+
+def starts(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if ".lora_A." in name}
+
+
+def test_eva_is_that_of_peft(command, llava):
+    """peft's own call, on a plain model and the same padded batches with their labels."""
+    trainer = trainer_of(train_sft, command, "sft", "", llava)
+    plain = transformers.LlavaForConditionalGeneration.from_pretrained(llava)
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=trainer.model.peft_config["default"].target_modules,
+        init_lora_weights="eva",
+        eva_config=EvaConfig(rho=1.0),
+        task_type="CAUSAL_LM",
+    )
+    theirs = get_peft_model(plain, config)
+    order = torch.utils.data.DataLoader(
+        range(len(trainer.train_dataset)), 4, shuffle=True, generator=torch.Generator().manual_seed(0)
+    )
+    next(iter(order))  # peft's first look, at which layers read the same
+    batches = []
+    for rows in order:
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in rows.tolist()])
+        batches.append({name: batch[name] for name in ("input_ids", "attention_mask", "labels")})
+        batches[-1] |= batch["img_input_dict"]
+    initialize_lora_eva_weights(theirs, batches, show_progress_bar=False)
+    drawn, state = starts(trainer.model), torch.get_rng_state()
+    trainer._start_from_data(trainer.model)
+    assert torch.equal(state, torch.get_rng_state()), "a random number of the run's own was drawn"
+    found, expected = starts(trainer.model), starts(theirs)
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+        assert not torch.allclose(drawn[name], weight, atol=1e-2)
+    assert not any(p.any() for name, p in trainer.model.named_parameters() if ".lora_B." in name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "mllama", "qwen_vl", "instructblip"])
+@pytest.mark.parametrize(("script", "name"), [(train_sft, "sft"), (train_dpo, "dpo"), (train_rm, "rm")])
+def test_eva_of_other_rows_and_families(command, script, name: str, family: str):
+    """Packed rows, cross-attention to pictures, layers of the tower: rows of A are orthonormal and not those drawn."""
+    flags = "--lora_vision True" if family in ("llava", "qwen2_5_vl") else ""
+    trainer = trainer_of(script, command, name, flags, zoo.checkpoint(family))
+    drawn = starts(trainer.model)
+    trainer.train()
+    assert trainer.state.log_history[0]["grad_norm"] > 0
+    policy = next(m for m in trainer.model.modules() if isinstance(m, PeftModel))
+    assert policy.peft_config["default"].init_lora_weights is True
+    again = trainer_of(script, command, name, flags, zoo.checkpoint(family))
+    again._start_from_data(next(m for m in again.model.modules() if isinstance(m, PeftModel)))
+    found = starts(again.model)
+    for weight_name, weight in found.items():
+        assert not torch.allclose(drawn[weight_name], weight, atol=1e-2), weight_name
+        torch.testing.assert_close(weight @ weight.T, torch.eye(4), rtol=1e-3, atol=1e-3, msg=weight_name)
+
+
+def test_eva_says_what_it_lacks(command, llava):
+    """Five tokens of an answer have no 32 principal components."""
+    trainer = trainer_of(train_sft, command, "sft", "--per_device_train_batch_size 1 --lora_r 32", llava)
+    with pytest.raises(InputError, match=r"eva finds no start: .* more tokens of answers than --lora_r 32"):
+        trainer.train()
+
+
+@pytest.mark.slow
+def test_an_adapter_that_peft_began_with_eva_goes_on(command, llava, tmp_path):
+    model = get_peft_model(
+        transformers.LlavaForConditionalGeneration.from_pretrained(llava),
+        LoraConfig(
+            r=4, target_modules=["q_proj"], init_lora_weights="eva", eva_config=EvaConfig(), task_type="CAUSAL_LM"
+        ),
+    )
+    model.save_pretrained(tmp_path / "theirs")
+    train_sft.main(command("sft", "--use_lora True --learning_rate 0", str(tmp_path / "theirs")))
+    before, after = (
+        load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "theirs", tmp_path / "sft")
+    )
+    assert before.keys() == after.keys() and all(torch.equal(after[name], weight) for name, weight in before.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
