@@ -37,6 +37,7 @@ from data.videos import read_header, videos_of
 from eval import generate
 from models import core_mapper_for
 from tests import zoo
+from tests.processes import ROOT
 
 FAMILIES: list = ["qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl", "smolvlm"]
 FAMILIES += [
@@ -247,6 +248,31 @@ def test_frames_by_hand(family: str, flags: dict, frames: list[int], films: Path
     assert nearest == frames
     assert clip.metadata.frames_indices == frames and clip.metadata.fps == 8
     assert blank_clip(film, processor).frames.shape == clip.frames.shape
+
+
+DEFAULTS = [line.split("|")[1:3] for line in (ROOT / "docs" / "models.md").read_text().splitlines()]
+DEFAULTS = {name: frames for folders, frames, *_ in filter(None, DEFAULTS) for name in re.findall(r"`(\w+)`", folders)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_frames_where_a_checkpoint_says_nothing(family: str):
+    """The numbers of docs/models.md, and those of transformers' class where it has any; else it would take every frame."""
+    native = type(processor_of(family).processor.video_processor)
+    ours = dict(core_mapper_for(zoo.checkpoint(family)).processor.video_sampling)
+    theirs = {name: value for name in ("num_frames", "fps") if (value := getattr(native, name, None)) is not None}
+    assert theirs == ours if theirs else not native.do_sample_frames
+    limits = [number for name in ("min_frames", "max_frames") if (number := getattr(native, name, None))]
+    numbers = [ours[name] for name in ("fps", "num_frames") if name in ours] + limits
+    assert [int(n) for n in re.findall(r"\d+", DEFAULTS[family])] == numbers
+
+    def frames(seconds: int) -> int:
+        film = VideoMetadata(total_num_frames=24 * seconds, fps=24, width=32, height=32, duration=seconds)
+        return len(native().sample_frames(film, **{"num_frames": None, "fps": None} | ours))
+
+    least, most = limits or (1, ours.get("num_frames"))
+    rate = ours.get("fps", 1e9)
+    for seconds in (2, 10, 3600):
+        assert frames(seconds) == min(max(seconds * rate, least), most), seconds
 
 
 def test_frames_that_are_pictures_are_all_seen_but_for_a_flag(films: Path):

@@ -14,7 +14,7 @@ class InternVLForRL(VLModelMixin, InternVLForConditionalGeneration):
 class InternVLProcessor(VLProcessor):
     """ChatML; an image is `<IMG_CONTEXT>` in the text, 256 tokens per tile between <img> and </img> for the model."""
 
-    video_sampling = {"num_frames": 8}  # of the model card
+    video_sampling = {"num_frames": 8}  # of the examples in its card and in transformers' docs
 
 
 core_mapper = ModelCoreMapper(model=InternVLForRL, processor=InternVLProcessor)

@@ -17,7 +17,7 @@ class LlavaOnevisionForRL(VideosOfAnyLength, VLModelMixin, LlavaOnevisionForCond
 class LlavaOnevisionProcessor(VLProcessor):
     """ChatML: `<|im_start|>user <image>\\nquestion<|im_end|><|im_start|>assistant\\n`."""
 
-    video_sampling = {"num_frames": 32}  # as the model was trained (arXiv 2408.03326, appendix)
+    video_sampling = {"num_frames": 32}  # as the model was trained: frames_upbound of LLaVA-NeXT's scripts
 
 
 core_mapper = ModelCoreMapper(model=LlavaOnevisionForRL, processor=LlavaOnevisionProcessor)

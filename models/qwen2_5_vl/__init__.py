@@ -19,7 +19,7 @@ class Qwen2_5_VLForRL(MRopeMixin, VLModelMixin, Qwen2_5_VLForConditionalGenerati
 class Qwen2_5_VLProcessor(VLProcessor):
     """ChatML with a default system message, as Qwen2-VL."""
 
-    video_sampling = {"fps": 2}  # FPS of qwen-vl-utils, between 4 and 768 frames
+    video_sampling = {"fps": 2}  # FPS of qwen-vl-utils; the 4 to 768 frames are of transformers' class
 
 
 core_mapper = ModelCoreMapper(model=Qwen2_5_VLForRL, processor=Qwen2_5_VLProcessor)

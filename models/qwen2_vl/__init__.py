@@ -48,7 +48,7 @@ class Qwen2VLForRL(MRopeMixin, VLModelMixin, Qwen2VLForConditionalGeneration):
 class Qwen2VLProcessor(VLProcessor):
     """ChatML with a default system message; an image is `<|vision_start|><|image_pad|><|vision_end|>`."""
 
-    video_sampling = {"fps": 2}  # FPS of qwen-vl-utils, between 4 and 768 frames
+    video_sampling = {"fps": 2}  # FPS of qwen-vl-utils; the 4 to 768 frames are of transformers' class
 
 
 core_mapper = ModelCoreMapper(model=Qwen2VLForRL, processor=Qwen2VLProcessor)

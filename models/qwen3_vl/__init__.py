@@ -17,7 +17,7 @@ class Qwen3VLForRL(MRopeMixin, VLModelMixin, Qwen3VLForConditionalGeneration):
 class Qwen3VLProcessor(VLProcessor):
     """ChatML without a default system message."""
 
-    video_sampling = {"fps": 2}  # FPS of qwen-vl-utils, between 4 and 768 frames
+    video_sampling = {"fps": 2}  # of transformers' class, between 4 and 768 frames
 
 
 core_mapper = ModelCoreMapper(model=Qwen3VLForRL, processor=Qwen3VLProcessor)
