@@ -9,9 +9,12 @@ precision that load_policy and DeepSpeed give them. Activations are the peak of 
 real modules, run on tensors without content (torch's FakeTensorMode). What DeepSpeed, DDP and peft add is one formula
 each, in `memory`. tests/test_memory.py compares with tensors counted by torch's allocator in real steps.
 
-Not counted: the vision tower's activations (it is frozen by default: with --lora_vision, --train_vision_layers or
---freeze_vision_tower False a run needs more), DoRA's weights as large as the layers they belong to, a projector that trains
-beside LoRA, and what OVERHEAD and FRAGMENTATION assume.
+With --lora_vision, --train_vision_layers or --train_projector one picture for each prompt goes through the vision tower
+as well. Some families' towers read numbers of the picture (Qwen-VL, LLaVA-NeXT, Idefics, ...) and cannot run on tensors
+without content: for them the table says that the tower's activations are missing. A frozen tower's are gone before
+the step's peak.
+
+Not counted: what OVERHEAD and FRAGMENTATION assume.
 """
 
 import copy
@@ -27,7 +30,7 @@ from unittest import mock
 import torch
 import transformers as tf
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -35,6 +38,8 @@ from args import LoraArguments, run
 from args.model import NEW_ADAPTER
 from base.adapters import Role
 from base.fast_lora import use_fast_lora
+from base.features import pooled_features
+from base.model import VLModelMixin
 from base.packing import last_token_positions, pack_rows
 from base.reward import VLRewardModel
 from base.value import VLModelWithValueHead
@@ -107,6 +112,10 @@ class Setup:
     rollouts_per_prompt: int = 1
     lora_r: int = 64
     bf16: bool = True
+    use_dora: bool = False
+    lora_vision: bool = False
+    train_projector: bool = False  # beside LoRA; without LoRA it trains anyway, but for towers that hold it
+    train_vision_layers: int = 0
 
     @property
     def alike(self) -> "Setup":
@@ -151,7 +160,7 @@ def trained_model(model: str, setup: Setup, layers: int | None = None) -> tuple[
     low = torch.bfloat16 if setup.bf16 and (setup.method != "full" or setup.zero != "0") else torch.float32
     with torch.device("meta"):
         core = cls._from_config(config, dtype=low)
-        core.freeze_vision_tower()
+        _choose_what_trains(core, setup)
         if setup.method == "qlora":  # peft's prepare_model_for_kbit_training
             linears = {id(p) for p in quantised(core)}
             for p in core.parameters():
@@ -160,9 +169,17 @@ def trained_model(model: str, setup: Setup, layers: int | None = None) -> tuple[
         whole = core
         if setup.method != "full":
             dropout = NEW_ADAPTER["lora_dropout"] if setup.script == "sft" else 0.0  # the other scripts turn it off
-            whole = add_lora(core, LoraArguments(use_lora=True, lora_r=setup.lora_r, lora_dropout=dropout))
-            if setup.method == "lora" and setup.zero != "3":
+            flags = {"lora_r": setup.lora_r, "use_dora": setup.use_dora, "lora_vision": setup.lora_vision}
+            whole = add_lora(
+                core,
+                LoraArguments(use_lora=True, lora_dropout=dropout, **flags),
+                vision_layers=setup.train_vision_layers or None,
+                with_projector=setup.train_projector,
+            )
+            if setup.method == "lora" and setup.zero != "3" and not setup.use_dora:
                 use_fast_lora(whole)
+            for p in whole.parameters():  # of the projector; adapters are float32 already
+                p.data = p.data.float() if p.requires_grad else p.data
         if setup.script == "rm":
             whole = VLRewardModel(whole)
         elif setup.script == "ppo":
@@ -178,6 +195,16 @@ def trained_model(model: str, setup: Setup, layers: int | None = None) -> tuple[
                     p.requires_grad_(any(f".{role.adapter}." in name for role in trained))
             whole.freeze_vision_side()
         return (whole.to(low) if setup.zero != "0" else whole), core
+
+
+def _choose_what_trains(core: VLModelMixin, setup: Setup) -> None:
+    """As models.assemble.choose_what_trains; LoRA freezes all of it later."""
+    core.freeze_vision_tower()
+    if setup.method == "full":
+        for layer in core.vision_layers()[-setup.train_vision_layers :] if setup.train_vision_layers else ():
+            layer.requires_grad_(True)
+        for parameter in core.projector_parameters() if setup.train_projector else ():
+            parameter.requires_grad_(True)
 
 
 def quantised(core: nn.Module) -> list[nn.Parameter]:
@@ -274,12 +301,61 @@ def step_bytes(model: str, setup: Setup, train: bool = True) -> int:
     return max(a + (b - a) * (depth - 4) // 2 for a, b in zip(few, more, strict=True))
 
 
+def _vision_trains(core: nn.Module) -> bool:
+    return any(p.requires_grad for p in core.vision_parameters().values())
+
+
+def picture_inputs(model: str) -> dict[str, torch.Tensor] | None:
+    """What stands for one picture in the forward of the families whose towers run without content; None for the others."""
+    if model in PUBLISHED:
+        vision, tokens = PUBLISHED[model][1]["vision_config"], PUBLISHED[model][0] - 64
+        tiles = {"clip_vision_model": tokens // 576, "internvl_vision": tokens // 256}.get(vision["model_type"], 0)
+        size = vision["image_size"][0] if tiles == 7 else vision.get("image_size")
+        found = {"pixel_values": torch.empty(tiles, 3, size, size)} if tiles in (1, 7) else None
+    else:
+        checkpoint = core_mapper_for(model)
+        found = checkpoint.processor(model).dummy_images()
+    if found is None:
+        return None
+    with torch.device("meta"):
+        core = class_and_config(model)[0]._from_config(class_and_config(model)[1])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _fill_with_fakes(core)
+        try:
+            return found if _features(core, found, 1) is not None else None
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            return None
+
+
+def _features(core: nn.Module, images: dict[str, torch.Tensor], batch: int) -> torch.Tensor | None:
+    """What tower and projector make of one picture for each of `batch` prompts, (tokens, D); None if it is not put among embeddings."""
+    of_batch = {
+        n: torch.empty((batch * len(value), *value.shape[1:]), dtype=value.dtype) for n, value in images.items()
+    }
+    outputs = pooled_features(core.encode_images(of_batch)).get("mm_encoder_outputs")
+    if outputs is None:
+        return None
+    tensors = [t for t in tree_leaves([dict(o) for o in outputs.values()]) if isinstance(t, torch.Tensor)]
+    return torch.cat([t.flatten(0, -2) for t in tensors])
+
+
+def _put_into_embeddings(core: nn.Module, features: torch.Tensor) -> None:
+    """Where pictures stand, the decoder reads features."""
+
+    def scatter(_module: nn.Module, _inputs: object, embedded: torch.Tensor) -> torch.Tensor:
+        place = torch.zeros((*embedded.shape[:2], 1), dtype=torch.bool).expand_as(embedded)
+        return embedded.masked_scatter(place, features.to(embedded.dtype))
+
+    core.get_input_embeddings().register_forward_hook(scatter)
+
+
 def _peaks(model: str, setup: Setup, train: bool, layers: int | None) -> tuple[int, int]:
     """Most bytes at any time of the forward pass, and of the backward pass."""
     whole, core = trained_model(model, setup, layers)
     if setup.gradient_checkpointing:
         owner = whole if isinstance(whole, VLRewardModel | VLModelWithValueHead) else core
         owner.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    images = picture_inputs(model) if train and _vision_trains(core) else None
     batch, T, K = setup.per_device_train_batch_size, setup.max_target_length, 1 if setup.script in ("sft", "ppo") else 2
     if not train:
         whole, batch, T = whole.backbone, setup.rollout_prompts, 1
@@ -308,6 +384,8 @@ def _peaks(model: str, setup: Setup, train: bool, layers: int | None) -> tuple[i
         LiveBytes(_fill_with_fakes(whole)) as live,
     ):
         with torch.autocast("cpu", torch.bfloat16, enabled=setup.bf16 and setup.zero == "0"):
+            if images is not None:
+                _put_into_embeddings(core, _features(core, images, batch))
             out = whole(**inputs, **scored)
         values = [out] if setup.script == "rm" else [out.logps, out.get("state_values")]
         loss = sum(value.sum() for value in values if value is not None)
@@ -408,6 +486,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     unit = f"longest prompt in {fits:g} GiB, in tokens" if fits else "GiB per GPU, of host memory per node"
     said = [f"{name} {value}" for name, value in flags.items() if not (fits and name == "max_prompt_length")]
     print(f"{model}, {', '.join(said)}; {unit}\n")
+    of_vision = ("lora_vision", "train_vision_layers", "train_projector")
+    if any(flags[name] for name in of_vision) and picture_inputs(model) is None:
+        print("The vision tower's activations are not among them: it cannot run on tensors without content.\n")
     rows: list[list[str]] = []
     for method in methods:
         for zero in zeros or METHODS[method]:

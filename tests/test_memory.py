@@ -143,6 +143,42 @@ def test_computed_is_measured(script, method, checkpointing, bf16, checkpoint, d
     assert (reference if script in ("dpo", "ppo") else 0) == found["reference"]
 
 
+VISION = [
+    ("sft", "lora", {"use_dora": True}),
+    ("sft", "lora", {"lora_vision": True, "train_projector": True}),
+    pytest.param("dpo", "lora", {"lora_vision": True, "train_vision_layers": 1}, marks=pytest.mark.slow),
+    pytest.param("dpo", "full", {"train_vision_layers": 1}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("script, method, kind", VISION)
+def test_kinds_of_training(script, method, kind: dict, checkpoint, data, tmp_path, monkeypatch):
+    """Weights, gradients and optimizer to the byte; the pictures' way through tower and projector is in the step."""
+    flags = " ".join(f"--{name} {value}" for name, value in kind.items())
+    if "train_vision_layers" in kind and method == "full":
+        flags += " --freeze_vision_tower True"
+    flags += " --gradient_checkpointing False" + " --use_lora True" * (method == "lora")
+    found = measured(script, checkpoint, data, tmp_path, flags, monkeypatch)
+    prompt, target = lengths(found["batch"])
+    sizes = {"max_prompt_length": prompt, "max_target_length": target}
+    setup = Setup(script, method, gradient_checkpointing=False, bf16=False, **sizes, **kind)
+    weights, gradients, trained, _ = memory.count(checkpoint, setup)
+    assert (weights, gradients, 8 * trained) == (found["weights"], found["gradients"], found["optimizer"])
+    assert memory.step_bytes(checkpoint, setup) / found["peak"] == pytest.approx(1, abs=0.015)
+
+
+def test_towers_that_read_numbers_of_the_picture_are_not_counted(capsys):
+    memory.main(
+        ["--model", zoo.checkpoint("qwen2_5_vl"), "--script", "sft", "--method", "lora", "--lora_vision", "True"]
+    )
+    assert "vision tower's activations are not among them" in capsys.readouterr().out
+    assert [name for name in memory.PUBLISHED if memory.picture_inputs(name) is not None] == [
+        "llava-hf/llava-1.5-7b-hf",
+        "OpenGVLab/InternVL3-8B-hf",
+        "llava-hf/llava-1.5-13b-hf",
+    ]
+
+
 def test_quantised_weights_are_those_of_bitsandbytes(checkpoint):
     model = load_model(checkpoint, dtype=torch.bfloat16, bits=4)
     of_layers = [m.weight for m in model.modules() if type(m).__name__ == "Linear4bit"]

@@ -4,10 +4,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import datasets
 import peft
 import pytest
 import torch
 import transformers
+import trl
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -95,6 +97,29 @@ def test_lora_of_sequence_classification(classifier, rows):
     model = peft.get_peft_model(model, config).eval()
     model.save_pretrained(folder)
     assert "base_model.model.score.weight" in load_file(folder / "adapter_model.safetensors")
+    check(folder, source, rows, lambda inputs: model(**inputs).logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+def test_trained_by_trl(tmp_path, rows, lora: bool):
+    """A step of TRL's RewardTrainer, which saves the folder itself."""
+    source, folder = checkpoint_of("gemma3", tmp_path / "rm"), tmp_path / "rm"
+    said = [{"prompt": f"What is {i}?", "chosen": "A red square.", "rejected": "no"} for i in range(4)]
+    trainer = trl.RewardTrainer(
+        model=source,
+        args=trl.RewardConfig(
+            output_dir=str(folder), max_steps=1, learning_rate=0.05, use_cpu=True, bf16=False, report_to="none"
+        ),
+        train_dataset=datasets.Dataset.from_list(said),
+        peft_config=peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS", modules_to_save=["score"])
+        if lora
+        else None,
+    )
+    trainer.train()
+    trainer.save_model()
+    assert (folder / "adapter_config.json").is_file() == lora
+    model = trainer.model.eval()
     check(folder, source, rows, lambda inputs: model(**inputs).logits)
 
 
