@@ -18,6 +18,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from base.loading import load_model
 from base.ppo_trainer import VLPPOTrainer
 from tests import zoo
 from tests.distributed_jobs import SCRIPTS
@@ -194,11 +195,38 @@ def test_fsdp_equals_one_process(job, tmp_path: Path, cells: list[tuple[str, str
 @pytest.mark.slow
 @pytest.mark.parametrize("family", zoo.BUILDERS)
 def test_families_under_fsdp(job, tmp_path: Path, family: str):
-    """Towers, projectors and decoders of all kinds, with tied and untied heads, in layers that FSDP finds by itself."""
+    """Towers, projectors and decoders of all kinds, with tied and untied heads, in layers that FSDP finds by itself or by their class."""
     launcher, flags = LAUNCH["fsdp"]
-    cells = [("sft", "full"), ("dpo", "lora")]
-    alone = [job(*cell, "one", 4, model=zoo.checkpoint(family)) for cell in cells]
-    two = [job(*cell, "two", 2, flags, model=zoo.checkpoint(family)) for cell in cells]
+    model = zoo.checkpoint(family)
+    kinds = sorted({type(layer).__name__ for layer in load_model(model).get_decoder().layers})
+    by_class = f"--fsdp_config '{json.dumps({'transformer_layer_cls_to_wrap': kinds})}'"
+    cells = [("sft", "full", ""), ("dpo", "lora", by_class)]
+    alone = [job(script, mode, "one", 4, model=model) for script, mode, _ in cells]
+    two = [job(script, mode, "two", 2, f"{flags} {config}", model=model) for script, mode, config in cells]
+    for one in alone:
+        SCRIPTS[one["script"]].main(one["argv"])
+    launch(launcher, two, tmp_path)
+    for one, other in zip(alone, two, strict=True):
+        assert_same_curve(Path(one["out"]), Path(other["out"]))
+
+
+@pytest.mark.slow
+def test_losses_that_read_more_under_fsdp(job, tmp_path: Path):
+    """Logits and vocabularies of both models (chip, tpo_token), with all weights and adapters; and DoRA."""
+    cells = {
+        "chip": ("dpo", "full", "--loss_type chip"),
+        "tpo_token": ("dpo", "lora", "--loss_type tpo_token"),
+        "dora": ("sft", "lora", "--use_dora True"),
+        "orthogonal": ("dpo", "lora", "--init_lora_weights orthogonal --gradient_checkpointing True"),
+    }
+    launcher, flags = LAUNCH["fsdp"]
+    alone, two = (
+        [
+            job(script, mode, folder, batch, f"{extra} {more}", name=name)
+            for name, (script, mode, extra) in cells.items()
+        ]
+        for folder, batch, more in (("one", 4, ""), ("two", 2, flags))
+    )
     for one in alone:
         SCRIPTS[one["script"]].main(one["argv"])
     launch(launcher, two, tmp_path)
@@ -329,7 +357,12 @@ def test_kinds_of_adapters(job, tmp_path: Path, setup: str):
         SCRIPTS[one["script"]].main(one["argv"])
     launch(launcher, two, tmp_path)
     for one, other in zip(alone, two, strict=True):
-        assert_same_curve(Path(one["out"]), Path(other["out"]))
+        if one["name"] != "eva":
+            assert_same_curve(Path(one["out"]), Path(other["out"]))
+            continue
+        # Components of nearly equal size turn with the order in which rounding errors add up
+        for a, b in zip(history(Path(one["out"])), history(Path(other["out"])), strict=True):
+            assert b == pytest.approx(a, rel=5e-4, abs=5e-5), a["step"]
 
 
 @pytest.fixture

@@ -148,6 +148,20 @@ def test_layers_by_name():
         layers_of(nn.Linear(2, 2))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", zoo.BUILDERS)
+def test_a_config_by_the_class_of_layers(family: str):
+    """The decoder's class alone, as configs of other programs name it, and the classes of all stacks."""
+    model = load_model(zoo.checkpoint(family))
+    decoder = [*model.get_decoder().layers]
+    kinds = {type(layer).__name__ for layer in decoder}
+    named = layers_of(model, sorted(kinds))
+    assert {*map(id, named)} == {*map(id, decoder)}
+    found = layers_of(model)
+    again = layers_of(model, sorted({type(layer).__name__ for layer in found}))
+    assert {*map(id, found)} <= {*map(id, again)}
+
+
 @pytest.fixture
 def alone():
     """A process group of this process alone, which FSDP asks for."""

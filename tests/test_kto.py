@@ -3,6 +3,7 @@
 `torchrun --nproc_per_node 2 -m tests.test_kto CHECKPOINT ROWS OUT` trains ours and TRL's on every rank, and writes what both logged.
 """
 
+import tests.conftest  # noqa: F401  isort: skip  (must come before transformers, where this file is the program)
 import json
 import math
 import shutil

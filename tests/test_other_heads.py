@@ -123,19 +123,39 @@ def test_trained_by_trl(tmp_path, rows, lora: bool):
     check(folder, source, rows, lambda inputs: model(**inputs).logits)
 
 
-def test_ms_swift(tmp_path, rows):
-    """ms-swift 4.6 hangs `score` beside an lm_head that passes on the hidden states, and renames the architecture when it saves."""
-    source, folder = checkpoint_of("qwen2_5_vl", tmp_path / "rm"), tmp_path / "rm"
+def by_ms_swift(source: str) -> nn.Module:
+    """ms-swift 4.6 hangs `score` beside an lm_head that passes on the hidden states. Its own code gave these names and numbers."""
     model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(source, dtype=torch.float32).eval()
     torch.manual_seed(0)
     model.score = nn.Linear(model.config.get_text_config().hidden_size, 1, bias=False)
     nn.init.normal_(model.score.weight)
     model.lm_head = nn.Identity()
     model.config.num_labels = 1
+    return model
+
+
+def test_ms_swift(tmp_path, rows):
+    source, folder = checkpoint_of("qwen2_5_vl", tmp_path / "rm"), tmp_path / "rm"
+    model = by_ms_swift(source)
+    model.config.problem_type, model.config.hidden_size = "regression", model.config.get_text_config().hidden_size
     model.save_pretrained(folder)
-    config = folder / "config.json"
+    config = folder / "config.json"  # where it renames the architecture
     config.write_text(config.read_text().replace("VLForConditionalGeneration", "VLForSequenceClassification"))
     check(folder, source, rows, lambda inputs: model.score(model(**inputs).logits)[:, -1])
+
+
+def test_lora_of_ms_swift(tmp_path, rows):
+    source, folder = checkpoint_of("qwen2_5_vl", tmp_path / "rm"), tmp_path / "rm"
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS", r=4, target_modules=["q_proj"], modules_to_save=["score"], init_lora_weights=False
+    )
+    model = peft.get_peft_model(by_ms_swift(source), config).eval()
+    model.save_pretrained(folder)
+    (folder / "additional_config.json").write_text('{"lora_dtype": null, "lorap_lr_ratio": null}')
+    saved = load_file(folder / "adapter_model.safetensors")
+    assert "base_model.model.score.weight" in saved and len(saved) == 5
+    score = model.base_model.model.score
+    check(folder, source, rows, lambda inputs: score(model.base_model.model(**inputs).logits)[:, -1])
 
 
 def with_bias(source: str) -> tuple[nn.Module, nn.Linear]:
