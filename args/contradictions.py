@@ -128,6 +128,14 @@ def _refuse_where_answers_are_sampled(flags: dict[str, Any]) -> None:
         raise InputError(
             "--rollout_url needs --use_lora True: the server gets an adapter in every update, and has no way to get all weights."
         )
+    if flags.get("rollout_url"):
+        for name in ("use_dora", "modules_to_save"):
+            if flags.get(name):
+                raise InputError(f"--{name} makes an adapter that vLLM does not serve: leave it or --rollout_url out.")
+        if flags.get("init_lora_weights") == "loftq":
+            raise InputError(
+                "--init_lora_weights loftq belongs to a rounded base, and the server has another one: leave it or --rollout_url out."
+            )
     if flags.get("lora_bias") not in (None, "none"):
         raise InputError(
             f"--lora_bias must be none in {where}: trained biases belong to the base, which the reference and the rewards share."

@@ -278,6 +278,13 @@ class PPOConfig(RolloutFlags, VLConfig):
             raise InputError(
                 "--rollout_importance_cap is 1 or more, or 0 for no weights, and --rollout_timeout is above 0."
             )
+        # Two requests may take all of it, with pauses between them
+        longest = 2 * self.rollout_timeout + 150
+        if self.world_size > 1 and longest > self.ddp_timeout:
+            raise InputError(
+                f"--rollout_timeout {self.rollout_timeout:g} lets one process wait for the server longer than the others wait for it: add "
+                f"--ddp_timeout {math.ceil(longest)}."
+            )
 
     def _check_loss_flags(self) -> None:
         high = self.cliprange if self.cliprange_high is None else self.cliprange_high

@@ -63,7 +63,7 @@ from base.ppo_metrics import (
 )
 from base.rewards import Reward
 from base.rollout import Advantages, AnswerLogps, Answers, Evaluated, Prompts, Sampled, Scored
-from base.server_rollouts import ServerRollouts, adapter_parameters, gathered
+from base.server_rollouts import ServerRollouts, adapter_parameters, gathered, refuse_unserved
 from base.trainer import disable_dropout
 from base.update_loop import UpdateLoop
 from base.value import VLModelWithValueHead
@@ -98,8 +98,11 @@ class VLPPOTrainer(OnPolicyTrainer, UpdateLoop):
         self.prepare_rollouts(rewards, [Role.VALUE] if args.has_value_function else [])
         self.server = None
         if args.rollout_url is not None:
+            in_vision = any(f".{Role.POLICY.adapter}." in name for name in model.core.vision_parameters())
+            refuse_unserved(model.backbone.peft_config[Role.POLICY.adapter], in_vision)
             end_ids, never = self.sampler.end_ids, model.core.image_placeholder_ids
-            self.server = ServerRollouts(args, self.data_collator, self._name_of_run(), end_ids, never)
+            vocabulary = model.core.get_output_embeddings().out_features
+            self.server = ServerRollouts(args, self.data_collator, self._name_of_run(), end_ids, never, vocabulary)
 
     @staticmethod
     def _name_of_run() -> str:
@@ -164,7 +167,7 @@ class VLPPOTrainer(OnPolicyTrainer, UpdateLoop):
             backbone = self.accelerator.unwrap_model(self.model, keep_torch_compile=False).backbone
             try:
                 with gathered(adapter_parameters(backbone)):
-                    server.push(backbone, self.state.global_step, self.accelerator)
+                    server.push(backbone, self.state.global_step, self.accelerator.is_main_process)
                 server.sample([prompts[m] for m in missing], seed, done)
             except InputError as error:
                 failure = error

@@ -10,15 +10,18 @@ The server holds the base; every update saves the adapter and tells the server t
    (`first/ratio_deviation`): its kernels, or an adapter that it did not load, make another policy.
 2. The server renders and tokenises prompts itself: if it counts other tokens than ours, the run ends.
 3. An answer depends on --seed, the update and the prompt's place as with our own sampler, and on the server's own batches.
+4. On several devices each asks for its own prompts; the first one alone pushes the adapter, for which the others wait.
 """
 
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from accelerate import Accelerator
-from peft import PeftModel
+from accelerate.utils import broadcast_object_list
+from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -32,14 +35,39 @@ from common.openai_client import Answer, Body, ChatReply, OpenAIClient, Refused,
 from common.seeds import stable_seed
 
 FOLDER = "rollout_adapter"
+TIMEOUTS = 2  # requests that take all of --rollout_timeout, before the server is given up
 _HINTS = {
-    404: "start the server with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and let --rollout_url end in /v1"
+    404: "start the server with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and let --rollout_url end in /v1",
+    500: "docs/serving.md says which adapters vLLM loads; --max-lora-rank of vLLM must be --lora_r at least",
 }
+# vLLM answers 500 to an adapter that it cannot load, with what is wrong with it.
+_FINAL = re.compile("lora|adapter|modules_to_save", re.IGNORECASE)
 
 
 def adapter_parameters(model: PeftModel) -> list[nn.Parameter]:
     """Of the policy's adapter."""
     return [p for name, p in model.named_parameters() if f".{Role.POLICY.adapter}." in name]
+
+
+def refuse_unserved(config: LoraConfig, in_vision: bool) -> None:
+    """Raise InputError for an adapter that vLLM 0.32 does not load (`vllm/lora/peft_helper.py`), or loads in part.
+
+    Args:
+        in_vision: whether the adapter has weights in the vision tower or the projector.
+    """
+    init = config.init_lora_weights
+    kinds = {
+        "is a DoRA": config.use_dora,
+        f"has modules of its own ({', '.join(config.modules_to_save or ())})": config.modules_to_save,
+        "has biases": config.bias != "none" or config.lora_bias,
+        f"starts from a changed base ({init})": isinstance(init, str) and init not in ("gaussian", "orthogonal"),
+        "has weights in the vision tower or the projector": in_vision,
+    }
+    said = next((kind for kind, has in kinds.items() if has), None)
+    if said is not None:
+        raise InputError(
+            f"The adapter {said}, which vLLM does not serve: train another one, or leave --rollout_url out (docs/serving.md)."
+        )
 
 
 @contextmanager
@@ -61,13 +89,20 @@ class ServerRollouts:
         run: part of the adapters' names, the same on all devices and of no other run.
         end_ids: tokens that end an answer.
         never: tokens that are not sampled, the image placeholders.
+        vocabulary: number of tokens that the model knows.
     """
 
     def __init__(
-        self, args: PPOConfig, collator: VLPPODataCollator, run: str, end_ids: Sequence[int], never: Sequence[int]
+        self,
+        args: PPOConfig,
+        collator: VLPPODataCollator,
+        run: str,
+        end_ids: Sequence[int],
+        never: Sequence[int],
+        vocabulary: int,
     ) -> None:
         self.args, self.collator, self.run = args, collator, run
-        self.end_ids, self.never = [*end_ids], [*never]
+        self.end_ids, self.never, self.vocabulary = [*end_ids], [*never], vocabulary
         self.folder = Path(args.output_dir).absolute() / FOLDER
         self.step: int | None = None  # of the adapter that the server has
         self.client = OpenAIClient(
@@ -75,7 +110,9 @@ class ServerRollouts:
             flag="--rollout_url",
             what="the rollout server",
             timeout=args.rollout_timeout,
+            timeouts=TIMEOUTS,
             hints=_HINTS,
+            final=_FINAL,
         )
 
     # -- the adapter ---------------------------------------------------------------------------------------------------
@@ -84,27 +121,30 @@ class ServerRollouts:
         """Of the policy before an update."""
         return f"policy-{self.run}-{step}"
 
-    def push(self, model: PeftModel, step: int, accelerator: Accelerator) -> None:
+    def push(self, model: PeftModel, step: int, main: bool) -> None:
         """Give the server the policy of this step, if it has another; called on all devices, weights gathered.
 
+        Args:
+            main: whether this is the process that saves and pushes; the others wait until it has.
+
         Raises:
-            InputError: the server does not take it; on the main process, which alone talks to it here.
+            InputError: the adapter cannot be saved, or the server does not take it; the same on all devices.
         """
         if step == self.step:
             return
         before, self.step = self.step, step
-        failure = None
-        if accelerator.is_main_process:
-            model.save_pretrained(str(self.folder / self.name(step)), selected_adapters=[Role.POLICY.adapter])
+        failure: Exception | None = None
+        if main:
             try:
+                model.save_pretrained(str(self.folder / self.name(step)), selected_adapters=[Role.POLICY.adapter])
                 self.load()
                 if before is not None:
                     self._unload(before)
-            except InputError as error:
+            except (InputError, OSError, SafetensorError) as error:
                 failure = error
-        accelerator.wait_for_everyone()
-        if failure is not None:
-            raise failure
+        (said,) = broadcast_object_list([None if failure is None else str(failure)])
+        if said is not None:
+            raise InputError(said) from failure
 
     def load(self) -> None:
         """Let the server load the adapter of `step`, which lies on disk; nothing to do if it has it."""
@@ -113,6 +153,11 @@ class ServerRollouts:
         try:
             self.client.post("load_lora_adapter", body, lambda response: None)
         except Refused as error:
+            if "No adapter found" in error.said:
+                where = f"{self.client.shown_url} sees no {self.folder / name}"
+                raise InputError(
+                    f"{where}: the server and the training must see the same disk under the same path."
+                ) from error
             if "already" not in error.said:
                 raise
 
@@ -194,9 +239,22 @@ class ServerRollouts:
         ]
 
     def _ids(self, answer: Answer) -> list[int]:
-        """Up to and with the end token. A text without token ids is tokenised again, which may split it differently."""
-        ids = answer.token_ids or self.collator.processor.encode_response(answer.text, answer.ended)
-        return cut_after_end(ids, self.end_ids)[: self.args.response_length]
+        """Up to and with the end token. A text without token ids is tokenised again, which may split it differently.
+
+        Raises:
+            InputError: there is no token, or one that an answer cannot have.
+        """
+        ids = answer.token_ids or self.collator.processor.encode_response(answer.text, answer.ended is not False)
+        ids = cut_after_end(ids, self.end_ids)[: self.args.response_length]
+        strange = next((id for id in ids if id in self.never or not 0 <= id < self.vocabulary), None)
+        if strange is not None:
+            why = "an image's place (it takes no logit_bias)" if strange in self.never else "none of the checkpoint's"
+            raise InputError(
+                f"{self.client.shown_url} answers with token {strange}, {why}: serve the checkpoint that is trained."
+            )
+        if not ids:
+            raise InputError(f"{self.client.shown_url} answers without a single token: take another server.")
+        return ids
 
     def _logps(self, answer: Answer, tokens: int) -> list[float]:
         logps = (answer.logps or [])[:tokens]

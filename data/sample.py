@@ -9,7 +9,7 @@ Answers come from a checkpoint, an adapter, or a server that speaks OpenAI's API
 
     --reward_model_name_or_path   output folders of train_rm.py, weights or adapters
     --reward_fn                   functions as in train_ppo.py: file.py:name, or names of base/reward_functions.py
-    --judge, --judge_model        a language model's rating from 1 to 10; it sees the row's `reference`, not the picture
+    --judge, --judge_model        a language model's rating from 1 to 10; it sees pictures (not with --judge_text_only) and `reference`
     --claims True                 RLAIF-V's divide and conquer: minus the claims that a model denies when it is asked about each of
                                   them: the answering model itself, or --claims_model (eval/answer_scores.py)
 
@@ -46,7 +46,7 @@ from base.samples import STYLE, card
 from common.errors import InputError
 from common.files import write_text
 from common.flags import FlagParser
-from common.openai_client import ChatReply, OpenAIClient, chat_body
+from common.openai_client import Body, ChatReply, OpenAIClient, chat_body
 from common.pages import page
 from common.seeds import stable_seed
 from data import load_train_eval
@@ -210,27 +210,39 @@ def sample_there(
         done,
     ):
         todo = [row for i, row in enumerate(rows) if i % processes.world == processes.rank and row["id"] not in done]
-        bodies = (
-            chat_body(
-                model,
-                processor.api_messages(row["prompt"], row["images"]),
-                num_answers=args.num_samples,
-                max_tokens=args.max_new_tokens or 512,
-                temperature=args.temperature,
-                top_p=1.0 if args.top_p is None else args.top_p,
-                seed=args.seed + int(row["id"]),
-                tokens=False,
-            )
-            for row in todo
-        )
+        prompts: dict[int, list[int]] = {}
+        # Not what the checkpoint's generation_config.json says, which vLLM would take over
+        plain = {} if args.checkpoint_settings else {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+
+        def bodies() -> Iterator[Body]:
+            for n, row in enumerate(todo):
+                ((prompts[n],), _) = processor.encode_conversations([row["prompt"]], [row["images"]])
+                yield chat_body(
+                    model,
+                    processor.api_messages(row["prompt"], row["images"]),
+                    num_answers=args.num_samples,
+                    max_tokens=args.max_new_tokens or 512,
+                    temperature=args.temperature,
+                    top_p=1.0 if args.top_p is None else args.top_p,
+                    seed=args.seed + int(row["id"]),
+                    tokens=False,
+                    **plain,
+                    **processor.api_fields(row["prompt"], prompts[n]),
+                )
+
         with tqdm(total=len(todo), unit="row", desc="answers", disable=processes.rank != 0) as bar:
 
             def keep(n: int, reply: ChatReply) -> None:
+                if reply.prompt_tokens not in (None, tokens := len(prompts.pop(n))):
+                    client.warn_once(
+                        "has read %d tokens of a prompt that has %d with %s. If it serves that checkpoint, then not with its chat template "
+                        "and image processor (docs/serving.md).", reply.prompt_tokens, tokens, args.model_name_or_path,
+                    )  # fmt: skip
                 answers = [answer.text for answer in reply.answers]
                 ledger.write([{"id": todo[n]["id"], "answers": answers, "seed": args.seed + int(todo[n]["id"])}])
                 bar.update()
 
-            client.chat_all(bodies, keep, args.num_samples)
+            client.chat_all(bodies(), keep, args.num_samples)
 
 
 def load_answerer(args: argparse.Namespace, model: str, adapter: str | None, device: torch.device) -> Answerer:
@@ -425,6 +437,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reward_weights", type=float, nargs="+", help="of reward models, functions, judge, claims; 1 by default"
     )
     add_judge_arguments(parser)
+    add_switch(scores, "--judge_text_only", help="the judge sees no pictures, because it cannot")
     parser.set_defaults(num_beams=None)
 
 

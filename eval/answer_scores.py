@@ -25,13 +25,13 @@ from base.rollout import Row
 from common.errors import InputError
 from data.rows import IMAGE_MARK
 from eval.generate import Answerer, EncodedBatches, chunks, generation_settings
-from eval.judge import Judge, ask_all, judge_template
+from eval.judge import Judge, as_judges_see, ask_all, judge_template
 from eval.judged import fill
 from models import core_mapper_for
 
 Scores = list[list[float | None]]  # [row][response]
 
-JUDGE_PROMPT = """You rate an answer to a question about a picture that you do not see.
+JUDGE_PROMPT = """You rate an answer to a question{about}.
 
 Question: {question}
 What is known to be right (may be empty): {reference}
@@ -108,27 +108,30 @@ class Function:
 
 
 class Rating:
-    """A language model's rating from 1 to 10, which sees the row's `reference` and not the picture."""
+    """A language model's rating from 1 to 10, which sees the pictures (not with --judge_text_only) and the row's `reference`."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.name, self.judge, self.workers = "judge", Judge.from_args(args), args.judge_workers
         self.template, described = judge_template(args, JUDGE_PROMPT, "question answer")
-        self.about = {"judge": self.judge.describe(), "prompt": described}
+        self.text_only = args.judge_text_only
+        self.about = {"judge": self.judge.describe(), "prompt": described, "text_only": self.text_only}
 
     def score(self, rows: Sequence[Row]) -> Scores:
         """None where the reply has no rating."""
-        prompts = [
-            fill(
-                self.template,
-                question=last_question(row["prompt"]),
-                reference=row.get("reference") or row.get("solution") or "",
-                answer=text,
-            )
-            for row in rows
-            for text in row["responses"]
-        ]
-        replies = iter(ask_all(self.judge.ask, prompts, self.workers))
+        replies = iter(ask_all(self._ask, [(row, text) for row in rows for text in row["responses"]], self.workers))
         return [[rating(next(replies)) for _ in row["responses"]] for row in rows]
+
+    def _ask(self, answer: tuple[Row, str]) -> str:
+        row, text = answer
+        unseen = " about a picture that you do not see" if self.text_only else " about the picture"
+        prompt = fill(
+            self.template,
+            about=unseen if row["images"] else "",
+            question=last_question(row["prompt"]),
+            reference=row.get("reference") or row.get("solution") or "",
+            answer=text,
+        )
+        return self.judge.ask(prompt, pictures=[] if self.text_only else [as_judges_see(i) for i in row["images"]])
 
 
 def rating(reply: str) -> float | None:

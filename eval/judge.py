@@ -19,11 +19,13 @@ from typing import Protocol, TypeVar
 
 import httpx2
 
+from base.images import ImageSource, load_image, png
 from common.errors import InputError
 from common.files import write_text
-from common.openai_client import OpenAIClient, Unavailable
+from common.openai_client import OpenAIClient, Unavailable, data_url
 from eval.files import read_text
 
+PICTURE_SIDE = 1024  # pixels that a judge sees
 Item = TypeVar("Item")
 Reply = TypeVar("Reply")
 
@@ -122,6 +124,13 @@ def _content(response: httpx2.Response) -> str:
     if not isinstance(content, str):
         raise TypeError("content")
     return content
+
+
+def as_judges_see(image: ImageSource) -> str:
+    """A picture as a data URL, at most PICTURE_SIDE pixels wide and high."""
+    picture = load_image(image)
+    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    return data_url(png(picture))
 
 
 def ask_all(ask: Callable[[Item], Reply], items: list[Item], workers: int = 4) -> list[Reply]:

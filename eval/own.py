@@ -23,18 +23,15 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 
-from base.images import load_image, png
 from common.errors import InputError, run
-from common.openai_client import data_url
 from eval.benchmark_files import Row
 from eval.choice import infer_letter
 from eval.files import read_text
-from eval.judge import Ask, Judge, add_judge_arguments, ask_all, fill, judge_template
+from eval.judge import Ask, Judge, add_judge_arguments, as_judges_see, ask_all, fill, judge_template
 from eval.results import Scores, load, save, scorer_parser
 from eval.yesno import hallusion_parse
 
 RULES = ("exact", "contains", "choice", "yesno", "judge", "none")
-PICTURE_SIDE = 1024  # pixels that the judge sees
 ATTEMPTS = 5
 Grade = tuple[float, str]  # points and the judge's words
 
@@ -178,18 +175,12 @@ def judged(
 
     def ask(place: int) -> Grade:
         row = rows[place]
-        pictures = [] if args.judge_text_only else [_shown(image) for image in row["images"]]
+        pictures = [] if args.judge_text_only else [as_judges_see(image) for image in row["images"]]
         return grade(row, answers[place], row.get("rubric") or rubric or "", template, judge.ask, pictures)
 
     grades = dict(zip(places, ask_all(ask, places, args.judge_workers), strict=True))
     text_only = {"text_only": True} if args.judge_text_only else {}
     return grades, judge.describe() | about | {"rubric": rubric} | text_only
-
-
-def _shown(image: str | dict) -> str:
-    picture = load_image(image)
-    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-    return data_url(png(picture))
 
 
 def score(

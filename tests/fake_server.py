@@ -1,6 +1,8 @@
 """A server on localhost that speaks as much of OpenAI's API as a test needs, and misbehaves as its script says."""
 
 import json
+import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +20,13 @@ class FakeServer:
     ends in the middle); a dictionary (that JSON); None (the reply itself).
     """
 
-    def __init__(self, reply: Callable[[str, dict], Any]) -> None:
+    def __init__(
+        self, reply: Callable[[str, dict], Any], host: str = "127.0.0.1", certificate: Path | None = None
+    ) -> None:
+        """
+        Args:
+            certificate: a file with a certificate and its key, for https.
+        """
         self.script: list[Any] = []
         self.reply = reply
         self.requests: list[dict] = []
@@ -28,8 +36,14 @@ class FakeServer:
         self.closed = False
         self.running = self.most_at_once = 0
         self.lock = threading.Lock()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"fake": self}))
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        kind = _IPv6Server if ":" in host else ThreadingHTTPServer
+        self.server = kind((host, 0), type("Handler", (_Handler,), {"fake": self}))
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
+        scheme, shown = "https" if certificate else "http", f"[{host}]" if ":" in host else host
+        self.url = f"{scheme}://{shown}:{self.server.server_port}/v1"
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     def close(self) -> None:
@@ -37,6 +51,10 @@ class FakeServer:
         self.closed = True
         self.server.shutdown()
         self.server.server_close()
+
+
+class _IPv6Server(ThreadingHTTPServer):
+    address_family = socket.AF_INET6
 
 
 class _Handler(BaseHTTPRequestHandler):

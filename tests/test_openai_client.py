@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import re
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,8 +117,192 @@ def test_tokens_and_their_log_probs(server: FakeServer) -> None:
         token["token"] = "word"
     (reply,) = client(server).chat_all([body("q")], num_answers=2)
     assert reply.answers[0].token_ids is None and reply.answers[0].logps is None
-    with pytest.raises(Unavailable, match="failed 2 times, last with 2 of 3 answers"):
-        client(server, attempts=2).chat_all([body("q", num_answers=3)], num_answers=3)
+    with pytest.raises(Unavailable, match="failed 2 times, last with 2 answers, 1 asked for"):
+        client(server, attempts=2).chat_all([body("q")])
+
+
+def test_answers_that_are_missing_are_asked_for(server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
+    """llama.cpp and transformers serve give one answer, however many are wanted; some refuse `n`. Every request has a seed of its own."""
+    server.reply = lambda path, body: completion(f"answer to {body.get('seed')}")
+    ask = client(server, at_once=1)
+    (reply,) = ask.chat_all([body("q", num_answers=3, seed=5, temperature=1.0)], num_answers=3)
+    asked = [(request["n"], request["seed"]) for request in server.requests]
+    assert (
+        [n for n, _ in asked] == [3, 2, 1] and asked[0][1] == 5 and len(dict(asked)) == len({s for _, s in asked}) == 3
+    )
+    assert [answer.text for answer in reply.answers] == [f"answer to {seed}" for _, seed in asked]
+    ask.chat_all([body("q", num_answers=2)], num_answers=2)
+    assert caplog.text.count("gives fewer answers to a request than it is asked for") == 1
+    one = completion("one")
+    server.reply = lambda path, body: (422, {"detail": "Unexpected keys: n"}) if "n" in body else one
+    (reply,) = client(server, at_once=1).chat_all([body("q", num_answers=2)], num_answers=2)
+    assert [answer.text for answer in reply.answers] == ["one", "one"]
+
+
+@pytest.mark.parametrize(
+    "changes, found",
+    [
+        ({"index": None}, ("a", None, None, True)),
+        ({"token_ids": ["7", "2"]}, ("a", [7, 2], None, True)),
+        ({"message": {"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}}, ("ab", None, None, True)),
+        ({"message": {"content": None, "reasoning_content": "hm"}}, ("", None, None, True)),
+        ({"finish_reason": None}, ("a", None, None, True)),
+        ({"finish_reason": "max_tokens"}, ("a", None, None, False)),
+        ({"logprobs": None}, ("a", None, None, True)),
+        ({"logprobs": {"content": None, "tokens": ["a"]}}, ("a", None, None, True)),
+        ({"logprobs": {"content": [{"token": "a", "logprob": -1.0}]}, "token_ids": [7, 2]}, ("a", [7, 2], None, True)),
+    ],
+)  # fmt: skip
+def test_replies_of_other_servers(server: FakeServer, changes: dict, found: tuple) -> None:
+    reply = completion("a")
+    reply["choices"][0] |= changes
+    server.reply = lambda path, body: reply
+    (reply_,) = client(server).chat_all([body("q")])
+    (answer,) = reply_.answers
+    assert (answer.text, answer.token_ids, answer.logps, answer.ended) == found
+
+
+def test_who_does_not_say_why_an_answer_ends_is_named(server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
+    server.reply = lambda path, body: {"choices": [{"message": {"content": "a"}}], "usage": None}
+    assert texts(client(server), "q", "r") == ["a", "a"]
+    assert caplog.text.count("does not say why an answer ends (finish_reason)") == 1
+
+
+@pytest.mark.parametrize(
+    "reply, said",
+    [
+        ({"error": {"message": "out of\nmemory"}}, r"a reply without an answer: out of memory$"),
+        ({"choices": None}, r"a reply without an answer: '\{\"choices\": null\}'$"),
+        ([], r"a reply that cannot be read \('\[\]'\)$"),
+        (b"<html> Please log in </html>", r"a reply that cannot be read \('<html> Please log in </html>'\)$"),
+        ({"choices": [{"index": 0, "text": "a completion"}]}, "a reply that cannot be read"),
+        ({"choices": [{"message": {"content": "a"}, "finish_reason": "abort"}]}, r"broken off \(finish_reason abort\)"),
+        (completion("a", prompt_token_ids=["x"]), "a reply that cannot be read"),
+        ((503, {"error": {"message": "loading"}}), r"HTTP 503 \(loading\)$"),
+    ],
+)
+def test_replies_that_are_none(server: FakeServer, reply: object, said: str) -> None:
+    """Asked for once more, then one sentence with the server's words."""
+    server.reply = lambda path, body: reply
+    with pytest.raises(Unavailable, match=f"failed 2 times, last with.*{said}"):
+        texts(client(server, attempts=2), "q")
+    assert len(server.requests) == 2
+
+
+def test_log_probs_that_are_no_numbers(server: FakeServer) -> None:
+    token = {"token": "token_id:7", "logprob": float("-inf")}
+    reply = completion("a")
+    reply["choices"][0]["logprobs"] = {"content": [token]}
+    server.reply = lambda path, body: reply
+    with pytest.raises(Unavailable, match="last with a log-prob of -inf"):
+        texts(client(server, attempts=2), "q")
+
+
+def test_words_that_end_it_at_once(server: FakeServer) -> None:
+    """vLLM answers 500 to an adapter that it cannot load."""
+    server.reply = lambda path, body: (500, {"error": {"message": "LoRA rank 64 is greater than max_lora_rank 16."}})
+    ask = client(server, final=re.compile("lora", re.IGNORECASE), hints={500: "raise it"})
+    with pytest.raises(Refused, match=r"answered 500 Internal Server Error \(LoRA rank 64 .* 16\.\): raise it$"):
+        texts(ask, "q")
+    assert len(server.requests) == 1
+
+
+def test_a_server_that_hangs_is_left_before_one_that_is_down(server: FakeServer) -> None:
+    server.script = ["slow"] * 9
+    with pytest.raises(Unavailable, match=r"failed 2 times, last with no answer within 0\.2 s"):
+        texts(client(server, timeout=0.2, timeouts=2), "q")
+
+
+# ------------------------------------------------------------------------------------------------ addresses and keys
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "http://", "ftp://h/v1", "http://::1:8000/v1", "http://h:port/v1", "http://h:99999/v1"]
+)
+def test_what_is_no_address(url: str) -> None:
+    with pytest.raises(InputError, match=r"--rollout_url .* is not an address.*write e\.g\. http://localhost:8000/v1"):
+        OpenAIClient(url, flag="--rollout_url")
+
+
+def test_addresses_in_other_forms(server: FakeServer) -> None:
+    assert OpenAIClient(f" {server.url}/ ").url == server.url
+    with pytest.raises(InputError, match=r"paths are added to the address, which has no \?"):
+        OpenAIClient(f"{server.url}?api-version=1")
+    try:
+        other = FakeServer(server.reply, host="::1")
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    try:
+        assert other.url.startswith("http://[::1]:") and texts(client(other), "a") == ["A"]
+    finally:
+        other.close()
+
+
+def test_a_redirect_is_named_and_not_followed(server: FakeServer) -> None:
+    server.script = [307]
+    with pytest.raises(Refused, match=rf"answered 307 Temporary Redirect .*sends on to {server.url}/elsewhere, which is not followed"):  # fmt: skip
+        texts(client(server), "a")
+    assert len(server.requests) == 1
+
+
+def test_proxies_of_the_environment(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not asked for this machine's own addresses; for others they are, and messages say so."""
+    monkeypatch.delenv("no_proxy")
+    monkeypatch.setenv("http_proxy", server.url.removesuffix("/v1"))
+    for host in ("127.0.0.1", "localhost"):
+        assert texts(OpenAIClient(server.url.replace("127.0.0.1", host)), "a") == ["A"]
+    assert server.paths == ["/v1/chat/completions"] * 2
+    assert texts(OpenAIClient("http://server.invalid/v1"), "a") == ["A"]
+    assert server.paths[2] == "http://server.invalid/v1/chat/completions"
+    server.script = [403]
+    with pytest.raises(Refused, match=r"http://server\.invalid/v1, through the proxy of the environment, answered 403"):
+        texts(OpenAIClient("http://server.invalid/v1"), "a")
+    monkeypatch.setenv("http_proxy", "socks9://127.0.0.1:1")
+    with pytest.raises(InputError, match=r"proxy of the environment .* cannot be used for http://server\.invalid/v1: "):
+        texts(OpenAIClient("http://server.invalid/v1"), "a")
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A self-signed one with its key, for 127.0.0.1."""
+    file = tmp_path_factory.mktemp("tls") / "server.pem"
+    command = f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=test -addext subjectAltName=IP:127.0.0.1 -keyout {file}.key -out {file}"
+    subprocess.run(command.split(), check=True, capture_output=True)
+    file.write_text(file.read_text() + Path(f"{file}.key").read_text())
+    return file
+
+
+def test_certificates(server: FakeServer, certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that nobody has signed is refused at once, and taken where SSL_CERT_FILE names it; http is no https."""
+    safe = FakeServer(server.reply, certificate=certificate)
+    try:
+        with pytest.raises(
+            InputError, match=r"its certificate is not trusted \(self-signed certificate\): .*SSL_CERT_FILE"
+        ):
+            texts(client(safe), "a")
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert texts(client(safe), "a") == ["A"]
+        with pytest.raises(InputError, match=r"it speaks no TLS: write http:// in place of https://"):
+            texts(OpenAIClient(server.url.replace("http:", "https:")), "a")
+        assert server.requests[1:] == []
+    finally:
+        safe.close()
+
+
+def test_keys(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line break that a file leaves behind a key is none of it. Without one nothing is sent, and the server's refusal names the variable."""
+    monkeypatch.setenv("SERVER_API_KEY", f" {KEY}\n")
+    texts(client(server), "a")
+    monkeypatch.setenv("SERVER_API_KEY", "schlüssel")
+    with pytest.raises(InputError, match=r"SERVER_API_KEY is not a key: it has spaces or letters") as said:
+        client(server)
+    assert "schl" not in str(said.value)
+    monkeypatch.setenv("SERVER_API_KEY", "")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    server.script = [401]
+    with pytest.raises(Refused, match=r"answered 401 Unauthorized \(no\): set SERVER_API_KEY to a valid key"):
+        texts(client(server), "a")
+    assert [h.get("Authorization") for h in server.headers] == [f"Bearer {KEY}", None]
 
 
 def test_the_model_that_is_served(server: FakeServer) -> None:
@@ -124,8 +310,6 @@ def test_the_model_that_is_served(server: FakeServer) -> None:
     server.models = []
     with pytest.raises(InputError, match="serves no model"):
         client(server).served_model()
-    with pytest.raises(InputError, match=r"--rollout_url localhost:8000 is not an address"):
-        OpenAIClient("localhost:8000", flag="--rollout_url")
 
 
 def test_messages_of_a_row(llava: str, tmp_path: Path) -> None:
