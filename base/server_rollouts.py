@@ -242,7 +242,7 @@ class ServerRollouts:
         """Up to and with the end token. A text without token ids is tokenised again, which may split it differently.
 
         Raises:
-            InputError: there is no token, or one that an answer cannot have.
+            InputError: a token that an answer cannot have.
         """
         ids = answer.token_ids or self.collator.processor.encode_response(answer.text, answer.ended is not False)
         ids = cut_after_end(ids, self.end_ids)[: self.args.response_length]
@@ -252,8 +252,6 @@ class ServerRollouts:
             raise InputError(
                 f"{self.client.shown_url} answers with token {strange}, {why}: serve the checkpoint that is trained."
             )
-        if not ids:
-            raise InputError(f"{self.client.shown_url} answers without a single token: take another server.")
         return ids
 
     def _logps(self, answer: Answer, tokens: int) -> list[float]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 
 import args
 import losses
@@ -87,7 +88,7 @@ def test_a_dead_server_loses_nothing(server, impatient, llava, pairs_json, image
     server.adapters.clear()
     with pytest.raises(
         InputError,
-        match=r"the rollout server http://127.* failed 2 times, last with HTTP 500\. The answers are kept in .*out: --resume",
+        match=r"the rollout server http://127.* failed 2 times, last with HTTP 500 \(no\)\. The answers are kept in .*out: --resume",
     ):
         train(tmp_path / "out", llava, pairs_json, image_dir, f"{rollouts} --dataloader_num_workers 0")
     kept = json.loads((tmp_path / "out" / "unscored_answers_0.json").read_text())["answers"]
@@ -137,6 +138,61 @@ def test_servers_that_read_another_prompt(server, llava, pairs_json, image_dir, 
     server.reply = another_word
     with pytest.raises(InputError, match=r"the prompt has '.*' as token \d+, '.*' here"):
         train(tmp_path / "word", llava, pairs_json, image_dir, f"--rollout_url {server.url}")
+
+
+def test_adapters_that_it_does_not_take(server, llava, pairs_json, image_dir, tmp_path):
+    """vLLM says why with 500, which is not tried again; a path that it does not see with 404."""
+    server.refuses = "LoRA rank 4 is greater than max_lora_rank 2."
+    with pytest.raises(
+        InputError, match=r"answered 500 .*\(LoRA rank 4 is greater than max_lora_rank 2\.\): .*--max-lora-rank"
+    ):
+        train(tmp_path / "rank", llava, pairs_json, image_dir, f"--rollout_url {server.url}")
+    assert server.paths == ["/v1/load_lora_adapter"]
+    server.refuses = None
+    server.reply = lambda path, body: server.route(path, body | {"lora_path": str(tmp_path / "elsewhere")})
+    with pytest.raises(InputError, match=r"sees no .*policy-\w+-0: the server and the training must see the same disk"):
+        train(tmp_path / "disk", llava, pairs_json, image_dir, f"--rollout_url {server.url}")
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"use_dora": True}, "is a DoRA"),
+        ({"modules_to_save": ["lm_head"]}, r"has modules of its own \(lm_head\)"),
+        ({"bias": "all"}, "has biases"),
+        ({"init_lora_weights": "pissa"}, r"starts from a changed base \(pissa\)"),
+        ({}, "has weights in the vision tower"),
+    ],
+)
+def test_adapters_that_vllm_does_not_serve(changes: dict, said: str) -> None:
+    """Of training that continues an adapter, whose flags stand in its folder."""
+    config = LoraConfig(**changes)
+    with pytest.raises(InputError, match=f"The adapter {said}.*, which vLLM does not serve"):
+        server_rollouts.refuse_unserved(config, in_vision=not changes)
+    for kind in ({}, {"use_rslora": True}, {"init_lora_weights": "gaussian"}, {"rank_pattern": {"q_proj": 2}}):
+        server_rollouts.refuse_unserved(LoraConfig(**kind), in_vision=False)
+
+
+@pytest.mark.parametrize(
+    "tokens, said",
+    [
+        ([10**6], "answers with token 1000000, none of the checkpoint's"),
+        ("images", r"answers with token \d+, an image's place \(it takes no logit_bias\)"),
+    ],
+)
+def test_answers_of_another_vocabulary(server, llava, pairs_json, image_dir, tmp_path, tokens, said: str):
+    strange = [server.base.config.image_token_id] if tokens == "images" else tokens
+
+    def reply(path: str, body: dict) -> object:
+        found = server.route(path, body)
+        for choice in found["choices"] if isinstance(found, dict) else []:
+            choice |= {"token_ids": strange, "finish_reason": "length", "message": {"content": ""}}
+            choice["logprobs"]["content"] = [{"token": "x", "logprob": -1.0}] * len(strange)
+        return found
+
+    server.reply = reply
+    with pytest.raises(InputError, match=said):
+        train(tmp_path / "out", llava, pairs_json, image_dir, f"--rollout_url {server.url}")
 
 
 @pytest.mark.slow
@@ -189,6 +245,9 @@ def test_flags(tmp_path, llava, pairs_json, image_dir):
         parsed("--use_lora True --rollout_url http://x/v1 --vllm_importance_sampling_cap 2").rollout_importance_cap == 2
     )
     for more, message in {
+        "--use_lora True --rollout_url http://x/v1 --use_dora True": "--use_dora makes an adapter that vLLM does not serve",
+        "--use_lora True --rollout_url http://x/v1 --modules_to_save lm_head": "--modules_to_save makes an adapter",
+        "--use_lora True --q_lora True --rollout_url http://x/v1 --init_lora_weights loftq": "--init_lora_weights loftq belongs to a rounded",
         "--rollout_url http://x/v1": r"needs --use_lora True: the server gets an adapter in every update",
         "--rollout_importance_cap 2": "need --rollout_url",
         "--rollout_timeout 5": "need --rollout_url",

@@ -22,6 +22,7 @@ class TinyServer(FakeServer):
     """Serves `checkpoint` as "tiny".
 
     Attributes:
+        refuses: what is wrong with every adapter; None takes them.
         ignores_adapters: answer as the base, whatever adapter is named.
         gives_tokens: whether token ids and log-probs are in the replies.
         loaded: names of the adapters, as they were loaded.
@@ -32,6 +33,7 @@ class TinyServer(FakeServer):
         base = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
         self.adapters: dict[str, Any] = {}  # name -> the base with that adapter merged
         self.base: Any = base
+        self.refuses: str | None = None
         self.ignores_adapters, self.gives_tokens = False, True
         self.loaded: list[str] = []
         super().__init__(self.route)
@@ -55,6 +57,8 @@ class TinyServer(FakeServer):
         if name in self.adapters:
             said = f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set 'load_inplace' to True."
             return error(400, said, "InvalidUserInput")
+        if self.refuses is not None:
+            return error(500, self.refuses, "InternalServerError")
         if not Path(path, "adapter_config.json").is_file():
             return error(404, f"Loading lora {name} failed: No adapter found for <path>", "NotFoundError")
         self.adapters[name] = PeftModel.from_pretrained(copy.deepcopy(self.base), path).merge_and_unload().eval()
