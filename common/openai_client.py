@@ -51,6 +51,7 @@ OPTIONAL_FIELDS = (
     "logprobs",
     "seed",
 )
+MANY = 8  # prompts that make a pattern
 logger = logging.getLogger(__name__)
 _TRY_AGAIN = (408, 409, 429)
 _random = random.Random()  # not the global one, on which a training run may depend
@@ -162,6 +163,7 @@ class OpenAIClient:
         } | dict(hints or {})
         self._tls = ssl.create_default_context() if url.startswith("https://") else False
         self._warned: set[str] = set()
+        self._alike = 0.0  # prompts whose answers were all equal; minus infinity after one whose were not
 
     @property
     def shown_url(self) -> str:
@@ -362,6 +364,12 @@ class OpenAIClient:
         if any(answer.ended is None for answer in reply.answers):
             self.warn_once("does not say why an answer ends (finish_reason): it counts as one that ended by itself.")
             reply = replace(reply, answers=[replace(a, ended=a.ended is not False) for a in reply.answers])
+        if num_answers > 1:
+            self._alike = -math.inf if len({answer.text for answer in reply.answers}) > 1 else self._alike + 1
+            if self._alike == MANY:
+                self.warn_once(
+                    f"has answered {MANY} times with equal answers to one prompt: does it sample (temperature, do_sample)?"
+                )
         return reply
 
 
@@ -504,7 +512,7 @@ def read_chat(response: httpx2.Response) -> ChatReply:
 
 def _answer(choice: Mapping[str, Any]) -> Answer:
     content = (choice.get("logprobs") or {}).get("content")
-    token_ids = _ids(choice.get("token_ids"))
+    token_ids = _ids(choice.get("token_ids", choice.get("response_token_ids")))  # of vLLM, of SGLang
     if token_ids is None and content and all(str(token["token"]).startswith("token_id:") for token in content):
         token_ids = [int(token["token"].removeprefix("token_id:")) for token in content]
     logps = [_logp(token) for token in content] if content else None

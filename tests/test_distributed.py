@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -23,6 +23,7 @@ from base.ppo_trainer import VLPPOTrainer
 from tests import zoo
 from tests.distributed_jobs import SCRIPTS
 from tests.processes import ON_POLICY, ROOT, ZERO_OR_ONE, history, script_of
+from tests.tiny_server import TinyServer
 
 MODES = {"full": "", "lora": "--use_lora True --lora_r 4 --lora_dropout 0"}
 CELLS = [
@@ -400,6 +401,65 @@ def test_rollouts_of_different_lengths(job, talkative, tmp_path: Path, monkeypat
     launch("deepspeed", two, tmp_path)
     for one, other in zip(alone, two, strict=True):
         assert_same_curve(Path(one["out"]), Path(other["out"]))
+
+
+@pytest.fixture
+def server(llava: str) -> Iterator[TinyServer]:
+    tiny = TinyServer(llava)
+    yield tiny
+    tiny.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setup", ["ddp", "zero2", "zero3"])
+def test_a_server_answers_two_ranks(job, server, tmp_path: Path, setup: str):
+    """Each rank asks for its own prompts, the first one alone gives the server the adapter, and the numbers are those of one process."""
+    launcher, flags = LAUNCH[setup]
+    cells = [("grpo", "lora"), ("ppo", "lora")]
+    alone = [job(*cell, "one", 4, f"--rollout_url {server.url}") for cell in cells]
+    two = [job(*cell, "two", 2, f"--rollout_url {server.url} {flags}") for cell in cells]
+    for one in alone:
+        SCRIPTS[one["script"]].main(one["argv"])
+    asked = [path.rpartition("/")[2] for path in server.paths]
+    launch(launcher, two, tmp_path)
+    assert sorted(path.rpartition("/")[2] for path in server.paths) == sorted(2 * asked)
+    assert asked.count("load_lora_adapter") == len(cells) * 3 and len(server.loaded) == len(set(server.loaded))
+    for one, other in zip(alone, two, strict=True):
+        assert_same_curve(Path(one["out"]), Path(other["out"]))
+        assert all(step["first/ratio_deviation"] < 1e-4 for step in history(Path(other["out"])))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setup", ["ddp", "zero2"])
+def test_a_server_that_fails_one_rank_ends_both(job, server, tmp_path: Path, setup: str):
+    """In the second update it answers one prompt and not the other: both ranks end in a sentence, with a checkpoint; resumed, the run asks for
+    that prompt alone and ends as one that met no trouble."""
+    launcher, flags = LAUNCH[setup]
+    flags += f" --rollout_url {server.url} --save_strategy steps --save_steps 1"
+    whole, part = job("grpo", "lora", "whole", 2, flags), job("grpo", "lora", "part", 2, flags)
+    launch(launcher, [whole], tmp_path)
+    refused: list[int] = []
+
+    def reply(path: str, body: dict) -> object:
+        if path.endswith("completions") and body["model"].endswith("-1"):
+            with server.lock:
+                refused.append(body["seed"])
+            if body["seed"] == refused[0]:
+                return 400, {"error": {"message": "no room"}}
+        return server.route(path, body)
+
+    server.reply = reply
+    launch(launcher, [part | {"refused": True}], tmp_path)
+    said = sorted((tmp_path / f"jobs.said-{rank}").read_text() for rank in (0, 1))
+    kept = f"The answers are kept in {part['out']}: --resume_from_checkpoint True goes on with them."
+    assert said[0] == f"The rollout server failed on another process. {kept}"
+    assert "answered 400 Bad Request (no room)" in said[1] and said[1].endswith(kept)
+    assert (Path(part["out"]) / "checkpoint-1").is_dir()
+    server.reply, before = server.route, len(server.requests)
+    launch(launcher, [part | {"argv": [*part["argv"], "--resume_from_checkpoint", "True"]}], tmp_path)
+    again = [body["seed"] for body in server.requests[before:] if body.get("model", "").endswith("-1")]
+    assert again == [refused[0]]
+    assert_same_curve(Path(whole["out"]), Path(part["out"]))
 
 
 @pytest.mark.slow

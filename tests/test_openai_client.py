@@ -142,6 +142,7 @@ def test_answers_that_are_missing_are_asked_for(server: FakeServer, caplog: pyte
 @pytest.mark.parametrize(
     "changes, found",
     [
+        ({"response_token_ids": [7, 2]}, ("a", [7, 2], None, True)),  # SGLang
         ({"index": None}, ("a", None, None, True)),
         ({"token_ids": ["7", "2"]}, ("a", [7, 2], None, True)),
         ({"message": {"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}}, ("ab", None, None, True)),
@@ -166,6 +167,15 @@ def test_who_does_not_say_why_an_answer_ends_is_named(server: FakeServer, caplog
     server.reply = lambda path, body: {"choices": [{"message": {"content": "a"}}], "usage": None}
     assert texts(client(server), "q", "r") == ["a", "a"]
     assert caplog.text.count("does not say why an answer ends (finish_reason)") == 1
+
+
+def test_a_server_that_does_not_sample_is_named(server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
+    """transformers serve is greedy at any temperature, unless generation_config.json says do_sample."""
+    server.reply = lambda path, body: completion(body["messages"][0]["content"], "b")
+    client(server, at_once=1).chat_all([body(text) for text in "a" + "b" * 20], num_answers=2)
+    assert "does it sample" not in caplog.text
+    client(server, at_once=1).chat_all([body("b")] * 20, num_answers=2)
+    assert caplog.text.count("has answered 8 times with equal answers to one prompt: does it sample") == 1
 
 
 @pytest.mark.parametrize(
