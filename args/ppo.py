@@ -1,5 +1,6 @@
 """Flags of train_ppo.py alone."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 

@@ -96,8 +96,8 @@ BASE = [
     },
 ]
 LAYERS = ["common", "losses", "args", "data", *range(len(BASE)), "models", "top"]
-# Families are plug-ins, found by name when a checkpoint is loaded. Nothing else is imported so.
-BY_NAME = {"base.loading", "models", "benchmarks.memory"}
+# Families are plug-ins, found by name when a checkpoint is loaded; benchmarks.startup imports a script by its name. Nothing else is imported so.
+BY_NAME = {"base.loading", "models", "benchmarks.memory", "benchmarks.startup"}
 
 
 def modules() -> dict[str, Path]:
