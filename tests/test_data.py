@@ -22,8 +22,8 @@ import data
 from args import DataArguments
 from common.errors import InputError
 from common.threads import map_in_threads
-from data.files import json_list
 from data.pairs import ordered_pairs
+from data.records import json_list
 from data.splits import held_out, interleaved, kept
 
 ROOT = Path(__file__).parent.parent
@@ -441,7 +441,7 @@ def test_json_list_is_read_piece_by_piece(folder: Path, monkeypatch: pytest.Monk
     values = [v for i in range(40) for v in ({"t": 'é"\\ ] }\n,' * i}, [i], i * 7, f"[{i}", None, 1.5e10)]
     (folder / "d.json").write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8")
     for size in (1, 3, 64, 1 << 20):
-        monkeypatch.setattr("data.files._CHUNK_CHARS", size)
+        monkeypatch.setattr("data.records._CHUNK_CHARS", size)
         records = list(json_list(str(folder / "d.json")))
         assert [json.loads(record["text"]) for record in records] == values
     text = (folder / "d.json").read_text(encoding="utf-8").split("\n")
