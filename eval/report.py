@@ -421,7 +421,15 @@ def page(runs: list[Run], pictures: list[str], max_rows: int, folder: Path) -> s
         rows, total = page_rows(runs, name, max_rows)
         if rows:
             benchmarks.append({"name": name, "total": total, "rows": rows})
-    data = json.dumps({"runs": [r.name for r in runs], "benchmarks": benchmarks}, ensure_ascii=False)
+    # Several questions are asked about one picture: it is in the page once, rows have its place
+    images = {
+        source: n
+        for n, source in enumerate(dict.fromkeys(s for b in benchmarks for r in b["rows"] for s in r.get("images", [])))
+    }
+    for row in (r for b in benchmarks for r in b["rows"] if "images" in r):
+        row["images"] = [images[source] for source in row["images"]]
+    everything = {"runs": [r.name for r in runs], "images": list(images), "benchmarks": benchmarks}
+    data = json.dumps(everything, ensure_ascii=False)
     data = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     table = columns(runs)
     values = cells(runs, table)

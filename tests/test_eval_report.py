@@ -117,7 +117,9 @@ def test_report_page_is_whole_and_harmless(runs: list[Path], tmp_path: Path) -> 
     pope, mme = data["benchmarks"]
     assert (len(pope["rows"]), pope["total"], len(mme["rows"]), mme["total"]) == (30, 72, 30, 168)
     assert any(a["answer"] == EVIL for row in pope["rows"] for a in row["runs"].values())
-    assert mme["rows"][0]["images"][0].startswith("data:image/jpeg;base64,")
+    assert all(source.startswith("data:image/jpeg;base64,") for source in data["images"])
+    used = {i for b in data["benchmarks"] for row in b["rows"] for i in row["images"]}
+    assert used == set(range(len(data["images"]))) and len(set(data["images"])) == len(data["images"])  # once each
     assert mme["rows"][0]["question"].startswith("Is the") and set(mme["rows"][0]["runs"]) == {"0", "1", "2"}
     differing = [len({a["correct"] for a in row["runs"].values()}) > 1 for row in pope["rows"]]
     assert any(differing) and differing == sorted(differing, reverse=True)  # they come first
