@@ -187,6 +187,7 @@ def draw_png(found: Mapping[str, Points], path: Path) -> None:
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=7, frameon=False)
+        if len(present) > 1:  # below the curves, not on them; a single one is what the title says
+            axis.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=2)
     with replacing(path) as beside:
         figure.savefig(beside, dpi=130, format="png")

@@ -26,7 +26,8 @@ TableRow = tuple[Sequence[ImageFile], Sequence[str | float | None]]  # pictures,
 STYLE = (
     ".sample{display:grid;gap:.8rem;grid-template-columns:11rem 1fr;margin-bottom:.8rem}@media(max-width:34rem){.sample{grid-template-columns:1fr}}"
     "img{max-width:100%;max-height:14rem;border-radius:4px}.answer{border-top:1px solid var(--line);padding-top:.4rem;margin-top:.4rem}"
-    ".answer b{font-weight:600}.answer .soft{float:right;font-variant-numeric:tabular-nums}.text{white-space:pre-wrap}"
+    ".answer b{font-weight:600}.answer .soft{float:right;margin-left:.8rem;font-variant-numeric:tabular-nums}.text{white-space:pre-wrap}"
+    "@media(max-width:34rem){.answer .soft{float:none;display:block;margin:0}}"
 )
 
 
