@@ -58,6 +58,10 @@ NO_WEIGHT: dict[str, str | Refused] = {"0": "", "0.0": ""}
 ZERO_HEAD = Ignored("a value head starts at zero; --init_value_from_reward True starts it as the reward's")
 REWARD_FUNCTION = Refused("write --reward_fn file.py:name")
 ONE_AUTOCAST = Ignored("torch's autocast is the only one")
+SHUFFLED = switch("", "--train_sampling_strategy sequential")
+SERVER = Refused("write --rollout_url URL of a server that runs")
+REFERENCE = Refused("--model_name_or_path is the policy and the reference: start from that model")
+SAMPLES = Ignored("every run writes samples of its answers")
 
 OLDER_TRANSFORMERS: dict[str, Entry] = {
     "evaluation_strategy": "eval_strategy",
@@ -104,7 +108,7 @@ TRL: dict[str, Entry] = {
     "reward_model_path": "reward_model_name_or_path",
     "trust_remote_code": switch(None),
     "reference_free": switch(None),
-    "ref_model_name_or_path": Refused("--model_name_or_path is the policy and the reference: start from that model"),
+    "ref_model_name_or_path": REFERENCE,
     "dataset_train_split": {"train": ""},
     "dataset_test_split": Refused("write --eval_data_path FILE or --eval_ratio SHARE"),
     "dataset_config": Refused("write --data_path with the file or folder of that configuration"),
@@ -114,6 +118,23 @@ TRL: dict[str, Entry] = {
     "vllm_importance_sampling_cap": "rollout_importance_cap",
     "vllm_importance_sampling_clip_max": "rollout_importance_cap",
     "cpo_alpha": Refused("write --loss_type cpo sft --loss_weights 1 ALPHA"),
+    "assistant_only_loss": switch("", None),
+    "completion_only_loss": switch("", None),
+    "disable_dropout": switch("", None),
+    "sync_ref_model": switch(None),
+    "activation_offloading": switch(None),
+    "shuffle_dataset": SHUFFLED,
+    "dataset_streaming": "streaming",
+    "test_split_size": "eval_ratio",
+    "dataset_text_field": Refused("rows are conversations, in one of the layouts of docs/data.md"),
+    "model_revision": {"main": "", "": Refused("download that revision and give its folder as --model_name_or_path")},
+    "pad_to_multiple_of": Ignored("rows of a batch lie end to end, without padding"),
+    "log_completions": SAMPLES,
+    "num_completions_to_print": SAMPLES,
+    "vllm_mode": SERVER,
+    "vllm_server_base_url": "rollout_url",
+    "vllm_server_host": SERVER,
+    "vllm_server_port": SERVER,
 }
 LLAMA_FACTORY: dict[str, Entry] = {
     "stage": {"kto": "--loss_type kto", "": BY_SCRIPT},
@@ -153,6 +174,35 @@ LLAMA_FACTORY: dict[str, Entry] = {
     "pissa_init": switch("--init_lora_weights pissa"),
     "pissa_iter": Refused("write --init_lora_weights pissa_niter_N"),
     "pissa_convert": switch("", None),  # what is saved works on the base as it was
+    "media_dir": "image_root",
+    "train_on_prompt": switch(None),
+    "mask_history": switch("--train_on last"),
+    "image_max_pixels": "max_pixels",
+    "image_min_pixels": "min_pixels",
+    "video_maxlen": Refused("write --video_frames N, which takes N of every video, or --video_fps F"),
+    "double_quantization": switch("", None),
+    "quantization_type": {"nf4": ""},
+    "disable_gradient_checkpointing": switch("--gradient_checkpointing False", "--gradient_checkpointing True"),
+    "disable_shuffling": switch("--train_sampling_strategy sequential"),
+    "early_stopping_steps": "early_stopping_patience",
+    "use_fast_tokenizer": switch("", None),
+    "low_cpu_mem_usage": switch("", None),
+    "cache_dir": Refused("set the environment variable HF_HUB_CACHE"),
+    "hf_hub_token": Refused("set the environment variable HF_TOKEN, or run `hf auth login`"),
+    "mix_strategy": {"concat": ""},
+    "ref_model": REFERENCE,
+    "ppo_whiten_rewards": "whiten_rewards",
+    "ppo_target": "target_kl",
+    "use_galore": switch(None) | {"": Refused("write --optim galore_adamw --optim_target_modules NAMES")},
+    "use_apollo": switch(None) | {"": Refused("write --optim apollo_adamw --optim_target_modules NAMES")},
+    "use_badam": switch(None),
+    "use_unsloth": switch(None),
+    "use_muon": switch(None),
+    "use_llama_pro": switch(None),
+    "enable_liger_kernel": "use_liger_kernel",
+    "use_swanlab": switch("--report_to swanlab"),
+    "pure_bf16": switch(None),
+    "shift_attn": switch(None),
 }
 MS_SWIFT: dict[str, Entry] = {
     "model": "model_name_or_path",
@@ -169,7 +219,9 @@ MS_SWIFT: dict[str, Entry] = {
     "lorap_lr_ratio": "loraplus_lr_ratio",
     "init_weights": {
         **switch("", None),
-        **{name: f"--init_lora_weights {name}" for name in ("gaussian", "pissa", "olora", "loftq", "orthogonal")},
+        **{
+            name: f"--init_lora_weights {name}" for name in ("gaussian", "pissa", "olora", "loftq", "orthogonal", "eva")
+        },
     },
     "early_stop_interval": "early_stopping_patience",
     "rlhf_type": {
@@ -187,6 +239,24 @@ MS_SWIFT: dict[str, Entry] = {
     "reward_model_plugin": REWARD_FUNCTION,
     "external_plugins": REWARD_FUNCTION,
     "padding_free": Ignored("rows of a batch lie end to end, without padding"),
+    "target_regex": "lora_target_modules",
+    "dataset_shuffle": SHUFFLED,
+    "model_type": Ignored("the checkpoint's config.json says it"),
+    "use_hf": switch("", None),
+    "lazy_tokenize": Ignored("pictures and texts are encoded batch by batch"),
+    "load_from_cache_file": Ignored("what is cached is compared with the files"),
+    "truncation_strategy": {"delete": "", "": Refused("rows that are longer than --max_length are left out")},
+    "loss_scale": {"default": "", "last_round": "--train_on last"},
+    "sequence_parallel_size": {"1": ""},
+    "tuner_backend": {"peft": ""},
+    "task_type": {"causal_lm": ""},
+    "add_version": Ignored("a run lies in --output_dir itself"),
+    "bnb_4bit_use_double_quant": switch("", None),
+    "bnb_4bit_compute_dtype": Ignored("4-bit layers compute in --torch_dtype, or in bf16 with --bf16 True"),
+    "system": Refused("write the system prompt into the rows, as a first message"),
+    "freeze_parameters": Refused(
+        "write --freeze_vision_tower, --freeze_language_model, --train_projector or --train_vision_layers"
+    ),
 }
 # LLaVA, Qwen2-VL-Finetune and their kin
 LLAVA: dict[str, Entry] = {

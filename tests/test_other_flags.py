@@ -62,6 +62,22 @@ TAKEN = {  # script, their flags, ours
         {"use_lora": True, "modules_to_save": ["lm_head"]},
     ),
     "TRL's 4 bits": ("sft", "--use_peft True --load_in_4bit True", {"q_lora": True}),
+    "LLaMA-Factory's pictures and turns": (
+        "sft",
+        "--media_dir m --image_max_pixels 99 --mask_history True --disable_gradient_checkpointing False --disable_shuffling True",
+        {
+            "image_root": "m",
+            "max_pixels": 99,
+            "train_on": "last",
+            "gradient_checkpointing": True,
+            "train_sampling_strategy": "sequential",
+        },
+    ),
+    "ms-swift's scales": (
+        "sft",
+        "--loss_scale last_round --dataset_shuffle false --truncation_strategy delete --init_weights eva --tuner_type lora",
+        {"train_on": "last", "train_sampling_strategy": "sequential", "init_lora_weights": "eva", "use_lora": True},
+    ),
     "TRL's answer length": ("dpo", "--max_completion_length 7", {"max_target_length": 7}),
     "the same in GRPO": ("ppo", "--max_completion_length 7", {"response_length": 7, "max_target_length": None}),
     "TRL's beta in GRPO": ("ppo", "--advantage_estimator grpo --beta .04 --num_generations 4", {"kl_in_loss": 0.04}),
@@ -152,6 +168,10 @@ def test_taken(parsed, name: str):
 
 
 REFUSED = {
+    "GaLore's switch": ("sft", "--use_galore True", r"--use_galore True is unknown here: write --optim galore_adamw"),
+    "cut-off rows": ("sft", "--truncation_strategy left", r"rows that are longer than --max_length are left out"),
+    "dropout": ("dpo", "--disable_dropout False", r"--disable_dropout False has no counterpart here"),
+    "a frame count": ("sft", "--video_maxlen 64", r"write --video_frames N"),
     "no share": ("sft", "--warmup_ratio 1.5", "write --warmup_steps"),
     "stage": ("sft", "--stage dpo", "the script says it"),
     "rlhf_type": ("dpo", "--rlhf_type grpo", "the script says it"),
