@@ -33,6 +33,7 @@ def refuse_contradictions(parsed: Sequence[Any]) -> None:
     for config in parsed:
         if isinstance(config, DPOConfig):
             _refuse_pairs_of_single_answers(config, flags)
+    _refuse_flags_of_other_rows(parsed, flags)
     if flags.get("eval_data_path") and flags.get("eval_ratio"):
         raise InputError("--eval_data_path and --eval_ratio both say what to evaluate on: give one of them.")
     if flags.get("pairs") == "score_margin" and flags.get("score_margin") is None:
@@ -154,6 +155,18 @@ def _refuse_pairs_of_single_answers(config: DPOConfig, flags: dict[str, Any]) ->
         if config.row_kind == "unpaired" and flags.get(name, default) != default:
             raise InputError(
                 f"--{name} chooses pairs, and --loss_type {' '.join(config.loss_type)} reads single answers."
+            )
+
+
+def _refuse_flags_of_other_rows(parsed: Sequence[Any], flags: dict[str, Any]) -> None:
+    """Flags that choose pairs, where rows have none, and turns, where the loss covers answers."""
+    sft, ppo = (any(isinstance(p, kind) for p in parsed) for kind in (SFTConfig, PPOConfig))
+    if not sft and flags.get("train_on", "all") != "all":
+        raise InputError("--train_on chooses turns of conversations, which train_sft.py alone trains on: leave it out.")
+    for name, default in (("pairs", "all"), ("score_margin", None)):
+        if (sft or ppo) and flags.get(name, default) != default:
+            raise InputError(
+                f"--{name} chooses pairs of answers, which {'conversations' if sft else 'prompts'} do not have: leave it out."
             )
 
 

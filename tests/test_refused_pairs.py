@@ -121,6 +121,9 @@ PAIRS = {
     "sft --train_vision_layers 0": "counts layers",
     "sft --use_lora True --train_vision_layers 2": "add --lora_vision True",
     "sft --freeze_language_model True --train_projector False": "leave nothing to train",
+    "sft --pairs adjacent": "chooses pairs of answers, which conversations do not have",
+    "ppo --score_margin 2": "chooses pairs of answers, which prompts do not have",
+    "rm --train_on last": "which train_sft.py alone trains on",
     # -- services
     "sft --report_to none --group_name g": "add --report_to wandb",
 }
