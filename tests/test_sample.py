@@ -1,5 +1,6 @@
 """data.sample: ranked rows of a model's own answers, whatever answers and scores; and the loop that trains on them."""
 
+import itertools
 import json
 import os
 import shlex
@@ -147,8 +148,8 @@ def test_reward_models_score_as_they_do_alone(command, image_dir, tmp_path, rewa
     assert len(rows) == 4
 
 
-def test_answers_of_a_server_and_ratings_of_a_judge(command, image_dir, tmp_path, monkeypatch):
-    """n = K answers per prompt with the picture in the request; the judge sees question and answer."""
+def test_answers_of_a_server_and_ratings_of_a_judge(command, image_dir, tmp_path, caplog):
+    """n = K answers per prompt with the picture in the request; the judge sees picture, question and answer, or no picture where it cannot."""
     replies = []
 
     def reply(path: str, body: dict) -> dict:
@@ -157,11 +158,14 @@ def test_answers_of_a_server_and_ratings_of_a_judge(command, image_dir, tmp_path
         if body["model"] == "judge":
             return completion(f"Fine.\nRating: {7 if 'answer 1' in text else 3}")
         assert body["n"] == 3 and text.count("data:image/png;base64") == 1
-        return completion("answer 0", "answer 1", "answer 1")
+        assert (body["top_k"], body["repetition_penalty"], body["add_special_tokens"]) == (-1, 1.0, True)
+        return completion("answer 0", "answer 1", "answer 1", usage={"prompt_tokens": 3})
 
     server = FakeServer(reply)
+    judge = f"--url {server.url} --judge {server.url} --judge_model judge"
     try:
-        sample.main(command(f"--url {server.url} --judge {server.url} --judge_model judge"))
+        sample.main(command(judge))
+        sample.main(command(f"{judge} --judge_text_only", tmp_path / "blind"))
     finally:
         server.close()
     rows = rows_of(tmp_path)
@@ -170,7 +174,11 @@ def test_answers_of_a_server_and_ratings_of_a_judge(command, image_dir, tmp_path
         assert (row["chosen"], row["rejected"]) == ("answer 1", "answer 0")
         assert row["scores"] == [7, 3] and row["times"] == [2, 1]
     assert {body["seed"] for body in replies if body["model"] == "tiny"} == {*range(4)}
-    assert len([body for body in replies if body["model"] == "judge"]) == len({json.dumps(b) for b in replies}) - 4
+    shown = [json.dumps(body) for body in replies if body["model"] == "judge"]
+    pictures = [text.count("data:image/png;base64") for text in shown]
+    assert pictures[:8] == [1] * 8 and {*pictures[8:]} == {0}
+    assert all(("picture that you do not see" in text) == ("data:image" not in text) for text in shown)
+    assert caplog.text.count("has read 3 tokens of a prompt that has") == 2  # once a run
     assert all("prompt" in row and row["images"] for row in as_preferences(tmp_path, image_dir))
 
 
@@ -311,28 +319,32 @@ def test_two_rounds(llava, pairs_json, image_dir, tmp_path, reward_file):
 
 
 @pytest.mark.slow
-def test_a_round_takes_hallucinations_away(tmp_path):
-    """The embedded captions: the SFT model asks itself about every object that it names.
+def test_hallucinations_fall_over_rounds(tmp_path):
+    """The embedded captions: the model asks itself about every object that it names, and each round starts where the last one ended.
 
-    CHAIR_i .121 -> .002 once, captions hold 92 % of the objects. Further rounds at this rate unlearn objects: 68 %, then 39 %.
+    CHAIR_i .123 -> .095 -> .016 -> .001 with .99 of the objects named. Rounds are short and slow (12 steps at 1e-4): once nothing false is left,
+    pairs come from true objects that the model denies, and 25 steps at 3e-4 unlearnt those (.121 -> .002 with .92 of the objects named, then
+    .68 and .39).
     """
-    before = train_base(0, tmp_path)["chair_i"]
-    assert before > 0.05
-    start, found = str(tmp_path / "sft"), [before]
-    for number in (1,):
+    found, covered = [train_base(0, tmp_path)["chair_i"]], []
+    assert found[0] > 0.05
+    start = str(tmp_path / "sft")
+    for number in (1, 2, 3):
         out = tmp_path / f"round{number}"
         environment = os.environ | {
             "PYTHON": sys.executable, "START": start, "OUT": str(out), "SEED": str(number), "IMAGES": str(tmp_path / "data"),
-            "PROMPTS": f"--dataset_name {tmp_path}/data/prompts.json --limit 200",
+            "PROMPTS": f"--dataset_name {tmp_path}/data/prompts.json --limit 100",
             "SAMPLE": "--num_samples 8 --max_new_tokens 64 --batch_size 32",
             "SCORE": "--claims True --claims_fn scripts/demo_rewards.py:object_questions",
         }  # fmt: skip
-        flags = "--per_device_train_batch_size 16 --gradient_accumulation_steps 1 --learning_rate 3e-4 --beta 1.0 --max_steps 25"
+        flags = "--per_device_train_batch_size 16 --gradient_accumulation_steps 1 --learning_rate 1e-4 --beta 1.0 --max_steps 12"
         flags += " --use_cpu True" + (" --lora_r 32 --lora_alpha 64 --lora_dropout 0" if number == 1 else "")
         script = str(ROOT / "scripts" / "rlaif_round.sh")
         subprocess.run(["bash", script, *flags.split()], check=True, cwd=ROOT, env=environment)
         start = str(out / "dpo")
         scores = shapes.evaluate(str(tmp_path / "sft"), start, tmp_path / "data" / "eval.json", out / "eval", 100)
         found.append(scores["chair_i"])
-        shutil.rmtree(out / "dpo" / "checkpoint-25", ignore_errors=True)
-    assert found[1] < found[0] / 4, found
+        covered.append(scores["coverage"])
+        shutil.rmtree(out / "dpo" / "checkpoint-12", ignore_errors=True)
+    assert all(after < 0.95 * before for before, after in itertools.pairwise(found)) and found[3] < found[0] / 10, found
+    assert min(covered) > 0.95, covered

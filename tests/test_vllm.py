@@ -13,10 +13,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import peft
 import pytest
+from transformers import AutoModelForImageTextToText
 
 import train_ppo
-from common.openai_client import OpenAIClient
+from common.errors import InputError
+from common.openai_client import OpenAIClient, ServerError
 from eval import generate
 from tests import zoo
 from tests.fake_server import seed_file
@@ -131,7 +134,48 @@ def test_the_losses_of_choices_are_ours(url: str, checkpoint: str, tmp_path: Pat
     assert there == pytest.approx(here, abs=1e-4)
 
 
-@pytest.mark.parametrize("estimator", ["grpo --rollouts_per_prompt 2 --temperature 1", "gae --temperature 1"])
+GRPO = "grpo --rollouts_per_prompt 2 --temperature 1"
+
+
+def test_an_adapter_that_it_does_not_load_ends_in_its_words(
+    url: str, checkpoint: str, pairs_json: Path, image_dir: Path, tmp_path: Path
+) -> None:
+    """At once, although vLLM answers 500 as for what may pass."""
+    line = f"--model_name_or_path {checkpoint} --dataset_name plain_dpo --data_path {pairs_json} --image_root {image_dir} --output_dir {tmp_path}"
+    line += f" --use_lora True --lora_r 32 --response_length 8 --max_steps 1 --per_device_train_batch_size 4 --report_to none {REWARD}"
+    began = time.monotonic()
+    with pytest.raises(
+        InputError, match=r"answered 500 .*LoRA rank 32 is greater than max_lora_rank 16.*--max-lora-rank"
+    ):
+        train_ppo.main(f"{line} --rollout_url {url} --advantage_estimator {GRPO}".split())
+    assert time.monotonic() - began < 100
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    {
+        "a DoRA": {"use_dora": True},
+        "modules of its own": {"modules_to_save": ["lm_head"]},
+        "biases": {"bias": "lora_only"},
+        "a changed base": {"init_lora_weights": "pissa"},
+    }.items(),
+)
+def test_what_is_refused_here_is_refused_there(
+    url: str, checkpoint: str, tmp_path: Path, name: str, changes: dict
+) -> None:
+    """What base.server_rollouts.refuse_unserved says no to, against vLLM's own answer to the same config."""
+    peft.get_peft_model(
+        AutoModelForImageTextToText.from_pretrained(checkpoint),
+        peft.LoraConfig(r=4, target_modules=r".*language_model.*q_proj"),
+    ).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    body = {"lora_name": name, "lora_path": str(tmp_path / "adapter")}
+    with pytest.raises(ServerError, match="HTTP 500"):
+        OpenAIClient(url, attempts=1).post("load_lora_adapter", body, lambda response: None)
+
+
+@pytest.mark.parametrize("estimator", [GRPO, f"{GRPO} --use_rslora True", "gae --temperature 1"])
 def test_updates_train_what_the_server_samples_from(
     url: str, checkpoint: str, pairs_json: Path, image_dir: Path, tmp_path: Path, estimator: str
 ) -> None:
