@@ -232,7 +232,7 @@ def test_importance_weights_weigh_the_loss(server, llava, pairs_json, image_dir,
     assert gradient("capped", "--rollout_importance_cap 1") == pytest.approx(plain, rel=1e-3)
 
 
-def test_flags(tmp_path, llava, pairs_json, image_dir):
+def test_flags(tmp_path, llava, pairs_json, image_dir, monkeypatch):
     line = f"--model_name_or_path m --dataset_name d --output_dir {tmp_path} --reward_fn exact_answer"
     kinds = (args.ModelArguments, args.DataArguments, args.LoraArguments, args.PPOConfig)
 
@@ -258,6 +258,9 @@ def test_flags(tmp_path, llava, pairs_json, image_dir):
             parsed(more)
     with pytest.raises(InputError, match="--rollout_url x:8000 is not an address"):
         train(tmp_path, llava, pairs_json, image_dir, "--rollout_url x:8000")
+    monkeypatch.setattr(args.PPOConfig, "world_size", 2)
+    with pytest.raises(InputError, match=r"--rollout_timeout 900 lets one process wait .*: add --ddp_timeout 1950"):
+        parsed("--use_lora True --rollout_url http://x/v1 --rollout_timeout 900")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
