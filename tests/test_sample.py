@@ -213,7 +213,9 @@ def test_claims_cost_a_point_for_every_no():
     }  # fmt: skip
     scorer = claims({"blue star": "No.", "green cross": "no, there is not", "red circle": "Yes."}, object_questions)
     assert scorer.score([row]) == [[-1.0, 0.0, None, -2.0]]
-    assert len(scorer.answerer.asked) == 3  # each claim once
+    assert sorted(scorer.answerer.asked) == [
+        f"Is there a {name}?" for name in ("blue star", "green cross", "red circle")
+    ]  # once, as it is
 
 
 def test_the_model_splits_answers_itself():
@@ -227,6 +229,9 @@ def test_the_model_splits_answers_itself():
     scorer = claims({"Turn every single fact": split, "Does it run?": "NO"}, None)
     assert scorer.score([row]) == [[-1.0]]
     assert "A dog. It runs." in scorer.answerer.asked[0] and "What?" in scorer.answerer.asked[0]
+    assert scorer.answerer.asked[1:] == [
+        f"{claim}\nPlease answer yes or no." for claim in ("Is there a dog?", "Does it run?")
+    ]
     assert questions_in(split) == ["Is there a dog?", "Does it run?"]
     assert [says_no(t) for t in ("No.", " no!", "Not really", "yes", "")] == [True, True, False, False, False]
 
