@@ -7,6 +7,7 @@ from typing import Any
 from args.dpo import DPOConfig
 from args.model import CHANGE_BASE, LoraArguments
 from args.ppo import PPOConfig
+from args.sft import SFTConfig
 from common.errors import InputError
 
 
