@@ -309,7 +309,7 @@ def picture_inputs(model: str) -> dict[str, torch.Tensor] | None:
     """What stands for one picture in the forward of the families whose towers run without content; None for the others."""
     if model in PUBLISHED:
         vision, tokens = PUBLISHED[model][1]["vision_config"], PUBLISHED[model][0] - 64
-        tiles = {"clip_vision_model": tokens // 576, "internvl_vision": tokens // 256}.get(vision["model_type"], 0)
+        tiles = {"clip_vision_model": tokens // 576, "internvl_vision": tokens // 256}.get(vision.get("model_type"), 0)
         size = vision["image_size"][0] if tiles == 7 else vision.get("image_size")
         found = {"pixel_values": torch.empty(tiles, 3, size, size)} if tiles in (1, 7) else None
     else:
