@@ -141,7 +141,7 @@ def assert_same_curve(one: Path, other: Path, tolerance: float = 1e-5) -> None:
             # Where a gradient is only rounding error, Adam divides it by a number as small, and the weight moves by up
             # to the learning rate in either direction. Single weights may differ so; a key's bias does as a whole,
             # because softmax cancels it and its gradient is 0.
-            difference = (tensor - b[name]).abs()
+            difference = (tensor - b[name]).abs().where(tensor != b[name], 0)  # Gemma 4 has infinite bounds
             assert difference.max() < 4e-3 and (difference.mean() < 1e-5 or name.endswith("k_proj.bias")), name
 
 
