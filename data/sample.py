@@ -431,7 +431,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     scores.add_argument("--claims_model", help="the model that is asked; default: --model_name_or_path with --adapter")
     scores.add_argument(
         "--claims_fn",
-        help="file.py:name of a function: an answer -> its claims as yes/no questions; default: the model is asked for them",
+        help="file.py:name of a function: an answer -> its claims as yes/no questions, asked as they are; default: the model splits",
     )
     scores.add_argument(
         "--reward_weights", type=float, nargs="+", help="of reward models, functions, judge, claims; 1 by default"

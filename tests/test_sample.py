@@ -327,10 +327,8 @@ def test_two_rounds(llava, pairs_json, image_dir, tmp_path, reward_file):
 def test_hallucinations_fall_over_rounds(tmp_path):
     """The embedded captions: the model asks itself about every object that it names, and each round starts where the last one ended.
 
-    CHAIR_i .123 -> .095 -> .016 -> .001 with .99 of the objects named; with other seeds of answers and training .123 -> .100 -> .022 -> .002.
-    Rounds are short and slow (12 steps at 1e-4): once nothing false is left,
-    pairs come from true objects that the model denies, and 25 steps at 3e-4 unlearnt those (.121 -> .002 with .92 of the objects named, then
-    .68 and .39).
+    CHAIR_i .123 -> .092 -> .011 -> .001 with .99 of the objects named; with other seeds of answers and training .123 -> .098 -> .021 -> .001.
+    Rounds are short and slow, 12 steps at 1e-4.
     """
     found, covered = [train_base(0, tmp_path)["chair_i"]], []
     assert found[0] > 0.05
