@@ -84,7 +84,7 @@ def test_a_run_goes_on_where_the_server_failed(server, impatient, llava, questio
     whole = answers(questions, tmp_path / "whole.jsonl", *more)
     server.script, server.requests[:] = [None, None, 503, 503], []
     with pytest.raises(
-        InputError, match="failed 2 times, last with HTTP 503; the rows so far are kept, run the command again"
+        InputError, match=r"failed 2 times, last with HTTP 503 \(no\); the rows so far are kept, run the command again"
     ):
         answers(questions, tmp_path / "a.jsonl", *more)
     server.requests[:] = []
