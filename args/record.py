@@ -15,13 +15,18 @@ from transformers import TrainingArguments
 
 from common import errors
 from common.files import write_text
+from common.output import make_output_unbreakable
 from common.versions import installed_versions
 
 RUN_JSON = "run.json"  # in the folder of a run, and in each of its checkpoints
 
 
 def run(main: Callable[[], Any]) -> None:
-    """`common.errors.run` for commands that may run in several processes: one that cannot be reached is a sentence, too."""
+    """`common.errors.run` for commands that train, maybe in several processes.
+
+    One that cannot be reached is a sentence, too; an output that cannot be written costs no step.
+    """
+    make_output_unbreakable()
     try:
         errors.run(main)
     except RuntimeError as error:
@@ -55,18 +60,23 @@ def describe(*parsed: Any) -> dict[str, dict[str, Any]]:
     return json.loads(json.dumps(arguments, default=str))
 
 
+def versions() -> dict[str, str]:
+    """Of Python and the packages that a run computes with, as run.json holds them."""
+    packages = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets", "pillow")
+    return installed_versions(packages) | {"torch": str(torch.__version__)}  # its build, too
+
+
 def write_run_json(output_dir: str | Path, *parsed: Any, **facts: Any) -> Path:
     """Write `run.json`: argv, resolved arguments, git commit, versions, seed, device, and `facts` (data fingerprint, counts).
 
     Called on the main process when training starts, so that a run that dies is described too.
     """
-    packages = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets", "pillow")
     training = next(p for p in parsed if isinstance(p, TrainingArguments))
     info = {
         "argv": without_token(sys.argv),
         "arguments": describe(*parsed),
         "git": _git_state(),
-        "versions": installed_versions(packages) | {"torch": str(torch.__version__)},  # its build, too
+        "versions": versions(),
         "seed": training.seed,
         "device": str(training.device),
         "world_size": training.world_size,

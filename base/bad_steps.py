@@ -39,6 +39,11 @@ class BadSteps:
         """The rows of the step to come, for its report."""
         self._rows.extend(rows)
 
+    def named_rows(self) -> str:
+        """` on the rows A, B, ...`: those of the step that is under way; empty before the first."""
+        rows = self._rows
+        return f" on the rows {', '.join(rows[:16])}{', ...' if len(rows) > 16 else ''}" if rows else ""
+
     def see_loss(self, loss: Tensor) -> Tensor:
         """Look at the loss () of a micro batch; returns it, 0 in place of a number that is not finite, for averages."""
         bad = ~loss.detach().isfinite()

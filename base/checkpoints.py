@@ -35,35 +35,36 @@ from base.layout import ADAPTER_CONFIG
 from base.loading import load_weights
 from base.lora_start import LoraOnChangedBase
 from base.model_card import model_card
-from base.resume import checkpoints_of, newest_whole_checkpoint, write_checksums
-from common.errors import InputError, disk_trouble
+from base.resume import ASIDE, checkpoints_of, damage_of, newest_whole_checkpoint, write_checksums
+from common.errors import InputError, disk_trouble, memory_trouble
 from common.files import flush, make_valid_json, write_text
 from common.tensors import first_not_finite
 
 EXIT_PREEMPTED = 75  # sysexits.h EX_TEMPFAIL: nothing is wrong, start the same command again
 EXIT_INTERRUPTED = 130  # as a shell reports Ctrl-C: 128 + SIGINT
-ASIDE = ".incomplete"
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Preemption(TrainerCallback):
-    """Stops after the step during which any process got SIGTERM or Ctrl-C, with a checkpoint."""
+    """Stops after the step during which any process got SIGTERM, SIGHUP or Ctrl-C, with a checkpoint."""
 
     def __init__(self, on_any_process: Callable[[bool], bool]) -> None:
         self.asked = self.stopped = False
-        self.interrupted = False  # by Ctrl-C
+        self.by: int = signal.SIGTERM  # the signal that came last
         self.on_any_process = on_any_process
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGTERM and Ctrl-C for the duration of training. A second Ctrl-C ends it at once."""
+        """Take the signals for the duration of training. A second Ctrl-C ends it at once."""
 
         def ask(number: int, _: Any) -> None:
-            self.asked = True
+            self.asked, self.by = True, number
             if number == signal.SIGINT:
-                self.interrupted = True
                 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        # SIGHUP is a terminal that was closed; under nohup it is ignored, and stays so.
+        numbers = [n for n in _STOPS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        before = {number: signal.signal(number, ask) for number in numbers}
         try:
             yield
         finally:
@@ -78,9 +79,9 @@ class Preemption(TrainerCallback):
 
 
 def ignore_sigterm(then: Callable[[int], None] | None, worker: int) -> None:
-    """Let a data-loader worker survive the SIGTERM or Ctrl-C that the whole process group gets: the last step needs it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Let a data-loader worker survive the signal that the whole process group gets: the last step needs it."""
+    for number in _STOPS:
+        signal.signal(number, signal.SIG_IGN)
     if then is not None:
         then(worker)
 
@@ -94,7 +95,7 @@ class SafeCheckpoints(ShardedTrainer, HubUploads):
         """As Trainer's.
 
         Raises:
-            SystemExit: with EXIT_PREEMPTED after a SIGTERM, EXIT_INTERRUPTED after Ctrl-C, and a checkpoint.
+            SystemExit: with EXIT_PREEMPTED after a SIGTERM or SIGHUP, EXIT_INTERRUPTED after Ctrl-C, and a checkpoint.
         """
         self.__dict__.pop("bad_steps", None)  # of an earlier call
         self.shard_model()
@@ -107,19 +108,26 @@ class SafeCheckpoints(ShardedTrainer, HubUploads):
         finally:
             self.remove_callback(preemption)
         if preemption.stopped:
+            interrupted = preemption.by == signal.SIGINT
             if self.is_world_process_zero():
                 print(
-                    f"Stopped by {'Ctrl-C' if preemption.interrupted else 'SIGTERM'} after step {self.state.global_step}; "
+                    f"Stopped by {'Ctrl-C' if interrupted else signal.Signals(preemption.by).name} after step {self.state.global_step}; "
                     "`--resume_from_checkpoint True` goes on from there.",
                     file=sys.stderr,
                 )
-            raise SystemExit(EXIT_INTERRUPTED if preemption.interrupted else EXIT_PREEMPTED)
+            raise SystemExit(EXIT_INTERRUPTED if interrupted else EXIT_PREEMPTED)
         return result
 
     def _train_or_say_who_died(self, *args: Any, **kwargs: Any) -> TrainOutput:
         try:
             return super().train(*args, **kwargs)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
+            if memory := memory_trouble(error):
+                with self._naming_last_checkpoint():
+                    raise InputError(
+                        f"Memory ran out in step {self.state.global_step + 1} ({memory}){self.bad_steps.named_rows()}: docs/faq.md lists "
+                        "what takes less, the cheapest first (--gradient_checkpointing True, a smaller --per_device_train_batch_size)."
+                    ) from error
             if "DataLoader worker" not in str(error):
                 raise
             with self._naming_last_checkpoint():
@@ -361,6 +369,13 @@ class SafeCheckpoints(ShardedTrainer, HubUploads):
         load_weights(model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if reason := damage_of(best):
+            with self._naming_last_checkpoint():
+                raise InputError(
+                    f"--load_best_model_at_end: {best}, the best checkpoint, cannot be loaded: {reason}. The model was not saved; "
+                    "copy what another checkpoint holds, or train again."
+                )
         if self.is_deepspeed_enabled:
             super()._load_best_model()
         else:

@@ -19,6 +19,7 @@ from common.errors import InputError
 from common.files import write_json
 
 CHECKSUMS = "checksums.json"
+ASIDE = ".incomplete"  # where a checkpoint is written before it gets its name
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
@@ -74,17 +75,25 @@ def what_is_wrong_with(checkpoint: str | Path) -> str | None:
     Every byte is compared with the checksums that were written with it. Without them (another program's checkpoint) headers and sizes are read.
     """
     checkpoint = Path(checkpoint)
-    if (checkpoint / CHECKSUMS).is_file() and (reason := _damage(checkpoint)):
+    if reason := _other_than_written(checkpoint):
         return reason
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
     except FileNotFoundError:
         return f"it has no {TRAINER_STATE_NAME}"
     except (json.JSONDecodeError, UnicodeDecodeError):
         return f"its {TRAINER_STATE_NAME} is cut short"
     except OSError as error:
         return f"its {TRAINER_STATE_NAME} cannot be read ({error.strerror})"
+    if not isinstance(state, dict) or not all(isinstance(state.get(n), int) for n in ("global_step", "max_steps")):
+        return f"its {TRAINER_STATE_NAME} does not say how many steps were done"
     return _cut_short(checkpoint) or _missing_state(checkpoint)
+
+
+def damage_of(checkpoint: str | Path) -> str | None:
+    """Why the weights of a checkpoint cannot be loaded, or None; unlike `what_is_wrong_with` it asks for nothing that only a run needs."""
+    checkpoint = Path(checkpoint)
+    return _other_than_written(checkpoint) or _cut_short(checkpoint)
 
 
 def _cut_short(checkpoint: Path) -> str | None:
@@ -120,11 +129,14 @@ def _missing_state(checkpoint: Path) -> str | None:
     return None
 
 
-def _damage(checkpoint: Path) -> str | None:
-    """The first file that is not as it was written."""
+def _other_than_written(checkpoint: Path) -> str | None:
+    """The first file that is not as its checksum says; None without checksums."""
+    if not (checkpoint / CHECKSUMS).is_file():
+        return None
     try:
-        listed: dict[str, list] = json.loads((checkpoint / CHECKSUMS).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        files = json.loads((checkpoint / CHECKSUMS).read_text())["files"]
+        listed = {name: (int(size), str(digest)) for name, (size, digest) in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its {CHECKSUMS} is damaged"
     for name, (size, _) in listed.items():
         if not (checkpoint / name).is_file():

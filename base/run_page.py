@@ -128,7 +128,7 @@ class RunPage(TrainerCallback):
     def write(
         self, args: TrainingArguments, state: TrainerState, refresh: int | None = None, draw: bool = False
     ) -> None:
-        """Both files as of now; a disk that refuses them does not end the run."""
+        """Both files as of now; a disk that refuses them, or a matplotlib that fails, does not end the run."""
         out, now = Path(args.output_dir), time.monotonic()
         longest = max(map(len, self.found.values()), default=0)
         try:
@@ -138,8 +138,9 @@ class RunPage(TrainerCallback):
                 self.draw_at = not_before(now, EVERY_PNG)
                 now = time.monotonic()
             write_text(out / "index.html", self.html(out, self.found, refresh))
-        except OSError as error:
-            logger.warning(f"The page of the run could not be written: {error}")
+        except Exception as error:  # whatever it is, no step is lost for a picture
+            logger.warning(f"The page of the run could not be written: {type(error).__name__}: {error}")
+            self.draw_at = not_before(now, EVERY_PNG)
         self.write_at = not_before(now, EVERY)
 
     def html(self, out: Path, found: dict[str, list[tuple[float, float]]], refresh: int | None) -> str:

@@ -45,6 +45,16 @@ def disk_trouble(error: BaseException | None) -> str | None:
     return None
 
 
+def memory_trouble(error: BaseException) -> str | None:
+    """What was said when memory ran out, the device's or the machine's; None for any other error."""
+    text = " ".join(str(error).split())[:200]
+    if isinstance(error, MemoryError):
+        return text or "MemoryError"
+    # torch's allocator on a CPU, and cuBLAS and others on a GPU, have plain RuntimeErrors for it.
+    told = isinstance(error, RuntimeError) and re.search(r"can't allocate memory|out of memory|ALLOC_FAILED", text)
+    return text if told else None
+
+
 def run(main: Callable[[], object]) -> None:
     """Call a command's main: wrong input, or a full disk, ends in one sentence on stderr and exit status 2, anything else in its traceback.
 
@@ -58,6 +68,8 @@ def run(main: Callable[[], object]) -> None:
     except InputError as error:
         fail(error)
     except Exception as error:
+        if memory := memory_trouble(error):
+            fail(f"Memory ran out ({memory}): docs/faq.md lists what takes less, the cheapest first.")
         trouble = disk_trouble(error)
         if trouble is None:
             raise

@@ -78,6 +78,7 @@ def _main(script: str, argv: list[str], log: str, file_size: int | None, pause: 
     sys.stdout.reconfigure(line_buffering=True)  # whoever reads the log waits for its lines
     os.chdir(ROOT)
     sys.argv = [f"{SCRIPTS[script]}.py", *argv]
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as from a terminal, even if the tests run under nohup
     import torch
 
     import args
