@@ -5,9 +5,6 @@ in a file of its own, so that the folder stays an ordinary checkpoint for AutoMo
 """
 
 import functools
-import hashlib
-import json
-import struct
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from base.adapters import Role, recompute_with_same_adapter
-from base.layout import base_model_path, checkpoint_file
+from base.layout import base_model_path, checkpoint_file, checkpoint_fingerprint
 from base.loading import load_model, load_weights
 from base.other_heads import other_head
 from common.errors import InputError
@@ -102,41 +99,6 @@ def head_metadata(folder: str, name: str = REWARD_HEAD) -> dict[str, str]:
             return file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is damaged ({error}): take another checkpoint, or copy the file again.") from error
-
-
-def weights_fingerprint(base: str, adapter: str | None) -> str | None:
-    """Identity of a base's weights and of those of an adapter on it."""
-    found = checkpoint_fingerprint(base)
-    if found and adapter is not None:
-        found += checkpoint_fingerprint(adapter, "adapter_model.safetensors") or ""
-    return found
-
-
-def checkpoint_fingerprint(model_name_or_path: str, weights: str = "model.safetensors") -> str | None:
-    """Identity of a checkpoint's weights: names, shapes and some bytes of every tensor. None without safetensors files.
-
-    Two checkpoints of one family differ, and so does one that was trained on in place; loading in another dtype or
-    quantised does not matter.
-    """
-    index = checkpoint_file(model_name_or_path, "model.safetensors.index.json")
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index else [weights]
-    digest = hashlib.sha256()
-    for name in names:
-        path = checkpoint_file(model_name_or_path, name)
-        if path is None:
-            return None
-        with open(path, "rb") as file:
-            size = struct.unpack("<Q", file.read(8))[0]
-            header = json.loads(file.read(size))
-            for tensor, info in sorted(header.items()):
-                if tensor == "__metadata__":
-                    continue
-                begin, end = info["data_offsets"]
-                file.seek(8 + size + (begin + end) // 2 // 16 * 16)
-                digest.update(
-                    json.dumps([tensor, info["dtype"], info["shape"]]).encode() + file.read(min(64, end - begin))
-                )
-    return digest.hexdigest()[:32]
 
 
 def sub_state_dict(state_dict: dict[str, Tensor] | None, prefix: str) -> dict[str, Tensor] | None:

@@ -1,8 +1,10 @@
 """What lies in a checkpoint's folder, and in that of a LoRA adapter."""
 
 import functools
+import hashlib
 import json
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,3 +190,68 @@ def checkpoint_file(folder: str, name: str) -> Path | None:
         return path if path.is_file() else None
     found = cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
     return Path(found) if found else None
+
+
+def weights_fingerprint(base: str, adapter: str | None) -> str | None:
+    """Identity of a base's weights and of those of an adapter on it."""
+    found = checkpoint_fingerprint(base)
+    if found and adapter is not None:
+        found += checkpoint_fingerprint(adapter, "adapter_model.safetensors") or ""
+    return found
+
+
+def checkpoint_fingerprint(model_name_or_path: str, weights: str = "model.safetensors") -> str | None:
+    """Identity of a checkpoint's weights: names, shapes and some bytes of every tensor. None without safetensors files.
+
+    Two checkpoints of one family differ, and so does one that was trained on in place; loading in another dtype or
+    quantised does not matter.
+
+    Raises:
+        InputError: a file is damaged.
+    """
+    path = checkpoint_file(model_name_or_path, "model.safetensors.index.json")
+    digest = hashlib.sha256()
+    try:
+        names = sorted(set(json.loads(path.read_text())["weight_map"].values())) if path else [weights]
+        for name in names:
+            path = checkpoint_file(model_name_or_path, name)
+            if path is None:
+                return None
+            _add_weights(digest, path)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, struct.error) as error:
+        raise InputError(f"{path} is damaged ({error}): copy or download the file again.") from error
+    return digest.hexdigest()[:32]
+
+
+def _add_weights(digest: "hashlib._Hash", path: Path) -> None:
+    with open(path, "rb") as file:
+        size = struct.unpack("<Q", file.read(8))[0]
+        header = json.loads(file.read(size))
+        for tensor, info in sorted(header.items()):
+            if tensor == "__metadata__":
+                continue
+            begin, end = info["data_offsets"]
+            file.seek(8 + size + (begin + end) // 2 // 16 * 16)
+            digest.update(json.dumps([tensor, info["dtype"], info["shape"]]).encode() + file.read(min(64, end - begin)))
+
+
+def check_base_of_adapter(adapter: str, base: str) -> None:
+    """Compare the base that an adapter is loaded on with the one it was trained on, which the run.json beside it knows.
+
+    Raises:
+        InputError: the base has other weights now.
+    """
+    if adapter == base:
+        return
+    try:
+        run = json.loads((Path(adapter) / "run.json").read_text(encoding="utf-8"))
+        merged, trained_on = run["arguments"]["ModelArguments"]["merge_first"], run["base_fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # of another program, or of the hub
+    # Where an adapter was merged first, the base is what came of it; where one was continued, its own fingerprint follows the base's.
+    if merged or not trained_on or (found := checkpoint_fingerprint(base)) is None or trained_on.startswith(found):
+        return
+    raise InputError(
+        f"The adapter in {adapter} was trained on other weights than {base} holds now: put those back, train it anew, or, if both are the "
+        "same model, delete the run.json beside the adapter."
+    )

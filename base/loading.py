@@ -20,7 +20,14 @@ from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file, is_flash_attn_2_available
 
-from base.layout import ADAPTER_CONFIG, base_model_path, check_weights, checkpoint_file, damaged_file
+from base.layout import (
+    ADAPTER_CONFIG,
+    base_model_path,
+    check_base_of_adapter,
+    check_weights,
+    checkpoint_file,
+    damaged_file,
+)
 from base.lora_start import LoraOnChangedBase
 from base.other_heads import is_head_weight
 from common.compat import keep_quantised_linears_trainable
@@ -108,7 +115,7 @@ def load_model(
         kwargs: go to from_pretrained.
 
     Raises:
-        InputError: weights are missing, unexpected or of another shape, or flash attention cannot be had.
+        InputError: weights are missing, unexpected or of another shape, the adapter is another base's, or flash attention cannot be had.
     """
     path = base_model_path(model_name_or_path)
     model_class = core_mapper_for(model_name_or_path).model
@@ -120,6 +127,7 @@ def load_model(
     # ZeRO-3 draws random weights before it reads the real ones. Adapters and heads, which are drawn next, must not depend on that.
     if damaged := damaged_file(path):  # transformers passes over some of them without a word
         raise InputError(f"{damaged}: copy or download the file again.")
+    check_base_of_adapter(model_name_or_path, path)
     with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         try:
             model, info = model_class.from_pretrained(

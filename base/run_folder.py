@@ -7,6 +7,7 @@ run.json says which run a folder is of, and its copy in every checkpoint which r
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -21,9 +22,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from args import RUN_JSON, describe, without_token, write_run_json
 from args.model import NEW_ADAPTER
-from base.heads import weights_fingerprint
-from base.layout import base_model_path
-from base.resume import checkpoint_to_resume, checkpoints_of
+from args.record import versions
+from base.layout import PROCESSOR_FILES, base_model_path, processor_path, weights_fingerprint
+from base.resume import ASIDE, checkpoint_to_resume, checkpoints_of
 from common.errors import InputError
 
 LOCK = ".lock"
@@ -53,10 +54,15 @@ _NEUTRAL_PREFIXES = ("logging_", "save_", "eval_", "push_to_hub", "hub_", "debug
 # What a run writes to its folder. Anything else that lies there is the user's.
 _OF_A_RUN = (
     "checkpoint-[0-9]* .incomplete *.safetensors *.safetensors.index.json adapter_config.json config.json generation_config.json "
-    "run.json trainer_state.json training_args.bin bad_rows.jsonl unscored_answers*.json samples* calibration*.png index.html curves.png merged_base "
+    "run.json trainer_state.json training_args.bin bad_rows.jsonl unscored_answers*.json samples calibration*.png index.html curves.png merged_base "
     "value_function reward_[0-9]* README.md tokenizer* special_tokens_map.json added_tokens.json vocab.* merges.txt *processor_config.json "
     "chat_template.*"
 ).split()
+
+_REPLACED = ("README.md", "index.html")  # with names that others have, too
+# Beside the weights of the base: what makes token ids and pixels of a row
+_RENDERING = ("chat_template.jinja", "chat_template.json", "tokenizer.json", "tokenizer_config.json", *PROCESSOR_FILES)
+_COMPUTES = ("torch", "transformers", "peft", "accelerate", "deepspeed")  # packages that numbers are computed with
 
 _held: IO[str] | None = None  # the lock of this process
 _found: dict[Path, int] = {}  # what of a run lay in the folder then, and its time of change in ns
@@ -74,7 +80,11 @@ def open_run(*flags: Any) -> str | None:
     out = Path(args.output_dir)
     if args.should_save:
         lock(out)
-        _found = {path: path.lstat().st_mtime_ns for path in _written_by_runs(out)}
+        # What lies there without a run.json is nobody's run, but somebody's.
+        _found = {p: p.lstat().st_mtime_ns for p in _written_by_runs(out)} if (out / RUN_JSON).is_file() else {}
+    aside = out / ASIDE
+    if aside.is_symlink() or (aside.exists() and not aside.is_dir()):
+        raise InputError(f"{aside} is in the way of checkpoints, which are written there first: move it elsewhere.")
     asked = args.resume_from_checkpoint not in (None, False, "False", "false", "")
     checkpoint = checkpoint_to_resume(args)
     saved = _saved(out)
@@ -90,6 +100,11 @@ def open_run(*flags: Any) -> str | None:
                 + (", or --overwrite_output_dir True to give that run up." if here else ".")
             )
     elif not saved:
+        theirs = [name for name in _REPLACED if (out / name).exists()] if not (out / RUN_JSON).is_file() else []
+        if theirs:
+            raise InputError(
+                f"--output_dir {out} holds {theirs[0]} of somebody else, which a run replaces: give another folder."
+            )
         return None  # nothing is lost
     elif (out / RUN_JSON).is_file() and asked and _why_another_run(run_of(out), flags) is None:
         return None  # the same run, whose checkpoints are gone or unusable, which was said
@@ -121,7 +136,7 @@ def record_run(*flags: Any, resumed_from: str | None, **about: Any) -> None:
     args = next(p for p in flags if isinstance(p, TrainingArguments))
     out = Path(args.output_dir)
     before = run_of(resumed_from) if resumed_from else None
-    changed: dict[str, Any] = _changes(before, flags) if before else {}
+    changed: dict[str, Any] = _changes(before, flags) | _other_surroundings(before, flags) if before else {}
     if before:
         was, now = ((facts.get("data") or {}).get("train_fingerprint") for facts in (before, about))
         if was != now and was and now:
@@ -145,9 +160,8 @@ def record_run(*flags: Any, resumed_from: str | None, **about: Any) -> None:
         "changed": changed,
     }
     history = [*(before or {}).get("history", []), entry]
-    write_run_json(
-        out, *flags, **about, base_fingerprint=_fingerprint(_model_of(flags).model_name_or_path), history=history
-    )
+    base = _fingerprint(_model_of(flags).model_name_or_path)
+    write_run_json(out, *flags, **about, base_fingerprint=base, inputs=_inputs(flags), history=history)
 
 
 def lock(folder: Path) -> None:
@@ -263,11 +277,23 @@ def _say_changes(checkpoint: str, flags: tuple[Any, ...]) -> None:
         _say(args, f"No run.json says which run {checkpoint} is of; going on from it.")
         return
     changes = _changes(run, flags)
+    if others := _other_surroundings(run, flags):
+        listed = [f"{name} {new} (was {old})" if old else name for name, (old, new) in others.items()]
+        _say(
+            args, f"Going on from {checkpoint}, though these are others than when it was written: {', '.join(listed)}."
+        )
     if not changes:
         return
     listed = ", ".join(f"--{name} {_shown(new)} (was {_shown(old)})" for name, (old, new) in changes.items())
     state = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())
     longer = {"max_steps", "num_train_epochs", "total_episodes"} & changes.keys()
+    for name in longer:
+        old, new = changes[name]
+        if old and old > 0 and 0 < new < old and state["global_step"] > state["max_steps"] * new / old:
+            raise InputError(
+                f"{checkpoint} is {state['global_step']} steps in, which is more than --{name} {_shown(new)} asks for: ask for more, or give "
+                "an earlier checkpoint and another --output_dir."
+            )
     if state["global_step"] >= state["max_steps"] and not longer:
         raise InputError(
             f"{checkpoint} is the end of a run that had other settings: {listed}. Give another --output_dir, or more steps to go on."
@@ -289,6 +315,35 @@ def _changes(run: dict[str, Any], flags: tuple[Any, ...]) -> dict[str, list[Any]
     if run.get("world_size", args.world_size) != args.world_size:
         found["nproc_per_node"] = [run["world_size"], args.world_size]
     return found
+
+
+def _inputs(flags: tuple[Any, ...]) -> dict[str, str]:
+    """Name -> digest of what numbers depend on besides flags, rows and the weights of the base: templates, processor, rewards."""
+    folder = processor_path(_model_of(flags).model_name_or_path)
+    files = {name: Path(folder) / name for name in _RENDERING}
+    args = next(p for p in flags if isinstance(p, TrainingArguments))
+    for spec in getattr(args, "reward_fn", None) or ():
+        files[f"--reward_fn {Path(spec).name}"] = Path(spec.rpartition(":")[0] or spec)
+    found = {
+        name: hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
+        for name, file in files.items()
+        if file.is_file()
+    }
+    for flag in ("reward_adapter", "reward_model_name_or_path"):
+        for model in getattr(args, flag, None) or ():
+            if identity := _fingerprint(model):
+                found[f"--{flag} {Path(model).name}"] = identity
+    return found
+
+
+def _other_surroundings(run: dict[str, Any], flags: tuple[Any, ...]) -> dict[str, list[Any]]:
+    """name -> [old, new] of packages whose version differs, name -> [None, None] of files whose content does."""
+    was, now = run.get("versions", {}), versions()
+    found: dict[str, list[Any]] = {
+        name: [was[name], now[name]] for name in _COMPUTES if name in was and name in now and was[name] != now[name]
+    }
+    old, new = run.get("inputs", {}), _inputs(flags)
+    return found | {name: [None, None] for name in new if name in old and old[name] != new[name]}
 
 
 def _fingerprint(model_name_or_path: str) -> str | None:

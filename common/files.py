@@ -52,15 +52,17 @@ def check_writable(folder: str, what: str = "--output_dir") -> None:
     Args:
         what: names the folder in the message.
     """
+    if not folder:
+        raise InputError(f"{what} is empty: give a folder.")
     there = Path(folder).absolute()
-    if there.is_symlink() and not there.exists():
-        raise InputError(
-            f"{what} {folder} is a link to {os.readlink(there)}, which is not there: make that folder, or remove the link."
-        )
-    while not there.exists():
-        there = there.parent
-    probe = there / f".writable-{os.getpid()}"
     try:
+        if there.is_symlink() and not there.exists():
+            raise InputError(
+                f"{what} {folder} is a link to {os.readlink(there)}, which is not there: make that folder, or remove the link."
+            )
+        while not there.exists():
+            there = there.parent
+        probe = there / f".writable-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:

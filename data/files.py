@@ -114,7 +114,7 @@ class RecordStream:
 
     Attributes:
         is_text: they are JSON texts (the columns of `_RECORD`).
-        state: names and sizes of the files, by which another set is known.
+        state: of each file what `_glance` sees, by which another set is known.
     """
 
     def __init__(self, read: Callable[[], Iterator[dict[str, Any]]], is_text: bool, state: list[object]) -> None:
@@ -135,7 +135,7 @@ def stream_file(path: str, what: str) -> RecordStream:
         InputError: as `read_file`; or a kind of file that cannot be streamed.
     """
     files, kind = _files_and_kind(path, what)
-    state: list[object] = [(os.path.basename(f), os.path.getsize(f)) for f in files]
+    state: list[object] = [_glance(f) for f in files]
     if kind == "tar":
         raise InputError(f"--streaming does not read tar files ({path}): unpack it, or leave --streaming out.")
     if kind in ("parquet", "arrow"):
@@ -148,6 +148,16 @@ def stream_file(path: str, what: str) -> RecordStream:
         )
     repeated = [part for part in parts for _ in range(int(part.repeat))]
     return RecordStream(functools.partial(_records_of_files, _stamps(repeated), ""), True, state)
+
+
+def _glance(file: str) -> list[object]:
+    """Name, size, and a digest of the first and last 64 KiB: all of it would have to be read otherwise."""
+    size, part = os.path.getsize(file), 1 << 16
+    with open(file, "rb") as opened:
+        digest = hashlib.blake2b(opened.read(part), digest_size=16)
+        opened.seek(max(0, size - part))
+        digest.update(opened.read(part))
+    return [os.path.basename(file), size, digest.hexdigest()]
 
 
 def stream_hub(name: str) -> RecordStream:
@@ -278,8 +288,11 @@ def _records_of_files(stamps: list[tuple[str, str | None, int, int, int]], code:
     empty = True
     readers = {"list": json_list, "lines": json_lines, "object": json_object, "table": table}
     for path, root, *_ in stamps:
-        for row, record in enumerate(readers[kind_of_file(path)](path)):
-            empty = False
-            yield {"unreadable": None, "table": False} | record | {"file": path, "row": row, "root": root}
+        try:
+            for row, record in enumerate(readers[kind_of_file(path)](path)):
+                empty = False
+                yield {"unreadable": None, "table": False} | record | {"file": path, "row": row, "root": root}
+        except OSError as error:  # a streamed file is opened again at each pass
+            raise InputError(f"{path} cannot be read ({error.strerror}): is it still there?") from error
     if empty:
         raise InputError(f"{', '.join(path for path, *_ in stamps)} holds no rows: is it the right file?")

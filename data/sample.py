@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from args import DataArguments, run
-from base.heads import weights_fingerprint
+from base.layout import weights_fingerprint
 from base.loading import base_model_path
 from base.processor import VLProcessor
 from base.rollout import Row

@@ -179,7 +179,7 @@ class StreamedRows:
 
     @property
     def fingerprint(self) -> str:
-        """Of the files' names and sizes: other rows cannot be told without reading all."""
+        """Of the files' names, sizes, beginnings and ends: other rows in their middle cannot be told without reading all."""
         known = [[stream.label, stream.records.state, stream.kind] for stream in self.streams]
         return hashlib.blake2b(json.dumps([known, self.weights]).encode(), digest_size=16).hexdigest()
 

@@ -32,8 +32,7 @@ from transformers.utils import ModelOutput
 from args import run
 from base.collator import VLPPODataCollator
 from base.features import join_image_inputs, pooled_features
-from base.heads import weights_fingerprint
-from base.layout import processor_path
+from base.layout import processor_path, weights_fingerprint
 from base.loading import base_model_path, load_adapter, load_model
 from base.packing import scatter_to_responses
 from base.processor import VLProcessor

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from base.heads import REWARD_HEAD, checkpoint_fingerprint, load_head, save_head
-from base.layout import processor_path
+from base.heads import REWARD_HEAD, load_head, save_head
+from base.layout import check_base_of_adapter, checkpoint_fingerprint, processor_path
 from base.loading import base_model_path, load_adapter, load_model
 from common.errors import InputError
 from common.files import check_writable
@@ -84,7 +84,8 @@ def merge_to(
 
 
 def _check_base(base: str, adapter: str) -> None:
-    """Refuse any base but the one that the adapter was trained on, if that one still exists."""
+    """Refuse any base but the one that the adapter was trained on, if that one still exists, or is described."""
+    check_base_of_adapter(adapter, base)
     trained_on = base_model_path(adapter)
     if os.path.isdir(trained_on) and checkpoint_fingerprint(trained_on) != checkpoint_fingerprint(base):
         raise InputError(

@@ -15,7 +15,8 @@ import args
 import eval.reward
 import train_rm
 from base.calibration import draw_calibration
-from base.heads import REWARD_HEAD, checkpoint_fingerprint
+from base.heads import REWARD_HEAD
+from base.layout import checkpoint_fingerprint
 from base.packing import last_token_positions, pack_rows
 from base.reward import VLRewardModel, score_rows
 from common.errors import InputError
