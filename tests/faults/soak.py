@@ -4,7 +4,7 @@
 
 Every 60 to 200 steps the run is killed (SIGKILL, or SIGTERM), every third time with a fault on top that is promised to be recoverable: a full disk
 that is freed again, or a newest checkpoint of which a byte is altered. At the end weights and logged numbers must be equal. RSS of the undisturbed
-run is printed after a tenth of the steps and at the end.
+run is printed after each tenth of the steps, and the seconds of both.
 """
 
 import argparse
@@ -29,7 +29,9 @@ ANSWERS = ["A red square on the table.", "two blue circles", "A green star and a
 
 def argv_of(script: str, data: Path, out: Path, steps: int) -> list[str]:
     """The command line, the same for a run and its restarts."""
-    extra = f"--reward_fn {data / 'rewards.py'}:length --response_length 5" if script == "ppo" else ""
+    extra = (
+        f"--reward_fn {data / 'rewards.py'}:length --response_length 3 --num_ppo_epochs 2" if script == "ppo" else ""
+    )
     return shlex.split(
         f"--model_name_or_path {zoo.checkpoint('llava')} --dataset_name plain_dpo --data_path {data / 'pairs.json'} --image_root {data} "
         f"--output_dir {out} --max_steps {steps} --per_device_train_batch_size 2 --learning_rate 1e-4 --save_strategy steps --save_steps 20 "
@@ -67,18 +69,22 @@ def rss(run: Run) -> int:
 
 def undisturbed(script: str, data: Path, out: Path, steps: int) -> None:
     """Run to the end, and print the memory."""
+    began, found = time.monotonic(), dict[int, int]()
     run = Run(script, argv_of(script, data, out, steps), out.with_suffix(".log"))
-    run.until(lambda: run.steps >= steps // 10, timeout=3600, every=0.2)
-    start = last = rss(run)
+    last = 0
     while run.process.is_alive():
         last = rss(run) or last
+        if (done := run.steps) >= (len(found) + 1) * steps // 10:
+            found[done] = last
         time.sleep(0.2)
     assert run.wait() == 0, run.output[-2000:]
-    print(f"{script}: RSS {start} MiB after {steps // 10} steps, {last} MiB at the end", flush=True)
+    listed = ", ".join(f"{memory} MiB at step {step}" for step, memory in found.items())
+    print(f"{script}, undisturbed: {time.monotonic() - began:.0f} s; RSS {listed}, {last} MiB at the end", flush=True)
 
 
 def disturbed(script: str, data: Path, out: Path, steps: int, draw: random.Random) -> dict[str, int]:
     """Run with kills and faults to the end; how many of each."""
+    began = time.monotonic()
     count = {"SIGKILL": 0, "SIGTERM": 0, "full disk": 0, "damaged checkpoint": 0}
     for n in range(10_000):
         limit = None
@@ -105,6 +111,7 @@ def disturbed(script: str, data: Path, out: Path, steps: int, draw: random.Rando
         status = run.wait()
         expected = (0, 75, -signal.SIGKILL) if limit is None else (0, 2, 75, -signal.SIGKILL)
         assert status in expected and "Traceback" not in run.output, run.output[-3000:]
+        print(f"{script}, disturbed: start {n} ended with {status}, {time.monotonic() - began:.0f} s", flush=True)
         if status == 0:
             return count
     raise AssertionError("the run never ended")

@@ -22,7 +22,7 @@ from datasets import Dataset
 import merge_lora
 from eval import generate
 from tests import zoo
-from tests.faults import odd_cells  # noqa: F401  more cells
+from tests.faults import later_cells, odd_cells  # noqa: F401  more cells
 from tests.faults.bed import (
     CACHE,
     CELLS,
@@ -401,11 +401,13 @@ def bed(tmp_path, command, rewards, capsys, monkeypatch) -> Bed:
 
 
 def _quick_cells() -> set[int]:
-    """Of every second fault the cell that comes first: these run in `make test`, all in `make test-all`."""
+    """Of every second fault the cell that comes first, few of later_cells: these run in `make test`, all in `make test-all`."""
     first: dict[tuple[str, int], int] = {}
+    later = [i for i, c in enumerate(CELLS) if c.try_it.__module__ == later_cells.__name__]
     for i, c in enumerate(CELLS):
-        first.setdefault((c.try_it.__module__, c.try_it.__code__.co_firstlineno), i)
-    return {*sorted(first.values())[::2]}
+        if i not in later:
+            first.setdefault((c.try_it.__module__, c.try_it.__code__.co_firstlineno), i)
+    return {*sorted(first.values())[::2], *(i for i in later if CELLS[i].fault in later_cells.QUICK)}
 
 
 _QUICK = _quick_cells()
