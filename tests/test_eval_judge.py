@@ -70,7 +70,8 @@ def test_lasting_trouble_keeps_what_was_answered(server: FakeJudge, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "status, hint", [(401, "JUDGE_API_KEY"), (404, "ends in /v1"), (302, "which is not followed"), (307, "which is not followed")]
+    "status, hint",
+    [(401, "JUDGE_API_KEY"), (404, "ends in /v1"), (302, "which is not followed"), (307, "which is not followed")],
 )
 def test_refusals_are_not_repeated(server: FakeJudge, tmp_path: Path, status: int, hint: str) -> None:
     server.script = [status] * 5
