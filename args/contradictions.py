@@ -8,6 +8,7 @@ from args.dpo import DPOConfig
 from args.model import CHANGE_BASE, LoraArguments
 from args.ppo import PPOConfig
 from args.sft import SFTConfig
+from args.training import VLConfig
 from common.errors import InputError
 
 
@@ -161,8 +162,8 @@ def _refuse_pairs_of_single_answers(config: DPOConfig, flags: dict[str, Any]) ->
 
 def _refuse_flags_of_other_rows(parsed: Sequence[Any], flags: dict[str, Any]) -> None:
     """Flags that choose pairs, where rows have none, and turns, where the loss covers answers."""
-    sft, ppo = (any(isinstance(p, kind) for p in parsed) for kind in (SFTConfig, PPOConfig))
-    if not sft and flags.get("train_on", "all") != "all":
+    trains, sft, ppo = (any(isinstance(p, kind) for p in parsed) for kind in (VLConfig, SFTConfig, PPOConfig))
+    if trains and not sft and flags.get("train_on", "all") != "all":
         raise InputError("--train_on chooses turns of conversations, which train_sft.py alone trains on: leave it out.")
     for name, default in (("pairs", "all"), ("score_margin", None)):
         if (sft or ppo) and flags.get(name, default) != default:
