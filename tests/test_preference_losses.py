@@ -15,6 +15,7 @@ from datasets import Dataset
 import args
 import losses
 import train_dpo
+from args.dpo import with_loss_flags
 from base.callbacks import RunningDelta
 from base.preference_inputs import preference_batch
 from base.self_check import SelfCheck
@@ -223,7 +224,7 @@ def test_the_loss_of_the_documentation(unregister):
     """As it stands: chosen 1 above the reference, rejected 2 below; -log σ(.1 (1 + 2 · 2)) and a flag of its own."""
     text = (Path(train_dpo.__file__).parent / "docs" / "losses.md").read_text().split("## Adding a loss")[1]
     exec(text.split("```python\n")[1].split("```")[0], {})
-    flags = {field.name for field in dataclasses.fields(args._with_loss_flags(args.DPOConfig))}
+    flags = {field.name for field in dataclasses.fields(with_loss_flags(args.DPOConfig))}
     assert {"my_gamma", "beta"} <= flags
     policy, ref = (
         losses.PairLogps(chosen=torch.tensor([c]), rejected=torch.tensor([r])) for c, r in [(1.0, -2.0), (0.0, 0.0)]

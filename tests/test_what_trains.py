@@ -211,12 +211,13 @@ EVALUATED = "--eval_strategy steps --eval_steps 1 --save_strategy steps --save_s
 
 
 def test_early_stopping_waits_as_long_as_it_says(command, tmp_path):
-    """At a rate at which the held-out loss soon rises: two evaluations after the best one, then the end."""
+    """The held-out loss falls, and the highest counts as the best: two evaluations after it, then the end."""
+    best_is_highest = "--metric_for_best_model loss --greater_is_better True"
     flags = (
-        f"--use_lora True --eval_ratio 0.25 {EVALUATED} --early_stopping_patience 2 --max_steps 12 --learning_rate 5"
+        f"--use_lora True --eval_ratio 0.25 {EVALUATED} {best_is_highest} --early_stopping_patience 2 --max_steps 12"
     )
-    train_sft.main(command("sft", f"{flags} --lr_scheduler_type constant"))
+    train_sft.main(command("sft", f"{flags} --learning_rate 1e-2 --lr_scheduler_type constant"))
     losses = [entry["eval_loss"] for entry in history(tmp_path / "sft") if "eval_loss" in entry]
     state = json.loads((tmp_path / "sft" / "trainer_state.json").read_text())
     best = state["best_global_step"]
-    assert losses[best - 1] == min(losses) and state["global_step"] == best + 2 < 12
+    assert losses[best - 1] == max(losses) and state["global_step"] == best + 2 < 12
