@@ -25,7 +25,7 @@ def whole_checkpoint(folder: Path) -> Path:
     save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.save({"state": {}}, folder / name)
-    (folder / "trainer_state.json").write_text("{}")
+    (folder / "trainer_state.json").write_text('{"global_step": 3, "max_steps": 100}')
     return folder
 
 
