@@ -17,13 +17,16 @@ import pytest
 TAKEN, FROM_THE_END = "TEST_FILES_TAKEN", "TEST_FILES_FROM_THE_END"
 # Run their own two processes, so they come where the two meet: beside a single other file, not beside each other.
 ON_TWO_RANKS = ("test_distributed.py", "test_fsdp.py")
+# Takes minutes in one process: begun when the two meet, it would keep the other one waiting.
+LONGEST = "test_models.py"
 
 
 def ordered(files: list[Path], from_the_end: bool) -> list[Path]:
     """The order in which a process looks at the files."""
-    alone = [file for file in files if file.name not in ON_TWO_RANKS]
-    half = len(alone) // 2
-    line = [*alone[:half], *(file for file in files if file.name in ON_TWO_RANKS), *alone[half:]]
+    special = {name: [file for file in files if file.name == name] for name in (*ON_TWO_RANKS, LONGEST)}
+    others = [file for file in files if file.name not in special]
+    middle = [file for name in ON_TWO_RANKS for file in special[name]]
+    line = [*others[: len(others) // 2], *middle, *others[len(others) // 2 :], *special[LONGEST]]
     return line[::-1] if from_the_end else line
 
 
