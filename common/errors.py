@@ -2,9 +2,11 @@
 
 import errno
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 # What a disk says, and not a mistake of the program.
@@ -25,6 +27,8 @@ _DISK_TEXT = re.compile(
     r"No space left|Disk quota exceeded|File too large|Read-only file system|Permission denied|Input/output error"
     r"|PytorchStreamWriter|inline_container|unexpected pos"  # how torch.save says it
 )
+
+_interrupts: list[int] = []  # every Ctrl-C since `run` began
 
 
 class InputError(ValueError):
@@ -60,6 +64,10 @@ def run(main: Callable[[], object]) -> None:
 
     Ctrl-C ends it with the status that shells give it, 130.
     """
+    before = signal.getsignal(signal.SIGINT)
+    _interrupts.clear()
+    if before is signal.default_int_handler:  # else it is ignored, as in a shell's background
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         main()
     except KeyboardInterrupt:
@@ -74,6 +82,20 @@ def run(main: Callable[[], object]) -> None:
         if trouble is None:
             raise
         fail(f"{trouble}: free space, or give a folder that can be written.")
+    finally:
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    _interrupts.append(number)
+    signal.default_int_handler(number, frame)
+
+
+def raise_dropped_interrupt() -> None:
+    """Raise KeyboardInterrupt for a Ctrl-C since the start: Python drops those that come while it cleans up an object."""
+    if _interrupts:
+        raise KeyboardInterrupt
 
 
 def fail(message: InputError | str) -> NoReturn:

@@ -19,7 +19,7 @@ from args import SFTConfig
 from base.checkpoints import ASIDE, EXIT_INTERRUPTED, EXIT_PREEMPTED, Preemption
 from base.resume import CHECKSUMS, checkpoint_to_resume, newest_whole_checkpoint, what_is_wrong_with
 from base.run_folder import LOCK
-from common.errors import InputError
+from common.errors import InputError, run
 from tests.processes import ON_POLICY, RL, Run, history
 
 STEPS = 6
@@ -189,6 +189,26 @@ def test_ctrl_c_that_ends_at_once(argv, tmp_path, asked: bool):
     assert run.wait() == 130
     assert run.output.strip().endswith("train_dpo.py: Stopped by Ctrl-C.") and "Traceback" not in run.output
     assert newest_whole_checkpoint(str(out)) is None and not [*out.rglob("*.safetensors")]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_that_python_drops_ends_before_training():
+    """While a destructor runs, no exception leaves it."""
+
+    class Dying:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0)
+
+    def main() -> None:
+        dying = Dying()
+        del dying
+        with Preemption(bool).listening():
+            pytest.fail("trains")
+
+    with pytest.raises(SystemExit) as ended:
+        run(main)
+    assert ended.value.code == EXIT_INTERRUPTED and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_data_workers_outlive_the_sigterm_of_their_group(argv, tmp_path, monkeypatch):
