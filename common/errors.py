@@ -28,7 +28,7 @@ _DISK_TEXT = re.compile(
     r"|PytorchStreamWriter|inline_container|unexpected pos"  # how torch.save says it
 )
 
-_interrupts: list[int] = []  # every Ctrl-C since `run` began
+_interrupts: list[int] = []  # every Ctrl-C while `run` runs
 
 
 class InputError(ValueError):
@@ -65,7 +65,6 @@ def run(main: Callable[[], object]) -> None:
     Ctrl-C ends it with the status that shells give it, 130.
     """
     before = signal.getsignal(signal.SIGINT)
-    _interrupts.clear()
     if before is signal.default_int_handler:  # else it is ignored, as in a shell's background
         signal.signal(signal.SIGINT, _interrupt)
     try:
@@ -83,6 +82,7 @@ def run(main: Callable[[], object]) -> None:
             raise
         fail(f"{trouble}: free space, or give a folder that can be written.")
     finally:
+        _interrupts.clear()
         if before is signal.default_int_handler:
             signal.signal(signal.SIGINT, before)
 
