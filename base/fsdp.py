@@ -233,6 +233,7 @@ class ShardedTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         files = [os.path.join(checkpoint, name) for name in (OPTIMIZER_NAME, SCHEDULER_NAME)]
-        if all(map(os.path.isfile, files)):  # Trainer would read the whole state onto every device
+        # transformers' own files, of tensors and numbers: nothing in them is executed. Its Trainer would read the whole state onto every device.
+        if all(map(os.path.isfile, files)):
             for kept, file in zip((self.optimizer, self.lr_scheduler), files, strict=True):
                 kept.load_state_dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))

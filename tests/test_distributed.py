@@ -202,6 +202,15 @@ def without_dropout(checkpoint: str, folder: Path) -> str:
     return str(folder)
 
 
+def assert_two_equal_one(launcher: str, two: Jobs, alone: Jobs, folder: Path) -> None:
+    """The curves of runs on two ranks are those of the same runs in this process."""
+    for one in alone:
+        SCRIPTS[one["script"]].main(one["argv"])
+    launch(launcher, two, folder)
+    for one, other in zip(alone, two, strict=True):
+        assert_same_curve(Path(one["out"]), Path(other["out"]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", zoo.BUILDERS)
 def test_families_under_fsdp(job, tmp_path: Path, family: str):
@@ -214,11 +223,7 @@ def test_families_under_fsdp(job, tmp_path: Path, family: str):
     cells = [("rm" if family == "paligemma" else "sft", "full", ""), ("dpo", "lora", by_class)]
     alone = [job(script, mode, "one", 4, model=model) for script, mode, _ in cells]
     two = [job(script, mode, "two", 2, f"{flags} {config}", model=model) for script, mode, config in cells]
-    for one in alone:
-        SCRIPTS[one["script"]].main(one["argv"])
-    launch(launcher, two, tmp_path)
-    for one, other in zip(alone, two, strict=True):
-        assert_same_curve(Path(one["out"]), Path(other["out"]))
+    assert_two_equal_one(launcher, two, alone, tmp_path)
 
 
 @pytest.mark.slow
@@ -239,11 +244,7 @@ def test_losses_that_read_more_under_fsdp(job, tmp_path: Path):
         ]
         for folder, batch, more in (("one", 4, ""), ("two", 2, flags))
     )
-    for one in alone:
-        SCRIPTS[one["script"]].main(one["argv"])
-    launch(launcher, two, tmp_path)
-    for one, other in zip(alone, two, strict=True):
-        assert_same_curve(Path(one["out"]), Path(other["out"]))
+    assert_two_equal_one(launcher, two, alone, tmp_path)
 
 
 @pytest.mark.slow
@@ -339,11 +340,7 @@ def test_ranks_without_images(job, mixed_files, tmp_path: Path, setup: str):
 
     alone = [build(*cell, "one", 2, "") for cell in cells]
     two = [build(*cell, "two", 1, flags) for cell in cells]
-    for one in alone:
-        SCRIPTS[one["script"]].main(one["argv"])
-    launch(launcher, two, tmp_path)
-    for one, other in zip(alone, two, strict=True):
-        assert_same_curve(Path(one["out"]), Path(other["out"]))
+    assert_two_equal_one(launcher, two, alone, tmp_path)
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def finite(out: Path) -> bool:
     # DeepSpeed's files name classes of its own, which are let through by name; nothing else is executed.
     states = [f for f in out.rglob("*_states.pt")]
     with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-        optimizer = [t for f in states for t in _tensors(torch.load(f))]
+        optimizer = [t for f in states for t in _tensors(torch.load(f, weights_only=True))]
     return bool(saved) and first_not_finite([*saved, *((f"{i}", t) for i, t in enumerate(optimizer))]) is None
 
 
