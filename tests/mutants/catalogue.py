@@ -1843,3 +1843,44 @@ faults(
         ),
     },
 )
+
+faults(
+    "base/rollout_cache.py",
+    "tests/test_shared_prefill.py",
+    one_prefill={
+        "answers in a prompt's row see each other's places": (
+            "_RoomyLayer.update",
+            "room[:, :, start:end] = new",
+            "room[:, :, start:end] = new.roll(1, 2)",
+        )
+    },
+)
+faults(
+    "base/lora_start.py",
+    "tests/test_lora_variants.py",
+    eva_is={
+        "EVA's start is found and not taken": (
+            "start_from_inputs",
+            "model.get_submodule(name).lora_A[POLICY].weight.copy_(weight)",
+            "None",
+        )
+    },
+)
+faults(
+    "base/checkpoints.py",
+    "tests/test_resume.py",
+    python_drops={
+        "a dropped Ctrl-C is forgotten": ("Preemption.listening", "raise_dropped_interrupt()", "None"),
+    },
+)
+faults(
+    "args/contradictions.py",
+    "tests/test_data_check.py",
+    conversations_show={
+        "--train_on is refused where nothing trains": (
+            "_refuse_flags_of_other_rows",
+            'trains and not sft and flags.get("train_on", "all") != "all"',
+            'not sft and flags.get("train_on", "all") != "all"',
+        )
+    },
+)
