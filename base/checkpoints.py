@@ -36,7 +36,7 @@ from base.loading import load_weights
 from base.lora_start import LoraOnChangedBase
 from base.model_card import model_card
 from base.resume import ASIDE, checkpoints_of, damage_of, newest_whole_checkpoint, write_checksums
-from common.errors import InputError, disk_trouble, memory_trouble, raise_dropped_interrupt
+from common.errors import InputError, disk_trouble, memory_trouble
 from common.files import flush, make_valid_json, write_text
 from common.tensors import first_not_finite
 
@@ -55,12 +55,7 @@ class Preemption(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals for the duration of training. A second Ctrl-C ends it at once.
-
-        Raises:
-            KeyboardInterrupt: there was one before, which Python dropped.
-        """
-        raise_dropped_interrupt()
+        """Take the signals for the duration of training. A second Ctrl-C ends it at once."""
 
         def ask(number: int, _: Any) -> None:
             self.asked, self.by = True, number

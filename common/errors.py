@@ -1,12 +1,13 @@
 """The one exception for wrong input, and how a command ends with it, or with a disk that is full."""
 
 import errno
+import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 # What a disk says, and not a mistake of the program.
@@ -27,8 +28,6 @@ _DISK_TEXT = re.compile(
     r"No space left|Disk quota exceeded|File too large|Read-only file system|Permission denied|Input/output error"
     r"|PytorchStreamWriter|inline_container|unexpected pos"  # how torch.save says it
 )
-
-_interrupts: list[int] = []  # every Ctrl-C while `run` runs
 
 
 class InputError(ValueError):
@@ -64,9 +63,7 @@ def run(main: Callable[[], object]) -> None:
 
     Ctrl-C ends it with the status that shells give it, 130.
     """
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # else it is ignored, as in a shell's background
-        signal.signal(signal.SIGINT, _interrupt)
+    before, sys.unraisablehook = sys.unraisablehook, _interrupt_again
     try:
         main()
     except KeyboardInterrupt:
@@ -82,20 +79,18 @@ def run(main: Callable[[], object]) -> None:
             raise
         fail(f"{trouble}: free space, or give a folder that can be written.")
     finally:
-        _interrupts.clear()
-        if before is signal.default_int_handler:
-            signal.signal(signal.SIGINT, before)
+        sys.unraisablehook = before
 
 
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    _interrupts.append(number)
-    signal.default_int_handler(number, frame)
-
-
-def raise_dropped_interrupt() -> None:
-    """Raise KeyboardInterrupt for a Ctrl-C since the start: Python drops those that come while it cleans up an object."""
-    if _interrupts:
-        raise KeyboardInterrupt
+def _interrupt_again(dropped: "sys.UnraisableHookArgs") -> None:
+    """A hook for exceptions that Python drops : a Ctrl-C that came while it cleaned up an object comes again."""
+    if issubclass(dropped.exc_type, KeyboardInterrupt):
+        # Not from here, where it would be dropped like the first.
+        again = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(dropped)
 
 
 def fail(message: InputError | str) -> NoReturn:

@@ -1867,10 +1867,10 @@ faults(
     },
 )
 faults(
-    "base/checkpoints.py",
+    "common/errors.py",
     "tests/test_resume.py",
     python_drops={
-        "a dropped Ctrl-C is forgotten": ("Preemption.listening", "raise_dropped_interrupt()", "None"),
+        "a dropped Ctrl-C is forgotten": ("_interrupt_again", "again.start()", "None"),
     },
 )
 faults(
