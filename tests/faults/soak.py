@@ -3,12 +3,13 @@
     python -m tests.faults.soak --script dpo ppo --steps 2000 --seed 0
 
 Every 60 to 200 steps the run is killed (SIGKILL, or SIGTERM), every third time with a fault on top that is promised to be recoverable: a full disk
-that is freed again, or a newest checkpoint of which a byte is altered. At the end weights and logged numbers must be equal. RSS of the undisturbed
-run is printed after each tenth of the steps, and the seconds of both.
+that is freed again, or a newest checkpoint of which a byte is altered. The undisturbed run goes on beside it; at the end weights and
+logged numbers must be equal. RSS of the undisturbed run is printed after each tenth of the steps, and the seconds of both.
 """
 
 import argparse
 import json
+import multiprocessing
 import random
 import shlex
 import shutil
@@ -128,8 +129,13 @@ def main() -> None:
     write_data(folder)
     for script in args.script:
         whole, out = folder / f"{script}-whole", folder / f"{script}-out"
-        undisturbed(script, folder, whole, args.steps)
+        beside = multiprocessing.get_context("spawn").Process(
+            target=undisturbed, args=(script, folder, whole, args.steps)
+        )
+        beside.start()
         count = disturbed(script, folder, out, args.steps, random.Random(args.seed))
+        beside.join()
+        assert beside.exitcode == 0, "the undisturbed run failed"
         mine, theirs = (load_file(o / "adapter_model.safetensors") for o in (out, whole))
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine), (
             "other weights"
