@@ -5,11 +5,20 @@ adds one as wide as the input. Here both low-rank products are accumulated by th
 What is stored and saved is peft's: only the class of the layers in memory differs. `--fast_lora False` keeps peft's class.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
+
+
+def _product(
+    flat: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """flat (N, in), weight (out, in), bias (out,), A (r, in), B (out, r) -> y (N, out), x Aᵀ (N, r)."""
+    low = flat @ A.T
+    return nn.functional.linear(flat, weight, bias).addmm_(low, B.T, alpha=scaling), low
 
 
 class _LoraProduct(torch.autograd.Function):
@@ -19,10 +28,8 @@ class _LoraProduct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
     ) -> Tensor:
-        """x (..., in), weight (out, in), bias (out,), A (r, in), B (out, r) -> (..., out)."""
-        flat = x.reshape(-1, x.shape[-1])
-        low = flat @ A.T  # (N, r)
-        out = nn.functional.linear(flat, weight, bias).addmm_(low, B.T, alpha=scaling)
+        """x (..., in) and the rest as `_product` -> (..., out)."""
+        out, low = _product(x.reshape(-1, x.shape[-1]), weight, bias, A, B, scaling)
         ctx.save_for_backward(x, low, weight, A, B)
         ctx.scaling = scaling
         # Not `view`: nobody could add in place to a view that was made in here.
@@ -75,9 +82,13 @@ class LoraLinear(Linear):
         )
         if not ours:
             return super().forward(x, *args, **kwargs)
-        A_weight, B_weight = A.weight.to(dtype), B.weight.to(dtype)
-        with torch.autocast(device, enabled=False):
-            return _LoraProduct.apply(x.to(dtype), base.weight, base.bias, A_weight, B_weight, self.scaling[name])
+        x, rest = x.to(dtype), (base.weight, base.bias, A.weight.to(dtype), B.weight.to(dtype), self.scaling[name])
+        with torch.autocast(device, enabled=False) if autocast else nullcontext():
+            if torch.is_grad_enabled():
+                return _LoraProduct.apply(x, *rest)
+            # Every token of a rollout: without Function.apply and autocast 8 rows of 512 take 115 instead of 136 us on a CPU.
+            out, _ = _product(x.reshape(-1, x.shape[-1]), *rest)
+            return out.view(*x.shape[:-1], -1)
 
 
 def use_fast_lora(model: nn.Module) -> None:

@@ -76,6 +76,17 @@ def test_equals_peft(nets, calls, checkpointing: bool):
     assert len(calls) == (4 if checkpointing else 2)
 
 
+@torch.no_grad()
+def test_the_same_without_gradients(nets, calls):
+    """As in rollouts: bit for bit, and without the autograd function."""
+    x, net = torch.randn(3, 5, 12), nets[1]
+    found = net(x)
+    assert not calls
+    with torch.enable_grad():
+        recorded = net(x)
+    assert len(calls) == 2 and recorded.requires_grad and torch.equal(found, recorded)
+
+
 def test_equals_peft_under_autocast(nets, calls):
     """bf16 base, float32 adapters: what --bf16 --use_lora trains. Only the rounding of bf16 may differ."""
     for net in nets:
