@@ -14,6 +14,8 @@ transformers hands a 4-D mask to its attention function unchanged, so packed row
     by_segments     True: the mask is empty, and the layout says all. False: a family's own mask (windows, spans in both directions),
                     (B, 1, L, L), read row by row.
 
+While K answers to a prompt are sampled in one row, the mask has `apart` instead, and `attend_apart` computes them.
+
 `packed_sdpa` takes the place of transformers' "sdpa" and "flash_attention_2", for the whole process, when the first row is packed or laid end to
 end. It has no name of its own because transformers compares the name: under another one Gemma 4's layers with shared keys, for instance, attend
 to the empty part of a static cache in generation, without an error.
@@ -21,6 +23,7 @@ to the empty part of a static cache in generation, without an error.
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -29,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -61,6 +65,18 @@ def with_layout(mask: Tensor, layout: Layout) -> Tensor:
     return mask
 
 
+def apart_mask(cache: Cache, hidden: Tensor | None, device: torch.device) -> Tensor:
+    """The mask that says: K answers to each prompt, a token of each, attend to the prompt and to themselves by `attend_apart`. It has no entries.
+
+    Args:
+        cache: a PackedRolloutCache.
+        hidden: (B, 1, 1, P) bool, the padding of prompts; None if there is none.
+    """
+    mask = torch.zeros((1, 1, 0, 0), dtype=torch.bool, device=device)
+    mask.apart = cache, hidden  # type: ignore[attr-defined]
+    return mask
+
+
 def layout_of(mask: Any) -> Layout | None:
     """The layout of a mask, or of a dict of masks by kind of layer; None if it has none."""
     if isinstance(mask, dict):
@@ -89,6 +105,10 @@ def packed_sdpa(
         (B, L, H, D) or (1, N, H, D), zero at padding, and no attention weights.
     """
     layout = layout_of(attention_mask)
+    if hasattr(attention_mask, "apart"):
+        cache, hidden = attention_mask.apart
+        layer = cache.layers[module.layer_idx]
+        return attend_apart(query, key, value, layer.own_keys, layer.own_values, hidden, scaling), None
     if layout is None:
         return own(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     one_row = query.shape[0] == 1 and query.shape[2] == layout.tokens
@@ -112,6 +132,45 @@ def packed_sdpa(
         rows = zip(query.split(1), key.split(1), value.split(1), layout.rows, strict=True)
         out = torch.cat([_by_segments(q, k, v, layout, [row], kernel) for q, k, v, row in rows])
     return out.transpose(1, 2).contiguous(), None
+
+
+def attend_apart(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    own_key: Tensor,
+    own_value: Tensor,
+    hidden: Tensor | None = None,
+    scaling: float | None = None,
+) -> Tensor:
+    """The newest tokens of K answers attend to their prompt together, and to their own answer apart: no mask, nothing copied.
+
+    Answer k's scores are [q_k Kᵀ | q_k K_kᵀ] and its output softmax(scores) [V; V_k]. All queries with the same keys, of K answers and H / h heads,
+    are one product: keys are not repeated for the heads that share them, nor multiplied by queries that they are hidden from. Scores are in the
+    type of keys, their softmax in float32, as in transformers' "eager". (On a GPU that is some ten launches, counted, not measured. A kernel with a
+    mask needs seven there: it repeats keys and values for all heads, and turns a mask K times as wide as an answer into a bias, for every token.)
+
+    Args:
+        query: (B, H, K, D).
+        key, value: (B, h, P, D) of prompts, h heads that divide H.
+        own_key, own_value: (B, h, K, t, D).
+        hidden: (B, 1, 1, P) bool.
+
+    Returns:
+        (B, K, H, D).
+    """
+    h, P = key.shape[1:3]
+    query = query * (query.shape[3] ** -0.5 if scaling is None else scaling)
+    query = query.to(key.dtype).unflatten(1, (h, -1)).transpose(2, 3)  # (B, h, K, G, D)
+    answers_and_heads = query.shape[2:4]
+    shared = query.flatten(2, 3) @ key.mT  # (B, h, K G, P)
+    if hidden is not None:
+        shared = shared.masked_fill(hidden, -math.inf)
+    scores = torch.cat([shared.unflatten(2, answers_and_heads), query @ own_key.mT], dim=-1)  # (B, h, K, G, P + t)
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    of_prompt = weights[..., :P].flatten(2, 3) @ value  # (B, h, K G, D)
+    out = of_prompt.unflatten(2, answers_and_heads) + weights[..., P:] @ own_value
+    return out.transpose(1, 2).flatten(2, 3)
 
 
 def _by_segments(

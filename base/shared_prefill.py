@@ -4,8 +4,8 @@
     core.generate(**inputs, custom_generate=beams_of_one_prefill, beams=K)              the best of K beams
 
 Works for every cache that beam search can reorder, static or not, with linear states or keys of images. With
-`packed=True` the prompt's keys and values are not even repeated: the K answers are K queries of one row, and a mask
-keeps them apart (`VLModelMixin.decodes_packed` says for which families). This file alone touches the private parts of
+`packed=True` the prompt's keys and values are not even repeated: the K answers are K queries of one row, which attend
+to it together and to themselves apart (`VLModelMixin.decodes_packed` says for which families). This file alone touches the private parts of
 transformers' generation loop.
 """
 
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import ModelOutput
+
+from base.packed_attention import apart_mask, attend_by_segments
 
 # Read in the prefill alone; what is there per image cannot be repeated by row.
 PREFILL_ONLY = ("inputs_embeds", "mm_encoder_outputs")
@@ -36,7 +38,7 @@ def answers_of_one_prefill(
 
     Args:
         num_answers: K. Greedy answers differ only if a logits processor makes them: it sees B * K rows from the first token on.
-        packed: decode with one row per prompt; needs a dynamic cache and `position_ids` among kwargs.
+        packed: decode with one row per prompt; needs a PackedRolloutCache and `position_ids` among kwargs.
         until_all_ranks_end: generate's `synced_gpus`, which it does not hand on to functions.
         kwargs: what generate prepared for B prompts.
     """
@@ -147,24 +149,21 @@ class _RepeatedStep(Step):
 
 
 class _PackedStep(Step):
-    """The K answers are K queries of their prompt's row. In the cache stand the prompt's L columns, then K for each step."""
+    """The K answers are K queries of their prompt's row, whose keys and values the cache holds once."""
 
     def __init__(self, model: nn.Module, input_ids: Tensor, kwargs: dict[str, Any], num_answers: int) -> None:
-        self.model, self.K = model, num_answers
-        read = input_ids if input_ids.shape[1] else kwargs["inputs_embeds"]
+        attend_by_segments()
+        self.model, self.B, self.K = model, len(input_ids), num_answers
         mask = kwargs.get("attention_mask")  # None where nothing is padded
-        prompt = torch.ones(read.shape[:2], dtype=torch.bool, device=read.device) if mask is None else mask.bool()
-        self.B = len(prompt)
-        self.mask = prompt[:, None, None, :].expand(-1, -1, num_answers, -1)  # (B, 1, K, L + K t)
-        self.own = torch.eye(num_answers, dtype=torch.bool, device=prompt.device).expand(self.B, 1, -1, -1)
+        self.hidden = None if mask is None or mask.all() else ~mask.bool()[:, None, None, :]  # (B, 1, 1, L)
         self.position = kwargs["position_ids"][..., -1:]  # (B, 1), with M-RoPE (3 or 4, B, 1)
 
     def begin(self, input_ids: Tensor, out: ModelOutput) -> Tensor:
         self.cache = out.past_key_values
+        self.mask = apart_mask(self.cache, self.hidden, out.logits.device)
         return input_ids.repeat_interleave(self.K, 0)
 
     def logits_after(self, input_ids: Tensor) -> Tensor:
-        self.mask = torch.cat([self.mask, self.own], dim=-1)
         self.position = self.position + 1
         out = self.model(
             input_ids=input_ids[:, -1].view(self.B, self.K),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -371,6 +372,28 @@ def plain_varlen_attention(
         future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + scores.shape[2] - scores.shape[1])
         out.append((scores.masked_fill(future, -math.inf).softmax(-1) @ v.repeat_interleave(2, 0)).transpose(0, 1))
     return torch.cat(out)
+
+
+@pytest.mark.parametrize("heads", [4, 2, 1])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_of_answers_apart_is_plain_attention(heads: int, scaling: float | None, padded: bool):
+    """Every query of K = 3 answers by itself over its prompt's keys and its own; values wider than keys."""
+    from base.packed_attention import attend_apart
+
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 4, 3, 8), torch.randn(2, heads, 5, 8), torch.randn(2, heads, 5, 10)
+    own_key, own_value = torch.randn(2, heads, 3, 7, 8)[:, :, :, :6], torch.randn(2, heads, 3, 6, 10)
+    hidden = torch.tensor([[True, True, False, False, False], [False] * 5])[:, None, None, :] if padded else None
+    found = attend_apart(query, key, value, own_key, own_value, hidden, scaling)
+    assert found.shape == (2, 3, 4, 10)
+    for b, h, k in product(range(2), range(4), range(3)):
+        of = h // (4 // heads)  # the head of the keys
+        first = 2 if padded and b == 0 else 0
+        keys = torch.cat([key[b, of, first:], own_key[b, of, k]])
+        values = torch.cat([value[b, of, first:], own_value[b, of, k]])
+        weights = (query[b, h, k] @ keys.T * (8**-0.5 if scaling is None else scaling)).softmax(-1)
+        torch.testing.assert_close(found[b, k, h], weights @ values, atol=1e-6, rtol=1e-5)
 
 
 def test_layout_of_segments_by_hand():

@@ -98,5 +98,5 @@ def test_bytes_are_those_of_the_table(family: str, weights: str, K: int, image_d
     )
     (cache,) = caches
     assert sampled.batch["completion_mask"].shape[1] == trainer.args.response_length  # none stopped before
-    held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+    held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values, *getattr(layer, "rooms", [])))
     assert held == cache_bytes(zoo.checkpoint(family), setup)

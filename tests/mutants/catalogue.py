@@ -1080,17 +1080,12 @@ faults(
     "base/shared_prefill.py",
     "tests/test_shared_prefill.py",
     qwen2_vl={
-        "packed answers see each other": (
-            "_PackedStep.__init__",
-            "torch.eye(num_answers, dtype=torch.bool, device=prompt.device)",
-            "torch.ones(num_answers, num_answers, dtype=torch.bool, device=prompt.device)",
-        ),
         "packed answers stay at their prompt's last position": (
             "_PackedStep.logits_after",
             "self.position + 1",
             "self.position",
         ),
-        "packed answers see the padding of prompts": ("_PackedStep.__init__", "mask.bool()", "mask.bool() | True"),
+        "packed answers see the padding of prompts": ("_PackedStep.__init__", "mask is None or mask.all()", "True"),
     },
     mllama={
         "prompts are repeated in another order than answers": (
@@ -1848,11 +1843,19 @@ faults(
     "base/rollout_cache.py",
     "tests/test_shared_prefill.py",
     one_prefill={
-        "answers in a prompt's row see each other's places": (
-            "_RoomyLayer.update",
-            "room[:, :, start:end] = new",
-            "room[:, :, start:end] = new.roll(1, 2)",
+        "answers in a prompt's row have each other's keys": (
+            "_PackedLayer.update",
+            "room[:, :, :, self.steps] = new",
+            "room[:, :, :, self.steps] = new.roll(1, 2)",
         )
+    },
+)
+faults(
+    "base/packed_attention.py",
+    "tests/test_fast_paths.py",
+    apart={
+        "the padding of prompts is attended to": ("attend_apart", "shared.masked_fill(hidden, -math.inf)", "shared"),
+        "a family's scale of scores is lost": ("attend_apart", "scaling is None", "True"),
     },
 )
 faults(
