@@ -34,7 +34,13 @@ from benchmarks.steps import MIB, LoadWatch, machine, markdown, peak_of, write
 from common.flags import FlagParser
 from data import DataSplits
 
-CASES = [f"{family}-{tokens}" for family in ("llava", "qwen2_5_vl") for tokens in (50, 150, 400)]
+# Family and pixels of a case. 672 x 672 are the 576 image tokens of LLaVA's picture, 448 x 448 are 256.
+PICTURES = {
+    "llava": ("llava", (336, 336)),
+    "qwen2_5_vl": ("qwen2_5_vl", (672, 672)),
+    "qwen2_5_vl_256": ("qwen2_5_vl", (448, 448)),
+}
+CASES = [f"{name}-{tokens}" for name in PICTURES for tokens in (50, 150, 400)]
 NO_END = [-1]
 Row = dict[str, Any]
 
@@ -164,11 +170,11 @@ def _watch_training_pass(clock: Clock, trainer: Trainer, peak: bool) -> None:
 
 def run_case(case: str, size: str, answers: int, updates: int) -> dict[str, Any]:
     """Seconds, memory and ratios of one case."""
-    family, _, tokens = case.rpartition("-")
-    T = int(tokens)
+    name, _, tokens = case.rpartition("-")
+    (family, pixels), T = PICTURES[name], int(tokens)
     with tempfile.TemporaryDirectory() as folder, LoadWatch() as load:
         checkpoint = build(family, size, Path(folder))
-        data = rows(family, size, checkpoint, T, updates + 2)
+        data = rows(family, size, checkpoint, T, updates + 2, pixels=pixels)
         processor = transformers.AutoProcessor.from_pretrained(checkpoint)
         text = processor.apply_chat_template(
             [

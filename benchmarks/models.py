@@ -127,7 +127,7 @@ def _llava(
 
 
 def qwen2_5_vl(size: str) -> Parts:
-    """Qwen2.5-VL-7B: its tower reads four patches per token; 256 tokens for 448 x 448 pixels."""
+    """Qwen2.5-VL-7B: its tower reads four patches per token; 256 tokens for 448 x 448 pixels, 576 for 672 x 672."""
     tokenizer = tokenizer_of(["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])
     patch = 7 if size == "tiny" else 14
     processor = tf.Qwen2_5_VLProcessor(
@@ -297,18 +297,26 @@ def lora_targets(model: tf.PreTrainedModel) -> str:
 
 
 def rows(
-    family: str, size: str, folder: Path, tokens: int, count: int, num_responses: int = 2, common: float = 0.0
+    family: str,
+    size: str,
+    folder: Path,
+    tokens: int,
+    count: int,
+    num_responses: int = 2,
+    common: float = 0.0,
+    pixels: tuple[int, int] | None = None,
 ) -> list[dict[str, Any]]:
     """Preference rows whose answers all take `tokens` tokens, pictures as PNG files in `folder`.
 
     Args:
+        pixels: width and height of the pictures; the family's of `PICTURES` if not given.
         common: share of an answer's tokens that all answers of a row begin with.
     """
     tokenizer = tf.AutoTokenizer.from_pretrained(folder)
     found = []
     for i in range(count):
         path = folder / f"picture{i}.png"
-        picture(PICTURES[family] if size != "tiny" else (28, 28), i).save(path)
+        picture((pixels or PICTURES[family]) if size != "tiny" else (28, 28), i).save(path)
         begin = answer(tokenizer, int(tokens * common), 1000 + i) if common else ""
         found.append(
             {
