@@ -64,6 +64,7 @@ def build(
             streaming_of(data_args, training_args),
         )
         train_dataset, lengths = collator.drop_overlong(data.train, data_args.dataset_num_proc)
+        eval_dataset, _ = collator.drop_overlong(data.eval, data_args.dataset_num_proc)
 
     # ---- Training --------------------------------------------------------------------------------------------------
     # EDIT: a subclass of VLPPOTrainer with advantages or a policy_and_value_loss of your own
@@ -75,7 +76,7 @@ def build(
         processor=processor,
         data_collator=collator,
         train_dataset=train_dataset,
-        eval_dataset=data.eval,
+        eval_dataset=eval_dataset,
     )
     return trainer, {"plan": asdict(plan), "data": data.info, "lengths": lengths}
 

@@ -35,9 +35,9 @@ def ranked_json(tmp_path, image_dir) -> Path:
     return path
 
 
-def build(algorithm: str, argv: list[str]):
+def build(algorithm: str, argv: list[str], data: DataSplits | None = None):
     parsed = args.parse(args.ModelArguments, args.DataArguments, args.LoraArguments, CONFIG[algorithm], argv=argv)
-    return importlib.import_module(f"train_{algorithm}").build(*parsed)[0]
+    return importlib.import_module(f"train_{algorithm}").build(*parsed, data=data)[0]
 
 
 def of_ranked(llava, ranked_json, image_dir, out: Path, extra: str) -> list[str]:
@@ -58,6 +58,19 @@ def test_length_limits_reach_the_batch(command, rewards, algorithm: str):
         assert all(len(row) >= 3 for row in last)
     elif algorithm != "ppo":
         assert batch["completion_mask"].sum(1).max() == 3
+
+
+@pytest.mark.parametrize("algorithm", CONFIG)
+def test_prompts_that_are_too_long_are_left_out_of_both_splits(command, rewards, image_dir, algorithm: str):
+    rows = []
+    for text in ("What is this?", "What is this? " * 40):
+        asked = {"role": "user", "content": f"<image>\n{text}"}
+        row = {"prompt": [asked], "messages": [asked, {"role": "assistant", "content": "one"}], "where": text}
+        rows.append(row | {"images": [str(image_dir / "0.png")], "responses": ["one", "two"], "ranks": [0.0, 1.0]})
+    data = Dataset.from_list(rows)
+    extra = f"--reward_fn {rewards} --use_lora True --rollouts_per_prompt 2" if algorithm == "ppo" else ""
+    trainer = build(algorithm, command(algorithm, f"--max_prompt_length 80 {extra}"), DataSplits(data, data, {}))
+    assert trainer.train_dataset["where"] == trainer.eval_dataset["where"] == ["What is this?"]
 
 
 @pytest.mark.parametrize("algorithm", ["rm", "dpo"])
