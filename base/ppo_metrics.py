@@ -24,6 +24,7 @@ def rollout_metrics(
         cap: --rollout_importance_cap. What compares a server with the policy has one number per token.
     """
     scores = torch.cat([r.scores for r in rollouts])
+    scored = ~scores.isnan()  # a reward may not apply to an answer
     metrics = {}
     kl = sequence_kl(rollouts)
     if rollouts[0].logps is not None:
@@ -35,7 +36,7 @@ def rollout_metrics(
         metrics |= {
             "objective/kl": kl,
             "objective/non_score_reward": -kl_coef * penalty,
-            "objective/rlhf_reward": scores - kl_coef * penalty,
+            "objective/rlhf_reward": (scores - kl_coef * penalty)[scored],
             "objective/kl_coef": scores.new_full((1,), kl_coef),  # on the device: it is reduced over all of them
         }
     if rollouts[0].sampler_logps is not None:
@@ -43,7 +44,7 @@ def rollout_metrics(
         metrics["sampling/sampling_logp_difference/mean"] = (ours - theirs).abs()
         metrics["sampling/importance_sampling_ratio/mean"] = losses.truncated_importance_weights(ours, theirs, cap)
     return metrics | {
-        "objective/scores": scores[~scores.isnan()],
+        "objective/scores": scores[scored],
         "val/response_length": torch.cat([r.mask.sum(1) for r in rollouts]).float(),
         "val/ended": torch.cat([r.ended for r in rollouts]).float(),
     }

@@ -15,10 +15,12 @@ import args
 import train_ppo
 from base.adapters import Role, adapter_active
 from base.ppo_batches import BatchSizes, mini_batches
-from base.ppo_metrics import rollout_metrics
+from base.ppo_metrics import group_metrics, reward_metrics, rollout_metrics, token_metrics
 from base.reward import VLRewardModel
+from base.reward_calls import UnscoredAnswers
+from base.rewards import FunctionReward, built_in
 from base.rollout import Advantages, Sampled
-from base.sampling import end_token_ids
+from base.sampling import Sampler, end_token_ids
 from common.seeds import stable_seed
 from data import DataSplits
 from models import core_mapper_for
@@ -168,7 +170,9 @@ def test_the_value_loss_is_weighted_by_vf_coef(built):
     """With plain SGD the head's step is proportional to the weight, and the logged loss is policy + weight * value."""
     steps = {}
     for weight in (0.1, 0.7):
-        flags = f"--vf_coef {weight} --optim sgd --max_grad_norm 0 --num_ppo_epochs 1 --num_mini_batches 1"
+        flags = (
+            f"--vf_coef {weight} --optim sgd --max_grad_norm 0 --num_ppo_epochs 1 --num_mini_batches 1 --loss_type grpo"
+        )
         trainer = built(f"{flags} --gradient_accumulation_steps 2")
         before = trainer.model.head.weight.detach().clone()
         trainer.train()
@@ -176,12 +180,34 @@ def test_the_value_loss_is_weighted_by_vf_coef(built):
         entry = next(e for e in trainer.state.log_history if "loss" in e)
         assert entry["loss"] == pytest.approx(entry["loss/policy_avg"] + weight * entry["loss/value_avg"], abs=1e-5)
         assert entry["loss/value_avg"] > 1e-4
+        assert all(p.grad is None for p in trainer.model.parameters())  # nothing is added to the next mini batch
     assert steps[0.1].abs().max() > 1e-6
     torch.testing.assert_close(steps[0.7], 7 * steps[0.1], rtol=1e-3, atol=1e-7)
 
 
 NOW = LOGPS  # of the policy; REF_LOGPS stand for the sampler's
 FROZEN = torch.tensor([[-1.2, -2.5, -3.0], [-2.0, -1.0, 0.0]])  # the reference's
+CUT_OFF = torch.tensor([[True, True, True], [False, False, False]])  # loss mask: the second answer did not end
+ENTROPY = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 99.0]])
+
+
+def test_an_answer_that_did_not_end_teaches_the_value_alone(built):
+    """Policy: a mean over the answers that count, by the token means of those that ended. Value: a mean over all tokens."""
+    trainer = built("--loss_type grpo --mask_truncated_completions True --vf_coef 0.5 --cliprange_value 9")
+    returns, values = torch.tensor([[1.0, 1.0, 1.0], [2.0, 2.0, 0.0]]), torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, 7.0]])
+    r = SimpleNamespace(
+        logps=LOGPS, values=values, returns=returns, advantages=torch.tensor([[1.0, 2.0, 6.0], [8.0, 8.0, 0.0]]),
+        mask=MASK, loss_mask=CUT_OFF, counted=torch.tensor([True, True]), sampler_logps=None,
+    )  # fmt: skip
+    counts = trainer._mini_batch_counts([r, SimpleNamespace(**vars(r) | {"counted": torch.tensor([True, False])})])
+    assert counts.tolist() == [3, 10]  # answers, tokens
+    losses = []
+    trainer.policy_pass, trainer.backward = lambda model, r: (LOGPS, values, ENTROPY), losses.append
+    sums = trainer._micro_step(trainer.model, r, counts, first=False)
+    policy, value = -(1 + 2 + 6) / 3, 0.5 * (1 + 0 + 1 + 4 + 1)  # the ratio is 1
+    assert losses[0].item() == pytest.approx(policy / 3 + 0.5 * value / 10)
+    assert sums["loss/policy_avg"].tolist() == pytest.approx([policy, 2])
+    assert sums["loss/value_avg"].tolist() == pytest.approx([value, 5])
 
 
 @pytest.mark.parametrize(
@@ -226,6 +252,9 @@ def test_the_loss_type_is_that_of_the_flags(built, loss_type: str):
     trainer.train()
     lengths = torch.cat([r.mask.sum(1) for r in kept])
     assert len(kept) == 2 and lengths.unique().numel() > 1 and lengths.max() < 40
+    assert all(r.ended.all() for r in kept)  # whichever of the end tokens it was
+    prompts = [len(tokens) for r in kept for tokens in trainer.data_collator(r.rows)["prompts"]]
+    assert trainer.tokens_seen == sum(prompts) + int(lengths.sum())  # a prompt that its answers share is read once
     losses = [[-r.advantages[i][m] for i, m in enumerate(r.mask)] for r in kept]  # micro batch, answer, token
     answers = [of_answer for of_batch in losses for of_answer in of_batch]
     expected = {
@@ -283,6 +312,15 @@ def test_every_update_samples_with_random_numbers_of_its_own(built, image_dir):
     trainer.score = lambda sampled: answers.append(sorted(t for r in sampled for t in r.texts)) or score(sampled)
     trainer.train()
     assert len(answers) == 3 and len({tuple(a) for a in answers}) == 3
+    assert [e["epoch"] for e in trainer.state.log_history if "loss" in e] == [1, 2, 3]  # an update takes all rows
+
+
+@pytest.mark.parametrize("flags, equal", [("", False), ("--temperature 1e-3", True), ("--top_p 1e-6", True)])
+def test_sampling_is_that_of_the_flags(built, flags: str, equal: bool):
+    """Next to no temperature, or the smallest nucleus, leaves the likeliest token: all answers to a prompt are one."""
+    trainer = built(flags)
+    (r,) = trainer.rollout([trainer.data_collator(trainer.train_dataset.to_list()[:2])], 7, [[0, 1]])
+    assert all((first == second) == equal for first, second in r.by_prompt(r.batch["completion_ids"].tolist()))
 
 
 def test_evaluation_repeats_itself_and_reports_means(built, tmp_path, image_dir, reward_file):  # noqa: F811
@@ -307,6 +345,16 @@ def test_evaluation_repeats_itself_and_reports_means(built, tmp_path, image_dir,
     assert first["eval_objective/kl"] == pytest.approx(0, abs=1e-5)
 
 
+def test_the_length_of_a_run(built):
+    trainer = built("--max_steps -1 --total_episodes 36 --num_mini_batches 3")
+    assert trainer.args.max_steps == 3  # of 3 mini batches of 4 answers
+    loader = SimpleNamespace(batch_sampler=SimpleNamespace(updates=3))
+    epochs, _, prompts, rollouts, per_update, _, updates = trainer.set_initial_training_values(
+        SimpleNamespace(max_steps=-1, num_train_epochs=1.5), loader
+    )
+    assert (epochs, prompts, rollouts, per_update, updates) == (2, 4, 60, 12, 5)  # half an update is a whole one
+
+
 # -- 2. score
 
 
@@ -316,6 +364,39 @@ def test_scores_are_clipped_on_both_sides(built, weight: float, expected: list[f
     rollouts = rolled_out(trainer, trainer.train_dataset.to_list())
     scores = {r.rows[p]["where"]: s for r in rollouts for p, s in zip(r.prompt_of, r.scores.tolist(), strict=True)}
     assert [scores[f"row {i}"] for i in range(4)] == pytest.approx(expected)
+
+
+def test_a_score_is_its_parts_less_penalties_clipped_at_last(built):
+    """By hand, of answers with 3 and 2 of 4 tokens, the second without an end."""
+    flags = "--missing_eos_penalty 0.7 --response_length 4 --overlong_buffer 2 --overlong_penalty 3 --reward_clip 1.5"
+    trainer = built(f"{flags} --reward_weights 2")
+    r = SimpleNamespace(mask=MASK, ended=torch.tensor([True, False]), texts=["a", "b"])
+    scores = trainer._total(r, {"length": torch.tensor([0.5, 1.5])})
+    assert scores.tolist() == pytest.approx([2 * 0.5 - 3 * (3 - 2) / 2, 1.5])  # 2 * 1.5 - 0.7, cut to 1.5
+    scores = trainer._total(r, {"length": torch.tensor([0.5, 0.1])})
+    assert scores.tolist() == pytest.approx([-0.5, 2 * 0.1 - 0.7])
+
+
+def test_answers_that_were_kept_are_those_of_the_same_sampling(built, monkeypatch):
+    trainer = built("")
+    batch, args = trainer.data_collator(trainer.train_dataset.to_list()[:2]), trainer.args
+    calls, sample = [], Sampler.sample
+    monkeypatch.setattr(Sampler, "sample", lambda *given: calls.append(1) or sample(*given))
+
+    def sampled_anew() -> bool:
+        calls.clear()
+        trainer.unscored = UnscoredAnswers(args.output_dir, 0)  # as a run that resumes makes it
+        trainer.rollout([batch], 7, [[0, 1]])
+        return bool(calls)
+
+    assert sampled_anew()
+    trainer.unscored.write()
+    assert not sampled_anew()
+    for name, other in (("temperature", 0.9), ("top_p", 0.8), ("response_length", 5)):
+        before = getattr(args, name)
+        setattr(args, name, other)
+        assert sampled_anew(), name
+        setattr(args, name, before)
 
 
 def test_an_answer_ends_with_the_templates_token_and_with_the_checkpoints(llava):
@@ -337,9 +418,14 @@ def test_an_answer_ends_with_the_templates_token_and_with_the_checkpoints(llava)
 
 def test_the_controller_reads_the_kl_of_whole_answers(built):
     trainer = built("--kl_coef 0.2 --target_kl 1 --kl_horizon 100")
+    vocabulary = trainer.base_model(trainer.model).config.text_config.vocab_size
+    trainer.sampler.end_ids.extend(range(3, vocabulary, 9))  # answers of different lengths
     rollouts = rolled_out(trainer, trainer.train_dataset.to_list())
-    rollouts = [Advantages(**vars(r) | {"ref_logps": r.logps - 0.3}) for r in rollouts]
+    rollouts = [
+        Advantages(**vars(r) | {"ref_logps": r.logps - 0.3, "entropy": torch.where(r.mask, 2.0, 9.0)}) for r in rollouts
+    ]
     lengths = [int(n) for r in rollouts for n in r.mask.sum(1)]
+    assert min(lengths) < max(lengths)
     assert len(lengths) == 8
     mean = 0.3 * sum(lengths) / 8
     trainer.ppo_state.kl_coef = 0.4  # where it has moved it before
@@ -348,6 +434,67 @@ def test_the_controller_reads_the_kl_of_whole_answers(built):
     zero = torch.tensor([0.0, 1.0])
     trainer.log_metrics(rollouts, {"loss/policy_avg": zero, "loss/value_avg": zero})
     assert trainer.ppo_state.kl_coef == pytest.approx(0.4 * (1 + 0.1 * 8 / 100), rel=1e-5)
+    assert trainer.ppo_state.first == {"entropy": pytest.approx(2.0), "length": pytest.approx(sum(lengths) / 8)}
+
+
+def test_metrics_of_answers_by_hand():
+    """Two answers of 3 and 2 tokens. The second has no score, and no part in what is a mean over scores."""
+    r = SimpleNamespace(
+        logps=LOGPS, ref_logps=REF_LOGPS, sampler_logps=FROZEN, mask=MASK, scores=torch.tensor([0.5, math.nan]),
+        ended=torch.tensor([True, False]), groups=torch.tensor([0, 1]),
+        parts={"exact_answer": torch.tensor([1.0, 0.0])},
+    )  # fmt: skip
+    found = rollout_metrics([r], 0.3, "k3", cap=1.5)
+    away = [REF_LOGPS[i, t].item() - LOGPS[i, t].item() for i, t in MASK.nonzero().tolist()]
+    k3 = [math.exp(x) - 1 - x for x in away]
+    assert found["objective/entropy"].tolist() == pytest.approx([6.0, 2.5])
+    assert found["objective/kl"].tolist() == pytest.approx([-sum(away[:3]), -sum(away[3:])])
+    assert found["objective/non_score_reward"].tolist() == pytest.approx([-0.3 * sum(k3[:3]), -0.3 * sum(k3[3:])])
+    assert found["objective/rlhf_reward"].tolist() == pytest.approx([0.5 - 0.3 * sum(k3[:3])])
+    assert found["objective/scores"].tolist() == [0.5] and found["objective/kl_coef"].tolist() == pytest.approx([0.3])
+    above = [0.2, 0.5, 0.0, 1.0, -0.5]  # log-probs here above those of the server
+    differences, weights = (found[f"sampling/{name}/mean"].tolist() for name in (
+        "sampling_logp_difference", "importance_sampling_ratio"
+    ))  # fmt: skip
+    assert differences == pytest.approx([abs(x) for x in above])
+    assert weights == pytest.approx([min(math.exp(x), 1.5) for x in above])
+    rewards = [FunctionReward("exact_answer", 1.0, built_in("exact_answer"))]
+    assert reward_metrics([r], rewards)["right/exact_answer"].tolist() == [1, 0]  # 1 is right
+
+
+def test_metrics_of_groups_by_hand():
+    """Three prompts, whose answers do not stand together: what differs within one, be it little, not between them."""
+    r = SimpleNamespace(scores=torch.tensor([1.0, 0.0, 3.0, 0.0, 0.5, 0.502]), groups=torch.tensor([5, 2, 5, 2, 7, 7]))
+    found = group_metrics([r])
+    assert found["reward_std"].tolist() == pytest.approx([2**0.5, 0, 2**0.5, 0, *[0.002 / 2**0.5] * 2], rel=1e-3)
+    assert found["frac_reward_zero_std"].tolist() == [0, 1, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("server", [None, FROZEN])
+def test_metrics_of_tokens_by_hand(server: Tensor | None):
+    """(sum, number): of the answer that ended; of the value, which learns from all, of both."""
+    r = SimpleNamespace(logps=REF_LOGPS, sampler_logps=server, mask=MASK, loss_mask=CUT_OFF)
+    statistics = {
+        "policy_clipped": torch.tensor([[True, False, True], [True, True, True]]),
+        "value_clipped": torch.tensor([[True, False, False], [True, True, True]]),
+        "kl": torch.tensor([[0.1, 0.2, 0.3], [9.0, 9.0, 9.0]]),
+    }
+    found = {name: sums.tolist() for name, sums in token_metrics(r, LOGPS, ENTROPY, statistics, first=True).items()}
+    above = [0.5, 0.0, -1.0]  # now, above the log-probs at sampling time
+    ratios = [math.exp(x) for x in above]
+    since = above if server is None else [0.2, 0.5, 0.0]  # above those of who sampled
+    expected = {
+        "policy/approxkl_avg": sum(x * x / 2 for x in above),
+        "policy/clipfrac_avg": 2,
+        "policy/entropy_avg": 6,
+        "val/ratio": sum(ratios),
+        "val/ratio_var": sum((ratio - 1) ** 2 for ratio in ratios),
+        "loss/kl_avg": 0.6,
+        "first/approxkl": sum(x * x / 2 for x in since),
+        "first/ratio_deviation": sum(abs(math.exp(x) - 1) for x in since),
+    }
+    assert found.pop("val/clipfrac_avg") == [3, 5]
+    assert found == {name: pytest.approx([value, 3]) for name, value in expected.items()}
 
 
 def test_rlhf_reward_is_the_score_minus_the_penalty(built):

@@ -80,6 +80,8 @@ def test_sampling_follows_the_distribution():
     nucleus = SeededSampling(uniforms, temperature=0.7, top_p=0.6)
     tokens = nucleus(torch.zeros(count, 3, dtype=torch.long), scores.expand(count, -1)).argmax(-1)
     assert (tokens.bincount(minlength=4) / count)[:2].tolist() == pytest.approx([0.625, 0.375], abs=0.012)
+    nucleus = SeededSampling(uniforms, temperature=0.7, top_p=0.48)  # at temperature 1 the first token has 0.45
+    assert not nucleus(torch.zeros(count, 3, dtype=torch.long), scores.expand(count, -1)).argmax(-1).any()
     edge = SeededSampling(torch.tensor([[0.0], [1 - 2**-24]]), temperature=1.0)
     ends = edge(torch.zeros(2, 1, dtype=torch.long), torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]] * 2)).argmax(-1)
     assert ends.tolist() == [1, 2]  # a token of probability 0 is never hit
@@ -565,6 +567,9 @@ def test_collapse_is_warned_of_with_the_step(caplog):
     warn_of_collapse(state, 9, entropy=0.04, length=1.0)
     messages = [r.getMessage() for r in caplog.records]
     assert len(messages) == 2 and "Update 9" in messages[0] and "entropy" in messages[0] and "length" in messages[1]
+    resumed = PPOState()
+    resumed.restore(json.loads(json.dumps(state.state())))
+    assert vars(resumed) == vars(state) and resumed.first == {"entropy": 2.0, "length": 10.0}
 
 
 # ------------------------------------------------------------------------------------------------ wrong input

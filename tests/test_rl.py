@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,9 @@ from datasets import Dataset
 import losses
 import train_ppo
 import train_sft
-from base.dynamic_sampling import Group, choose
+from base.dynamic_sampling import Group, choose, groups_of, micro_batch_of
 from base.ppo_batches import BatchSizes, PromptBatches
-from base.rollout import Sampled
+from base.rollout import Prompts, Sampled, Scored
 from base.self_check import SelfCheck
 from base.value import VLModelWithValueHead
 from common.errors import InputError
@@ -124,6 +125,7 @@ def test_passes_that_are_read_are_run(llava, image_dir, tmp_path, reward_file):
     flags = f"{LORA} --reward_fn {reward_file}:length --advantage_estimator grpo --num_generations 2"
     for name, extra, logged in (
         ("old", "--num_ppo_epochs 2", {"first/ratio_deviation", "objective/entropy"}),
+        ("steps", "--num_mini_batches 2", {"first/ratio_deviation", "objective/entropy"}),
         ("reference", "--kl_in_loss 0.04", {"loss/kl_avg"}),
         ("reward", "--kl_coef 0.1", {"objective/kl", "first/ratio_deviation"}),
     ):
@@ -263,10 +265,31 @@ def test_further_prompts_by_their_place():
         assert [index_of(place) for place in range(4)] == own
         others = [index_of(place) for place in range(4, 16)]
         assert others[:6] == others[6:] and sorted([*own, *others[:6]]) == [*range(10)]
-        orders.add(tuple(others))
-    assert len(orders) == 6
+        orders.update(combinations(others[:6], 2))
+    assert any((j, i) in orders for i, j in orders)  # every update has an order of its own
     few = PromptBatches(3, sizes, 0, seed=3).by_place(0)  # the update takes all there are
     assert sorted(few(place) for place in range(4, 7)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("share", ["True", "False"])
+def test_what_is_known_of_an_answer_stands_at_it(share: str, llava, image_dir, tmp_path, reward_file):
+    """In both layouts, also once groups have moved to another micro batch: log-probs of a server, scores, parts."""
+    rows = prompt_rows(image_dir, 2)
+    trainer = ppo_trainer(llava, rows, tmp_path, f"{LORA} --reward_fn {reward_file}:same --share_prefix {share}")
+
+    def prompts(places: list[int]) -> Prompts:
+        return trainer._prompts(trainer.data_collator([rows[place] for place in places]), places)
+
+    answers = [[[5, 6], [7]], [[8], [9, 10, 11]]]
+    laid_out = trainer._lay_out(prompts([0, 1]), answers, [[[-t / 8 for t in a] for a in of] for of in answers])
+    first = laid_out.batch["completion_ids"][:, 0].float()
+    scored = Scored(**vars(laid_out), parts={"half": first / 2}, scores=first)
+    moved = micro_batch_of(groups_of(scored)[::-1], prompts, trainer._lay_out)
+    assert moved.places == [1, 0] and moved.by_prompt(moved.scores.tolist()) == [[8, 9], [5, 7]]
+    for r in (scored, moved):
+        ids = r.batch["completion_ids"]
+        assert torch.equal(r.sampler_logps[r.mask], -ids[r.mask] / 8)
+        assert torch.equal(r.scores, ids[:, 0].float()) and torch.equal(r.parts["half"], r.scores / 2)
 
 
 def test_the_first_groups_that_differ_are_taken():
