@@ -7,17 +7,21 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from PIL import Image
 
 import args
 import losses
 import train_dpo
 from args.dpo import with_loss_flags
 from base.callbacks import RunningDelta
-from base.preference_inputs import preference_batch
+from base.corruption import corrupt_picture, diffuse
+from base.preference_inputs import ModelPass, preference_batch
 from base.self_check import SelfCheck
 from common.errors import InputError
 from data import DataSplits
@@ -120,6 +124,26 @@ def test_the_draw_depends_on_seed_epoch_and_row_alone(llava, rows, corruption: s
         assert torch.equal(again[2], clean[1]) and torch.equal(again[3], clean[0])
 
 
+def test_corruptions_by_hand():
+    """The noise of VCD's schedule; a crop of 1 to 20 % of the area; half of the squares grey."""
+    kept = 1.0
+    for n in range(501):  # steps 0 to 500
+        kept *= 1 - (1e-5 + (0.5e-2 - 1e-5) / (1 + math.exp(6 - 12 * n / 999)))
+    nothing, ones = diffuse(torch.zeros(3, 40, 40), 500, seed=1), diffuse(torch.ones(3, 40, 40), 500, seed=1)
+    assert (ones - nothing).flatten().tolist() == pytest.approx([math.sqrt(kept)] * 4800, abs=1e-5)
+    assert nothing.std().item() == pytest.approx(math.sqrt(1 - kept), rel=0.03)
+
+    across = np.arange(256, dtype=np.uint8)  # red says which column a pixel is from, green which row
+    picture = Image.fromarray(np.stack([*np.meshgrid(across, across), np.zeros((256, 256), np.uint8)], axis=2))
+    areas = []
+    for seed in range(60):
+        (red, green, _) = corrupt_picture(picture, "crop", np.random.default_rng(seed)).getextrema()
+        areas.append((red[1] - red[0] + 1) * (green[1] - green[0] + 1) / 256**2)
+    assert 0.005 < min(areas) < 0.04 and 0.17 < max(areas) < 0.22
+    patched = np.asarray(corrupt_picture(picture, "patch", np.random.default_rng(0)))
+    assert (patched == 128).all(axis=2).mean() == 0.5
+
+
 def test_text_only_rows_have_no_image(llava, rows, tmp_path):
     trainer = trainer_for(llava, rows, tmp_path, f"{LORA} --loss_type vdpo")
     batch = trainer.data_collator(rows[:2])
@@ -170,6 +194,72 @@ def test_token_kl_and_logit_shift_against_full_logits(llava, rows, tmp_path):
     shift = raw - raw[batch["corrupted_of"].clamp(min=0)]
     torch.testing.assert_close(pairs.policy.rejected_logit_shift, shift[batch["rejected"]], atol=1e-4, rtol=1e-4)
     assert shift[batch["rejected"]].abs().max() > 1e-3
+
+
+def test_every_number_stands_at_its_answer():
+    """Two pairs, then copies of the chosen answers on v', on a second image, and the policy's own; states are logits of three tokens."""
+    mask = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 1], *[[1, 1]] * 6]).bool()
+    places = mask.flatten().nonzero()[:, 0]
+    none = [-1] * 10
+    batch = {
+        "chosen": torch.tensor([0, 2]), "rejected": torch.tensor([1, 3]),
+        "completion_mask": mask, "completion_places": places, "completion_ids": torch.arange(20).view(10, 2) % 3,
+        "corrupted_of": torch.tensor([4, 6, 5, 7, *none[4:]]), "image_rejected_of": torch.tensor([6, -1, 7, *none[3:]]),
+        "negative_of": torch.tensor([8, -1, 9, *none[3:]]), "severity": torch.arange(10.0) / 10,
+        "chosen_changed": mask[[0, 2]], "rejected_changed": mask[[1, 3]], "margin": torch.tensor([0.3, 0.7]),
+    }  # fmt: skip
+
+    class Head:  # whose states are its logits
+        config = SimpleNamespace(get_text_config=lambda: SimpleNamespace())
+
+        def get_output_embeddings(self) -> torch.nn.Linear:
+            lm_head = torch.nn.Linear(3, 3)
+            lm_head.weight.data, lm_head.bias.data = torch.eye(3), torch.zeros(3)
+            return lm_head
+
+    states = torch.randn(2, len(places), 3, generator=torch.Generator().manual_seed(0))
+    made = []
+    for n, of_model in enumerate(states):
+        logps = torch.where(mask, -torch.arange(1, 21.0).view(10, 2) - n * torch.arange(10.0)[:, None], 0)
+        made.append(ModelPass(logps, of_model, Head(), text_only=logps / 2))
+    pairs = preference_batch(
+        *made, batch, losses.NEEDS.keys() - {"running_delta", "mismatched"}, {"severity", "margin"}
+    )
+    sums = [[sum(row) for row in of_model.logps.tolist()] for of_model in made]
+    for found, total, of_model in ((pairs.policy, sums[0], made[0]), (pairs.ref, sums[1], made[1])):
+        for name, (of_first, of_second) in {
+            "chosen": (0, 2), "rejected": (1, 3), "corrupted": (4, 5), "image_rejected": (6, 7), "negative": (8, 9),
+        }.items():  # fmt: skip
+            assert getattr(found, name).tolist() == [total[of_first], total[of_second]], name
+            if hasattr(found, f"{name}_per_token"):
+                per_token = getattr(found, f"{name}_per_token")
+                assert torch.equal(per_token, of_model.logps[[of_first, of_second]]), name
+    assert pairs.text_only_chosen.tolist() == [sums[0][0] / 2, sums[0][2] / 2]
+    assert pairs.text_only_rejected.tolist() == [sums[0][1] / 2, sums[0][3] / 2]
+    assert pairs.chosen_lengths.tolist() == [2, 2] and pairs.rejected_lengths.tolist() == [1, 2]
+    assert pairs.chosen_mask.tolist() == pairs.chosen_changed.tolist() == [[True, True], [True, True]]
+    assert pairs.rejected_mask.tolist() == pairs.rejected_changed.tolist() == [[True, False], [True, True]]
+    severity, margin = pairs.response_columns["severity"], pairs.row_columns["margin"]
+    assert severity.chosen.tolist() == pytest.approx([0, 0.2]) and severity.rejected.tolist() == pytest.approx(
+        [0.1, 0.3]
+    )
+    assert margin.tolist() == pytest.approx([0.3, 0.7])
+
+    first = [int(n) for n in torch.cat([torch.zeros(1), mask.sum(1).cumsum(0)])]  # place of an answer's first state
+    for side, answers in (("chosen", (0, 2)), ("rejected", (1, 3))):
+        kls, shifts = getattr(pairs, f"{side}_token_kl"), getattr(pairs.policy, f"{side}_logit_shift")
+        for pair, r in enumerate(answers):
+            policy, reference = (of_model[first[r] : first[r + 1]].softmax(-1).tolist() for of_model in states)
+            by_hand = sum(
+                q * math.log(q / p)
+                for ps, qs in zip(policy, reference, strict=True)
+                for p, q in zip(ps, qs, strict=True)
+            )
+            assert kls[pair].item() == pytest.approx(by_hand, abs=1e-5)
+            copy_of = int(batch["corrupted_of"][r])
+            for t in range(int(mask[r].sum())):
+                seen, unseen = (states[0, first[k] + t, batch["completion_ids"][k, t]] for k in (r, copy_of))
+                assert shifts[pair, t].item() == pytest.approx(float(seen - unseen), abs=1e-5)
 
 
 def test_running_delta_is_the_mean_reward_of_training_batches(llava, rows, tmp_path):
