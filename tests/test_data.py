@@ -117,8 +117,14 @@ def test_preference_prompt_has_system_and_earlier_turns(folder: Path) -> None:
         {"role": "assistant", "content": "A square."},
         {"role": "user", "content": "Which colour?"},
     ]
-    train = load(arguments(folder, "plain_dpo", write(folder / "d.json", [pair(0, prompt=prompt)]))).train
-    assert train[0]["prompt"] == prompt
+    unmarked = [
+        prompt[0],
+        prompt[1] | {"content": "What is this?"},
+        *prompt[2:],
+    ]  # images stand before the first question
+    rows = [pair(0, prompt=prompt), pair(0, prompt=unmarked)]
+    train = load(arguments(folder, "plain_dpo", write(folder / "d.json", rows))).train
+    assert train["prompt"][:] == [prompt, prompt]
 
 
 @pytest.mark.parametrize("name", ["vlquery_json", "llava_instruct"])
@@ -179,6 +185,48 @@ def test_vlfeedback_json_lines_and_score_margin(folder: Path) -> None:
     assert far.train["prompt"][0][0]["content"] == "<image>four" and len(far.train) == 1
     assert far.info["sets"][0]["skipped"] == 1
     assert len(load(arguments(folder, "vlfeedback_paired", file, score_margin=-1.0)).train) == 2
+
+
+def test_a_row_without_a_pair_of_the_flags_is_skipped(folder: Path) -> None:
+    """Scores 3, 2 and 1: no neighbours are 1.5 apart, and the best and the worst are."""
+    rows = [
+        {"image": f"{i}.png", "question": "Q?", "responses": ["a", "b", "c"], "scores": scores}
+        for i, scores in enumerate(([3, 2, 1], [9, 2, 1]))
+    ]
+    file = write(folder / "r.jsonl", rows)
+    kept_with = {
+        pairs: load(arguments(folder, "mmrlhf", file, score_margin=1.5, pairs=pairs)).info["sets"][0]["train"]
+        for pairs in ("all", "adjacent")
+    }
+    assert kept_with == {"all": 2, "adjacent": 1}
+
+
+@pytest.mark.parametrize("look", [True, False])
+def test_keys_of_rows(folder: Path, look: bool) -> None:
+    """What makes another group, whose rows are held out together, and what another row, of which run.json has the sum."""
+    asked = [{"role": "user", "content": "<image>What is  it?"}]
+    first, second = (str(folder / "images" / f"{i}.png") for i in (0, 1))
+    row = {"images": [first], "prompt": asked, "responses": ["a", "b"], "ranks": [0.0, 1.0], "problem": None}
+
+    def keys(kind: str = "preference", **changed) -> tuple[int, int]:
+        pairs = "all" if kind == "preference" else None
+        verdict = verify.verify_row(row | changed, kind, "/", True, pairs, None, look=look)
+        assert verdict.problem is None
+        return verdict.group, verdict.content
+
+    group, content = keys()
+    assert keys(severity=[0.0, 1.0]) == (group, content)
+    for changed in ({"responses": ["a", "c"]}, {"ranks": [1.0, 0.0]}, {"image_rejected": second}):
+        assert keys(**changed)[0] == group and keys(**changed)[1] != content, changed
+    assert keys("prompt", reference="a") != keys("prompt", reference="b")
+    labels = [keys("unpaired", responses=["a"], label=label) for label in (True, False)]
+    assert labels[0][0] == labels[1][0] == group and labels[0][1] != labels[1][1]
+    spaced = keys(prompt=[{"role": "user", "content": "What is it? <image>"}])
+    assert spaced[0] == group and spaced[1] != content  # the same question about the same image
+    for changed in ({"images": [second]}, {"prompt": [{"role": "user", "content": "<image>What is that?"}]}):
+        assert keys(**changed)[0] != group, changed
+    unscored = verify.verify_row(row, "preference", "/", True, "all", 0.0, look=False)
+    assert "has ranks and no scores" in unscored.problem and not unscored.skipped
 
 
 def test_rlhfv_reads_json_in_a_column(folder: Path) -> None:
@@ -657,6 +705,7 @@ def test_data_ratio_is_nested_and_has_the_right_size() -> None:
     half, tenth = kept(1000, 0.5, seed=3), kept(1000, 0.1, seed=3)
     assert half.sum() == 500 and tenth.sum() == 100 and not (tenth & ~half).any()
     assert kept(3, 0.01, seed=0).sum() == 1 and kept(7, 1.0, seed=0).all()
+    assert (half != kept(1000, 0.5, seed=4)).any() and 150 < half[:500].sum() < 350  # from anywhere in the file
 
 
 def test_interleaving_follows_the_weights_and_is_even() -> None:
@@ -667,6 +716,10 @@ def test_interleaving_follows_the_weights_and_is_even() -> None:
     assert len(mixed) == 1050 and (mixed >= 1000).sum() == 315
     assert set(mixed[mixed >= 1000]) == set(range(1000, 1050))  # the small set repeats, every row of it is used
     assert len(set(mixed[mixed < 1000])) == 735  # the large one is drawn without repeating
+    small = mixed[mixed >= 1000]
+    assert (
+        sorted(small[:50]) == sorted(small[50:100]) and (small[:50] != small[50:100]).any()
+    )  # each time in another order
     assert (mixed == interleaved([1000, 50], [7, 3], seed=0)).all()
     assert (mixed != interleaved([1000, 50], [0.7, 0.3], seed=1)).any()
     for window in range(0, 1000, 100):

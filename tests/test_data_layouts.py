@@ -14,6 +14,7 @@ from PIL import Image
 import data
 from args import DataArguments
 from common.errors import InputError
+from data.rows import label_of
 
 ROOT = Path(__file__).parent.parent
 LAYOUTS = ROOT / "tests" / "cases" / "layouts"
@@ -129,6 +130,11 @@ def test_labels_of_single_answers() -> None:
         load(LAYOUTS / "ms_swift_kto.jsonl", "conversation")
     talk = load(LAYOUTS / "ms_swift_kto.jsonl", "conversation", columns="=label").train
     assert turns(talk[0]) == [f"user: <image>{Q}", "assistant: A dog."]
+    for good in (True, 1, 1.0, "true", "1", "Yes", "good", " desirable", "chosen"):
+        assert label_of(good) is True, good
+    for bad in (False, 0, "False", "0", "no", "bad", "Undesirable", "rejected"):
+        assert label_of(bad) is False, bad
+    assert label_of(0.5) is label_of("fine") is label_of(None) is None
 
 
 @pytest.mark.parametrize(
@@ -163,6 +169,7 @@ def test_own_columns_reach_the_rows_with_their_types() -> None:
 def test_hadpo_descriptions_are_one_row_of_all_answers() -> None:
     row = load(LAYOUTS / "hadpo_desc.json", "preference", "hadpo").train[0]
     assert len(row["responses"]) == 4 and row["ranks"] == [0, 0, 1, 1] and images(row) == ["1.jpg"]
+    assert turns(row) == ["user: <image>Take a look at this image and describe what you notice."]  # the second of four
     found = load(LAYOUTS / "hadpo_pope.json", "preference", "hadpo")
     assert len(found.train) == 1 and found.info["sets"][0]["skipped"] == 1  # the model had answered right
     assert found.train[0]["responses"] == ["No, there is a disc.", "Yes."]
@@ -564,6 +571,14 @@ def test_scores_written_as_texts_are_scores(tmp_path: Path) -> None:
         "image\tprompt\tchosen\trejected\tchosen_score\trejected_score\nred.png\tWhat?\tA disc.\tA dog.\t5\t1.5\n"
     )
     assert load(tmp_path / "x.tsv", "preference").train[0]["scores"] == [5.0, 1.5]
+    names = (
+        ("score_chosen", "score_rejected"),
+        ("chosen_rating", "rejected_rating"),
+        ("rating_chosen", "rating_rejected"),
+    )
+    for chosen, rejected in names:  # under the other names of public sets
+        (tmp_path / "z.json").write_text(json.dumps([A_PAIR | {chosen: 4, rejected: 2}]))
+        assert load(tmp_path / "z.json", "preference").train[0]["scores"] == [4.0, 2.0]
     (tmp_path / "y.json").write_text(json.dumps([A_PAIR | {"chosen_score": "high", "rejected_score": "low"}]))
     row = load(tmp_path / "y.json", "preference").train[0]
     assert row["chosen_score"] == "high" and row.get("scores") is None

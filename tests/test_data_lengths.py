@@ -33,12 +33,19 @@ def test_responses_are_cut_and_prompts_are_not() -> None:
 
 def test_rows_are_counted_and_errors_name_the_row() -> None:
     counts, limits = LengthCounts(), LengthLimits(max_length=12)
-    for prompt, responses in ((10, [[1, 2, 3], [4]]), (10, [[1], [2]]), (12, [[1], [2]]), (11, [[1, 2], [1, 3]])):
+    long = [[1, 2, 3], [2, 3, 4, 5]]
+    for prompt, responses in (
+        (10, [[1, 2, 3], [4]]),
+        (10, [[1], [2]]),
+        (12, [[1], [2]]),
+        (11, [[1, 2], [1, 3]]),
+        (10, long),
+    ):
         fit_row(prompt, responses, limits, counts)
     assert counts == LengthCounts(
-        4, dropped_long_prompt=1, dropped_same_after_cut=1, shortened_rows=1, shortened_responses=1, cut_tokens=1
+        5, dropped_long_prompt=1, dropped_same_after_cut=1, shortened_rows=2, shortened_responses=3, cut_tokens=4
     )
-    assert (counts + counts).as_dict("length/")["length/rows"] == 8
+    assert (counts + counts).as_dict("length/")["length/rows"] == 10
     with pytest.raises(InputError, match=r"^d\.json, row 7: its prompt of 12 tokens .* --overlong drop"):
         fit_row(12, [[1]], LengthLimits(max_length=12, overlong="error"), counts, "d.json, row 7")
 

@@ -50,6 +50,7 @@ def test_the_chosen_answer_is_the_better_one(folder: Path, name: str) -> None:
         {"ranks": [3, 1, 2]},
         {"scores": [0.5, 9, 4]},
         {"ranks": [3, 1, 2], "rankings": [1, 2, 3]},  # `ranks` is the first that is looked for
+        {"ranks": [3, 1, 2], "scores": [9, 4, 0.5]},  # and scores do not overrule it
     ],
 )
 def test_ranks_beside_the_responses_of_mmrlhf(folder: Path, columns: dict) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from base.images import load_image
 from base.loading import load_model
-from base.processor import IGNORE_INDEX, VLProcessor
+from base.processor import IGNORE_INDEX, VLProcessor, answer_start
 from base.sampling import cut_after_end, end_token_ids
 from common.errors import InputError
 from models import core_mapper_for
@@ -147,3 +147,13 @@ def test_an_answer_ends_in_special_tokens_and_not_at_a_line_break(family: str, e
     assert not {*tokenizer.convert_tokens_to_ids(end)} & {*ids[: -len(end)]}
     assert cut_after_end(ids, end_token_ids(processor, model)) == ids
     assert processor.decode_response(ids) == "one\ntwo\n\nthree"
+
+
+def test_where_the_last_answer_begins():
+    """Behind the last token that is not trained; tokens behind its end are not part of it."""
+    no = IGNORE_INDEX
+    assert (
+        answer_start([no, no, 5, 6]) == 2 and answer_start([no, 5, 6, no, 7, no, no]) == 4 and answer_start([5, 6]) == 0
+    )
+    with pytest.raises(InputError, match="has no trained token"):
+        answer_start([no, no])
