@@ -15,7 +15,7 @@ import train_dpo
 from base.adapters import Role
 from base.online_dpo import scored_pairs
 from base.reward import VLRewardModel
-from base.rollout import Sampled
+from base.rollout import Sampled, Scored
 from common.errors import InputError
 from data import DataSplits
 from tests import zoo
@@ -176,6 +176,29 @@ def test_batches_hold_the_pairs_of_their_prompts(llava, image_dir, tmp_path, rew
     assert found[0][1] == pytest.approx(found[1][1], abs=1e-5)
 
 
+def test_pairs_and_metrics_of_flags_by_hand(llava, image_dir, tmp_path, reward_file):
+    """Neighbours at least 1 apart: of 3, 2.5 and 1 the last two. A prompt that fills up an evaluation gives nothing."""
+    rows = prompt_rows(image_dir, 2)
+    flags = "--rollouts_per_prompt 3 --pairs adjacent --score_margin 1"
+    trainer = online_trainer(llava, rows, tmp_path, f"{LORA} --reward_fn {reward_file}:any_order {flags}")
+    rows[1]["repeated"] = True
+    batch = trainer.data_collator(rows)
+    laid_out = trainer._lay_out(trainer._prompts(batch, [0, 1]), [[[5], [6, 7], [8]], [[9], [10], [11, 12, 13]]])
+    scores = torch.tensor([3.0, 2.5, 1.0, 9.0, 5.0, 0.0])
+    found = trainer.preferences(Scored(**vars(laid_out), parts={"any_order": scores}, scores=scores))
+    assert found["chosen"].tolist() == [1] and found["rejected"].tolist() == [2]
+    of_train = {name: torch.stack(sums).sum(0).tolist() for name, sums in trainer._metrics["train"].items()}
+    assert of_train["objective/scores_margin"] == [1.5, 1] and of_train["objective/scores"] == [6.5, 3]
+    assert of_train["val/response_length"] == [4, 3]
+
+    def answers(step: int) -> list[list[int]]:
+        trainer.state.global_step = step
+        return trainer.answered([batch])[0]["completion_ids"].tolist()
+
+    assert answers(0) == answers(0) != answers(1)  # every step has random numbers of its own
+    assert trainer.model.training
+
+
 # ------------------------------------------------------------------------------------------------ invariants
 
 
@@ -269,7 +292,13 @@ def test_evaluation_samples_the_same_answers(llava, image_dir, tmp_path, reward_
     rows = prompt_rows(image_dir, 8)
     flags = f"{LORA} --reward_fn {reward_file}:any_order --per_device_eval_batch_size 2 --num_sample_generations 1"
     trainer = online_trainer(llava, rows, tmp_path, flags, eval_rows=rows[:3])
-    first, again = trainer.evaluate(), trainer.evaluate()
+    places, preferences = [], trainer.preferences
+    trainer.preferences = lambda r: places.extend(r.places) or preferences(r)
+    first = trainer.evaluate()
+    trainer.state.global_step = 1
+    again = trainer.evaluate()
+    trainer.state.global_step = 0
+    assert places[:3] == places[3:] and len({*places}) == 3  # random numbers of its own for every prompt
     names = ["eval_loss", "eval_objective/scores", "eval_rewards/accuracies", "eval_val/response_length"]
     assert [first[name] for name in names] == [again[name] for name in names]
     trainer.args.per_device_eval_batch_size = 3

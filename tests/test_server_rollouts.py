@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,13 @@ import args
 import losses
 import train_ppo
 from base import server_rollouts
+from base.collator import VLPPODataCollator
+from base.rollout import Prompts
+from base.server_rollouts import ServerRollouts
 from common.errors import InputError
+from common.openai_client import Answer, ChatReply
+from common.seeds import stable_seed
+from models import core_mapper_for
 from tests import zoo
 from tests.tiny_server import TinyServer
 from tests.vllm_transcripts import transcript
@@ -205,6 +212,28 @@ def test_a_server_without_log_probs(server, llava, pairs_json, image_dir, tmp_pa
         tmp_path / "taken", llava, pairs_json, image_dir, f"--rollout_url {server.url} --rollout_importance_cap 0"
     )
     assert len(log) == 2 and "sampling/sampling_logp_difference/mean" not in log[0]
+
+
+def test_what_is_asked_and_taken_by_hand(llava, tmp_path):
+    """The flags, the seed of the prompt's place and what log-probs do not contain; tokens up to the first end, with their log-probs."""
+    flags = SimpleNamespace(
+        rollout_url="http://127.0.0.1:1/v1", output_dir=str(tmp_path), rollout_timeout=5, rollouts_per_prompt=3, response_length=4,
+        temperature=0.6, top_p=0.9, rollout_importance_cap=2.0,
+    )  # fmt: skip
+    collator = VLPPODataCollator(core_mapper_for(llava).processor(llava))
+    server = ServerRollouts(flags, collator, "run", end_ids=[2, 9], never=[5], vocabulary=100)
+    server.step = 7
+    row = {"prompt": [{"role": "user", "content": "What?"}], "images": []}
+    prompts = Prompts([row, row], [[1, 20], [1, 21]], {}, {}, places=[4, 6])
+    expected = {
+        "model": "policy-run-7", "n": 3, "max_tokens": 4, "temperature": 0.6, "top_p": 0.9, "top_k": -1, "min_p": 0.0,
+        "repetition_penalty": 1.0, "stop_token_ids": [2, 9], "logit_bias": {"5": -100}, "seed": stable_seed(3, 6) % 2**31,
+    }  # fmt: skip
+    asked = server._body(prompts, 1, seed=3)
+    assert {name: asked[name] for name in expected} == expected
+    said = [Answer("", ids, [-0.1, -0.2, -0.3, -0.4, -0.5], True) for ids in ([7, 9, 2, 8, 8], [7, 7, 7, 7, 7])]
+    ids, logps = server._answers([ChatReply(said, None, None)])
+    assert ids == [[[7, 9], [7, 7, 7, 7]]] and logps == [[[-0.1, -0.2], [-0.1, -0.2, -0.3, -0.4]]]
 
 
 def test_importance_weights_by_hand():
