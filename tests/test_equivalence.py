@@ -2,7 +2,10 @@
 
 import json
 import math
+from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -15,7 +18,7 @@ import train_rm
 import train_sft
 from base.model import VLModelMixin
 from base.segments import Layout
-from base.trainer import VLTrainer
+from base.trainer import VLDPOTrainer, VLTrainer
 from data import DataSplits
 from tests import zoo
 from tests.processes import history
@@ -277,3 +280,35 @@ def test_two_ranks_are_one_process(llava, image_dir, tmp_path):
                 assert b[name] == pytest.approx(value, rel=1e-4, abs=1e-5), (one["name"], name, a["step"])
     tables = [json.loads((Path(jobs_[1]["out"]) / "calibration.json").read_text()) for jobs_ in (alone, two)]
     assert [b["pairs"] for b in tables[0]] == [b["pairs"] for b in tables[1]]
+
+
+def test_sensitivity_to_images_by_hand():
+    """Of a row: how far its score moves with the image of the next one in its batch. Those of 3, 7 and 6: 4, 1 and none."""
+    rows = [{"images": images, "bias": 5.0 * i} for i, images in enumerate(([3], [7], [6], [], [2]))]
+
+    def scores(_model, batch: list[dict]) -> torch.Tensor:
+        return torch.tensor([row["bias"] + sum(row["images"]) for row in batch])
+
+    trainer = SimpleNamespace(
+        model=torch.nn.Linear(1, 1), model_wrapped=None, args=SimpleNamespace(per_device_eval_batch_size=4),
+        compute_loss_context_manager=nullcontext, data_collator=list, _prepare_inputs=list, response_scores=scores,
+    )  # fmt: skip
+    assert VLTrainer.image_sensitivity(trainer, rows) == pytest.approx((4 + 1) / 2)
+    assert VLTrainer.image_sensitivity(trainer, rows, num_rows=2) == pytest.approx(4)  # each has the other's
+    assert math.isnan(VLTrainer.image_sensitivity(trainer, rows[3:]))
+
+
+def test_evaluated_losses_by_hand():
+    """Two pairs with four chosen tokens: what a loss says of pairs is divided by 2, what it says of tokens by 4."""
+    of_pairs, of_tokens = torch.tensor([1.0, 2.0]), torch.tensor([6.0, 0.5])
+
+    def loss(_policy: object, _reference: object, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        sft = of_tokens / batch["chosen_tokens_per_pair"]
+        return of_pairs + sft, {"sigmoid": of_pairs, "sft": sft}
+
+    kept = {"eval": defaultdict(list)}
+    trainer = SimpleNamespace(preference_loss=loss, count_items=lambda batch: torch.tensor([2, 4]), _metrics=kept)
+    VLDPOTrainer._store_evaluated_losses(trainer, SimpleNamespace(logps=torch.zeros(1)), None, {})
+    assert {name: sums.tolist() for name, (sums,) in kept["eval"].items()} == {
+        "loss": [[3, 2], [6.5, 4]], "loss/sigmoid": [[3, 2], [0, 4]], "loss/sft": [[0, 2], [6.5, 4]],
+    }  # fmt: skip

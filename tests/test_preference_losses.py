@@ -168,6 +168,13 @@ def test_negatives_are_the_policys_own_tokens(llava, rows, tmp_path):
         negative = int(filled["negative_of"][2 * b + b])
         assert filled["completion_ids"][negative, : len(response)].tolist() == expected.tolist()
         assert filled["input_ids"][b][filled["segment_ids"][b] == 3].tolist() == expected.tolist()
+    adapter, pixels = core_mapper_for(llava), []
+    for step in (0, 800):  # the paper's own way, noise
+        flags = {"needs": {"policy_negative"}, "corruption": "diffusion", "diffusion_step": step}
+        noisy = adapter.dpo_collator(adapter.processor(llava), **flags)(rows[:2])
+        away = noisy["probe"]["img_input_dict"]["pixel_values"] - noisy["img_input_dict"]["pixel_values"]
+        pixels.append(away.std().item())
+    assert 0 < pixels[0] < 0.05 < 0.5 < pixels[1]
 
 
 def test_token_kl_and_logit_shift_against_full_logits(llava, rows, tmp_path):
