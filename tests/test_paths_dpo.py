@@ -100,6 +100,13 @@ def test_the_first_loss_is_ln2_whatever_dropout_the_checkpoint_has(llava, prefer
         first = trainer.state.log_history[0]
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
         assert first["rewards/chosen"] == pytest.approx(0, abs=1e-6)
+    row = preference_data[0]
+    batch = trainer.data_collator([row])
+    trainer._tokens_seen = 0
+    trainer.training_step(trainer.model, batch)
+    prompt = len(trainer.data_collator.encode_prompts([row])[0][0])
+    answers = trainer.data_collator._responses(row)
+    assert trainer.tokens_seen == prompt + sum(map(len, answers))  # the prompt once for both
 
 
 # -- what losses need beyond the pairs

@@ -147,6 +147,9 @@ def test_a_loaded_adapter_goes_on_training(command, llava, tmp_path, algorithm: 
     assert before.keys() == after.keys()
     for name, weight in before.items():
         assert not torch.equal(weight, after[name]), name
+    if algorithm == "dpo":  # whose reference is the adapter as it was loaded
+        first = json.loads((tmp_path / "dpo" / "trainer_state.json").read_text())["log_history"][0]
+        assert first["rewards/chosen"] == pytest.approx(0, abs=1e-5) == first["rewards/rejected"]
 
 
 # -- SFT's loss
@@ -180,6 +183,9 @@ def test_sfts_loss_is_a_mean_over_the_tokens_of_all_accumulated_batches(llava, i
             with torch.no_grad():
                 outputs = trainer.compute_loss(trainer.model.eval(), batch, return_outputs=True)[1]
             by_hand = -outputs.logps.sum().item() / int((batch["labels"] != -100).sum())
+            assert (
+                trainer.evaluate(trainer.train_dataset)["eval_loss"] == pytest.approx(by_hand, abs=1e-4) and by_hand > 1
+            )
         trainer.train()
         found.append([(e["loss"], e["grad_norm"]) for e in trainer.state.log_history if "loss" in e])
     assert found[0][0][0] == pytest.approx(by_hand, abs=1e-4)

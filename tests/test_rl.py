@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+import args
 import losses
 import train_ppo
 import train_sft
@@ -685,3 +686,19 @@ def test_a_config_file_gives_a_flag_once(command, reward_file, tmp_path):
     (tmp_path / "config.yaml").write_text("num_generations: 2\nrollouts_per_prompt: 4\n")
     with pytest.raises(InputError, match=r"config file gives rollouts_per_prompt twice"):
         train_ppo.main(command("ppo", f"{GRPO.format(file=reward_file)} --config {tmp_path}/config.yaml"))
+
+
+def test_defaults_of_estimators():
+    """Of PPO the papers' and TRL's former values, of the others TRL's GRPO: whoever moves one moves every run."""
+    expected = {
+        "gae": (4, 1, 0.05, 0.7, 0.2, 0.1, 0.95, False, "separate", False),
+        "grpo": (1, 8, 0.0, 1.0, None, None, None, None, None, None),
+    }
+    names = (
+        "num_ppo_epochs rollouts_per_prompt kl_coef temperature cliprange_value vf_coef lam whiten_rewards value_adapter "
+        "init_value_from_reward"
+    )
+    for estimator, values in expected.items():
+        flags = args.PPOConfig(output_dir="x", reward_fn=["exact_answer"], advantage_estimator=estimator)
+        assert {name: getattr(flags, name) for name in names.split()} == dict(zip(names.split(), values, strict=True))
+        assert (flags.gamma, flags.cliprange, flags.kl_in_loss, flags.loss_type) == (1.0, 0.2, 0.0, "dapo")
