@@ -1,5 +1,6 @@
 """DPO's whole path from rows to numbers, against values worked out by hand: metrics, views of rows, the cache's key."""
 
+import copy
 import json
 import math
 import shutil
@@ -10,13 +11,15 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import PreTrainedConfig
 
 import args
 import train_dpo
 from base import reference_cache
 from base.collator import VLDPODataCollatorWithPadding
 from base.preference_inputs import ModelPass
-from base.reference_cache import ReferenceCache
+from base.reference_cache import ReferenceCache, row_key
+from base.reference_pass import about_reference
 from data.lengths import LengthCounts, LengthLimits
 from models import core_mapper_for
 from models.assemble import LoadPlan, load_policy
@@ -304,6 +307,41 @@ def test_the_key_of_a_second_image_covers_the_ranks(asked, preference_rows):
     assert asked(flags, [row | {"ranks": [1.0, 0.0]} for row in rows]) == 2
     assert asked(flags, [row | {"image_rejected": row["images"][0]} for row in rows]) == 2
     assert asked(flags, rows) == 0
+
+
+def test_what_the_keys_cover_by_hand(llava):
+    """Each change makes another key: buffers and configuration of the model, the pairs of a second image; of a row what was said before."""
+    processor = core_mapper_for(llava).processor(llava)
+    plain = torch.nn.BatchNorm1d(2)
+    collator = VLDPODataCollatorWithPadding(processor)
+
+    def about(model=plain, config=None, second_image=True, **of_collator) -> str:
+        other = copy.copy(collator)
+        vars(other).update(of_collator)
+        given = {"is_policy": False, "precision": "no", "second_image": second_image}
+        return str(about_reference(model, config or PreTrainedConfig(), processor, other, **given))
+
+    other = copy.deepcopy(plain)
+    other.running_mean += 1
+    keys = [
+        about(),
+        about(other),
+        about(config=PreTrainedConfig(final_logit_softcapping=30.0)),
+        about(second_image=False),
+    ]
+    keys += [about(pairs="adjacent"), about(score_margin=1.0), about(limits=LengthLimits(max_length=9))]
+    assert len({*keys}) == len(keys) and about() == keys[0]
+    assert about(second_image=False, pairs="adjacent") == about(
+        second_image=False
+    )  # which nothing asks the reference about
+
+    asked = {"role": "user", "content": "And now?"}
+    rows = []
+    for before in ("What?", "Who?"):
+        talk = [{"role": "user", "content": before}, {"role": "assistant", "content": "A dog."}, asked]
+        rows.append({"prompt": talk, "responses": ["one", "two"], "images": []})
+    rows += [rows[0] | {"prompt": [asked]}, rows[0] | {"responses": ["two", "one"]}]
+    assert len({row_key(row, [], processor) for row in [*rows, rows[0]]}) == 4
 
 
 def test_a_file_of_the_cache_is_whole_or_not_there(tmp_path, monkeypatch):

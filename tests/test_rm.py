@@ -125,6 +125,8 @@ def test_a_row_of_equals_has_no_loss(llava, image_dir, tmp_path):
     rows = [row | {"ranks": [0.0] * len(row["responses"])} for row in k_rows(image_dir)]
     trainer = rm_trainer(llava, rows, tmp_path)
     assert trainer.compute_loss(trainer.model, trainer.data_collator(rows)).item() == 0
+    batch = trainer.data_collator([*k_rows(image_dir)[:1], *rows[1:]])
+    assert len(rows) > 1 and trainer.count_items(batch).tolist() == [1]  # the others have no part in the mean
 
 
 def test_accumulation_equals_one_batch(llava, image_dir, tmp_path):
