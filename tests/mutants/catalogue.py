@@ -1523,6 +1523,1146 @@ faults(
     },
 )
 
+# ---------------------------------------------------------------------------------------- what an examiner would try
+
+faults(
+    "base/ppo_trainer.py",
+    "tests/test_paths_ppo.py",
+    teaches_the_value_alone={
+        "answers that are left out still count in grpo's mean": (
+            "VLPPOTrainer._loss_count",
+            "int(r.counted.sum())",
+            "len(r.counted)",
+        ),
+        "the value's loss is divided by the tokens of the policy's": (
+            "VLPPOTrainer._mini_batch_counts",
+            "torch.stack([self._loss_count(r), r.mask.sum()])",
+            "torch.stack([self._loss_count(r), r.loss_mask.sum()])",
+        ),
+        "the value function learns nothing of truncated answers": (
+            "VLPPOTrainer._micro_step",
+            "torch.where(r.mask, value_loss, 0)",
+            "torch.where(r.loss_mask, value_loss, 0)",
+        ),
+        "the denominators of the two losses change places": (
+            "VLPPOTrainer._micro_step",
+            "policy_scale, value_scale = self.accelerator.num_processes / counts",
+            "value_scale, policy_scale = self.accelerator.num_processes / counts",
+        ),
+    },
+    vf_coef={
+        "the logged loss adds the value's sum over other tokens": (
+            "VLPPOTrainer.log_metrics",
+            "loss[1] / tokens",
+            "1.0",
+        ),
+    },
+    controller={
+        "the first update's entropy is taken over padding": (
+            "VLPPOTrainer.log_metrics",
+            "torch.cat([r.entropy[r.mask] for r in rollouts])",
+            "torch.cat([r.entropy.flatten() for r in rollouts])",
+        ),
+    },
+    loss_type={
+        "tokens of prompts are not counted as seen": (
+            "VLPPOTrainer.update",
+            '(r.batch["segment_ids"] >= 0).sum()',
+            '(r.batch["segment_ids"] > 0).sum()',
+        ),
+    },
+)
+faults(
+    "base/ppo_trainer.py",
+    "tests/test_ppo.py",
+    first_step_and_one_vision_pass={
+        "metrics of the first step are those of the first pass": (
+            "VLPPOTrainer.optimise",
+            "ppo_epoch == 0 and m == 0",
+            "ppo_epoch == 0",
+        ),
+    },
+    scoring_passes_are_those_of_each_answer_alone={
+        "log-probs are those at temperature 1": ("VLPPOTrainer._tokens", "self.args.temperature", "1.0"),
+    },
+)
+faults(
+    "base/ppo_trainer.py",
+    "tests/test_rl.py",
+    dynamic_sampling_is_bounded={
+        "dynamic sampling goes on for a round too many": (
+            "VLPPOTrainer.replace_uniform_groups",
+            "rounds < self.args.max_num_gen_batches",
+            "rounds <= self.args.max_num_gen_batches",
+        ),
+    },
+    dynamic_sampling_fills_an_update_with_groups_that_differ={
+        "further rounds sample the places of the first": (
+            "VLPPOTrainer.replace_uniform_groups",
+            "next_place + local * world",
+            "next_place",
+        ),
+        "uniform groups count as found": (
+            "VLPPOTrainer.replace_uniform_groups",
+            "sum(not g.uniform for g in groups)",
+            "sum(g.uniform for g in groups)",
+        ),
+    },
+    evaluation_leaves_out_what_no_reward_applies_to={
+        "answers without a score enter the mean score of an evaluation": (
+            "VLPPOTrainer.evaluate",
+            "scores / max(scored, 1)",
+            "scores / max(count, 1)",
+        ),
+    },
+)
+faults(
+    "base/ppo_metrics.py",
+    "tests/test_paths_ppo.py",
+    tokens_by_hand={
+        "the probability ratio upside down": (
+            "token_metrics",
+            "torch.exp(logps - r.logps)",
+            "torch.exp(r.logps - logps)",
+        ),
+        "ratio_var is a deviation": ("token_metrics", "(ratio[mask] - 1) ** 2", "(ratio[mask] - 1).abs()"),
+        "the value's clipped share leaves out truncated answers": (
+            "token_metrics",
+            'statistics["value_clipped"][r.mask].sum().float()',
+            'statistics["value_clipped"][mask].sum().float()',
+        ),
+    },
+    answers_by_hand={
+        "entropy of the wrong sign": (
+            "rollout_metrics",
+            "-torch.where(r.mask, r.logps, 0).sum(1)",
+            "torch.where(r.mask, r.logps, 0).sum(1)",
+        ),
+        "the logged penalty is that of k1 whatever --kl_estimator": (
+            "rollout_metrics",
+            "losses.kl_per_token(r.logps, r.ref_logps, kl_estimator)",
+            'losses.kl_per_token(r.logps, r.ref_logps, "k1")',
+        ),
+        "the weights that are logged are those of the server over the policy": (
+            "rollout_metrics",
+            "losses.truncated_importance_weights(ours, theirs, cap)",
+            "losses.truncated_importance_weights(theirs, ours, cap)",
+        ),
+        "differences of both signs cancel in what is logged of a server": (
+            "rollout_metrics",
+            "(ours - theirs).abs()",
+            "ours - theirs",
+        ),
+        "an answer that is just right counts as wrong": (
+            "reward_metrics",
+            "values >= reward.right_from",
+            "values > reward.right_from",
+        ),
+    },
+    groups_by_hand={
+        "reward_std is that of the batch": (
+            "group_metrics",
+            "losses.group_std(scores, groups)",
+            "losses.group_std(scores, 0 * groups)",
+        ),
+    },
+)
+faults(
+    "base/ppo_metrics.py",
+    "tests/test_ppo.py",
+    collapse_is_warned_of_with_the_step={
+        "the first update is forgotten": (
+            "warn_of_collapse",
+            "state.first.setdefault(name, now[name])",
+            "state.first.get(name, now[name])",
+        ),
+    },
+)
+faults(
+    "base/ppo_batches.py",
+    "tests/test_ppo.py",
+    every_prompt_comes_once_per_epoch_and_devices_share_one_order={
+        "prompts come in one order in every epoch": (
+            "PromptBatches._order",
+            'stable_seed(self.seed, "prompts", self.epoch)',
+            'stable_seed(self.seed, "prompts")',
+        ),
+        "a resumed epoch begins with its first update": (
+            "PromptBatches.__iter__",
+            "range(self.first_update, self.updates)",
+            "range(self.updates - self.first_update)",
+        ),
+    },
+)
+faults(
+    "base/ppo_batches.py",
+    "tests/test_rl.py",
+    further_prompts={
+        "further prompts are the same in every update": (
+            "PromptBatches.by_place",
+            'stable_seed(self.seed, "other prompts", step)',
+            'stable_seed(self.seed, "other prompts")',
+        ),
+    },
+    further_prompts_by_their_place={
+        "further prompts may be those of the update": ("PromptBatches.by_place", "i not in taken", "True"),
+    },
+)
+faults(
+    "base/update_loop.py",
+    "tests/test_ppo.py",
+    resume_after_any_update_is_bit_for_bit={
+        "the KL coefficient starts anew in a resumed run": (
+            "PPOState.restore",
+            'vars(self).update(saved["attributes"])',
+            'vars(self).update(saved["attributes"] | {"kl_coef": self.kl_coef})',
+        ),
+    },
+    collapse={
+        "a resumed run measures collapses by its own first update": (
+            "PPOState.restore",
+            'vars(self).update(saved["attributes"])',
+            'vars(self).update(saved["attributes"] | {"first": {}})',
+        ),
+    },
+)
+faults(
+    "base/update_loop.py",
+    "tests/test_paths_ppo.py",
+    vf_coef={
+        "the gradients of a mini batch stay for the next": ("UpdateLoop.optimizer_step", "model.zero_grad()", "None"),
+    },
+    random_numbers={
+        "the epoch is that before the update": (
+            "UpdateLoop._run_epoch",
+            "epoch + (update + 1) / order.updates",
+            "epoch + update / order.updates",
+        ),
+    },
+    length_of_a_run={
+        "a part of an epoch loses its last update": (
+            "UpdateLoop.set_initial_training_values",
+            "math.ceil(args.num_train_epochs * updates)",
+            "int(args.num_train_epochs * updates)",
+        ),
+    },
+)
+faults(
+    "base/on_policy.py",
+    "tests/test_rl.py",
+    a_reward_may_say_that_it_does_not_apply={
+        "a score is missing where one of several rewards is": (
+            "OnPolicyTrainer._total",
+            "torch.stack([*parts.values()]).isnan().all(0)",
+            "torch.stack([*parts.values()]).isnan().any(0)",
+        ),
+    },
+    truncated_answers_and_overlong_penalty={
+        "--overlong_penalty ignored": ("OnPolicyTrainer._total", "self.args.overlong_penalty", "1.0"),
+    },
+)
+faults(
+    "base/on_policy.py",
+    "tests/test_paths_ppo.py",
+    same_sampling={
+        "answers kept at another temperature are taken": (
+            "OnPolicyTrainer.rollout",
+            "[args.temperature, args.top_p, args.response_length]",
+            "[args.top_p, args.response_length]",
+        ),
+    },
+    clipped_at_last={
+        "the penalty for a missing end is taken off after the clip": (
+            "OnPolicyTrainer._total",
+            "return total if clip is None else total.clamp(-clip, clip)",
+            (
+                "return total if clip is None else losses.penalize_missing_eos(losses.penalize_missing_eos(total, r.ended, "
+                "-self.args.missing_eos_penalty if self.args.missing_eos_penalty else None).clamp(-clip, clip), r.ended, "
+                "self.args.missing_eos_penalty)"
+            ),
+        ),
+        "the overlong penalty falls from the longest answer on": (
+            "OnPolicyTrainer._total",
+            "losses.overlong_penalty(lengths, longest, self.args.overlong_buffer, self.args.overlong_penalty)",
+            "losses.overlong_penalty(lengths, lengths.max(), self.args.overlong_buffer, self.args.overlong_penalty)",
+        ),
+    },
+)
+faults(
+    "base/dynamic_sampling.py",
+    "tests/test_rl.py",
+    dynamic_sampling_fills_an_update_with_groups_that_differ={
+        "all groups are as uniform as the first": ("groups_of", "uniform[numbers[0]]", "uniform[0]"),
+        "uniform groups are taken first": ("choose", "(g.uniform, g.place)", "(not g.uniform, g.place)"),
+    },
+    stands_at_it={
+        "scores of replaced groups stay prompt by prompt": ("micro_batch_of", "[flat[i] for i in order]", "flat"),
+    },
+)
+faults(
+    "base/rollout.py",
+    "tests/test_paths_ppo.py",
+    loss_type={
+        "of several end tokens the first alone ends an answer": (
+            "Sampled.of",
+            "ids[-1] in end_ids",
+            "ids[-1] == end_ids[0]",
+        ),
+    },
+)
+faults(
+    "base/rollout.py",
+    "tests/test_rl.py",
+    stands_at_it={
+        "a server's log-probs stay prompt by prompt": (
+            "Sampled.of",
+            "[logp for b, k in order for logp in sampler_logps[b][k]]",
+            "[logp for b in range(B) for k in range(K) for logp in sampler_logps[b][k]]",
+        ),
+    },
+    answers_are_compared_with_those_to_their_own_prompt={
+        "prompts of different micro batches are one group": (
+            "Sampled.groups",
+            "[self.places[b] for b in self.prompt_of]",
+            "self.prompt_of",
+        ),
+    },
+)
+faults(
+    "base/sampling.py",
+    "tests/test_ppo.py",
+    sampling_does_not_depend_on_how_many_are_generated_at_once={
+        "all answers to a prompt draw the same numbers": (
+            "Sampler._uniforms",
+            "torch.rand(shape, generator=torch.Generator().manual_seed(stable_seed(seed, place)))",
+            "torch.rand(shape[1], generator=torch.Generator().manual_seed(stable_seed(seed, place))).expand(shape)",
+        ),
+    },
+    sampling_follows_the_distribution={
+        "a token of probability 0 may be sampled": (
+            "SeededSampling.__call__",
+            "cumulative <= target",
+            "cumulative < target",
+        ),
+    },
+    follows_the_distribution={
+        "the nucleus is that of temperature 1": (
+            "SeededSampling.__call__",
+            "self.top_p(input_ids, scores)",
+            "self.top_p(input_ids, scores * self.temperature) / self.temperature",
+        ),
+    },
+)
+faults(
+    "base/sampling.py",
+    "tests/test_paths_ppo.py",
+    sampling_is_that={
+        "PPO's --top_p ignored": (
+            "Sampler.sample",
+            "SeededSampling(uniforms.to(args.device), args.temperature, args.top_p)",
+            "SeededSampling(uniforms.to(args.device), args.temperature)",
+        ),
+        "rollouts are sampled at temperature 1": (
+            "Sampler.sample",
+            "SeededSampling(uniforms.to(args.device), args.temperature, args.top_p)",
+            "SeededSampling(uniforms.to(args.device), 1.0, args.top_p)",
+        ),
+    },
+)
+faults(
+    "losses/policy_gradient.py",
+    "tests/test_paths_ppo.py",
+    groups_by_hand={
+        "groups whose scores differ little are uniform": ("uniform_groups", "1e-8", "0.1"),
+    },
+)
+faults(
+    "losses/ppo.py",
+    "tests/test_losses.py",
+    adaptive_kl_coef={
+        "the KL coefficient moves the wrong way": (
+            "adaptive_kl_coef",
+            "1 + error * num_samples / horizon",
+            "1 - error * num_samples / horizon",
+        ),
+    },
+)
+faults(
+    "args/ppo.py",
+    "tests/test_rl.py",
+    passes_that_are_read={
+        "the second mini batch is compared with itself": (
+            "PPOConfig.reads_old_logps",
+            "self.num_ppo_epochs > 1 or self.num_mini_batches > 1",
+            "self.num_ppo_epochs > 1",
+        ),
+    },
+    defaults_of_estimators={
+        "flags by estimator have the defaults of gae": (
+            "PPOConfig._fill_in_for_estimator",
+            "with_critic if self.has_value_function else without",
+            'with_critic if without is None or name == "temperature" else with_critic if self.has_value_function else without',
+        ),
+        "PPO's lambda is 0.9 by default": ("", "(0.95, None)", "(0.9, None)"),
+        "PPO's KL coefficient is 0.1 by default": ("", "(0.05, 0.0)", "(0.1, 0.0)"),
+        "GRPO makes four passes by default": ("", "(4, 1)", "(4, 4)"),
+    },
+)
+faults(
+    "args/ppo.py",
+    "tests/test_paths_ppo.py",
+    length_of_a_run={
+        "--total_episodes counts updates": (
+            "PPOConfig.__post_init__",
+            "self.total_episodes // size",
+            "self.total_episodes",
+        ),
+    },
+)
+faults(
+    "base/preference_inputs.py",
+    "tests/test_preference_losses.py",
+    stands_at_its_answer={
+        "changed tokens of the two answers change places": (
+            "preference_batch",
+            '{"chosen_changed": batch["chosen_changed"], "rejected_changed": batch["rejected_changed"]}',
+            '{"chosen_changed": batch["rejected_changed"], "rejected_changed": batch["chosen_changed"]}',
+        ),
+        "the text-only log-probs change places": (
+            "preference_batch",
+            '{"text_only_chosen": text_only[chosen], "text_only_rejected": text_only[rejected]}',
+            '{"text_only_chosen": text_only[rejected], "text_only_rejected": text_only[chosen]}',
+        ),
+        "the chosen answer has the rejected one's length": (
+            "preference_batch",
+            "lengths[chosen]",
+            "lengths[batch['rejected']]",
+        ),
+        "the corrupted image is read of the rejected answer": (
+            "_pair_logps",
+            'logps[batch["corrupted_of"][chosen]]',
+            'logps[batch["corrupted_of"][chosen] - 1]',
+        ),
+        "the policy's own answer is the given one": (
+            "_pair_logps",
+            'logps[batch["negative_of"][chosen]]',
+            "logps[rejected]",
+        ),
+        "the second image is not read": ("_pair_logps", 'logps[batch["image_rejected_of"][chosen]]', "logps[chosen]"),
+    },
+    token_kl_and_logit_shift_against_full_logits={
+        "the KLs of the two answers change places": (
+            "preference_batch",
+            '{"chosen_token_kl": kl[chosen], "rejected_token_kl": kl[rejected]}',
+            '{"chosen_token_kl": kl[rejected], "rejected_token_kl": kl[chosen]}',
+        ),
+        "the KL over the vocabulary has policy and reference exchanged": (
+            "preference_batch",
+            "vocabulary_kl(reference.head, reference.hidden, policy.head, policy.hidden)",
+            "vocabulary_kl(policy.head, policy.hidden, reference.head, reference.hidden)",
+        ),
+        "what the image does for a token has the wrong sign": (
+            "_logit_shift",
+            "logits - logits[corrupted.clamp(min=0)]",
+            "logits[corrupted.clamp(min=0)] - logits",
+        ),
+    },
+    a_loss_reads_columns_of_the_users_own={
+        "severity of the chosen answer in the place of the rejected one's": (
+            "preference_batch",
+            "Sides(values[chosen], values[rejected])",
+            "Sides(values[rejected], values[chosen])",
+        ),
+    },
+    negatives_are_the_policys_own_tokens={
+        "the policy's answer begins with the given token": (
+            "with_negatives",
+            "torch.where(mask, said, ids[negatives, : said.shape[1]])",
+            "torch.where(mask, said.roll(1, 1), ids[negatives, : said.shape[1]])",
+        ),
+    },
+)
+faults(
+    "base/preference_inputs.py",
+    "tests/test_equivalence.py",
+    the_loss_of_ragged_rows_by_hand={
+        "tokens of all answers count as chosen ones": (
+            "pairs_and_chosen_tokens",
+            'batch["completion_mask"].sum(1)[counted].sum()',
+            'batch["completion_mask"].sum()',
+        ),
+    },
+)
+faults(
+    "base/preference_inputs.py",
+    "tests/test_kto.py",
+    losses_kl_and_metrics_are_trls={
+        "good answers are the first half": ("unpaired_batch", 'batch["desirable"]', 'batch["desirable"].flip(0)'),
+    },
+)
+faults(
+    "base/views.py",
+    "tests/test_preference_losses.py",
+    corrupted_image_is_one_more_row_and_one_more_picture={
+        "v' repeats the worse answers": (
+            "better_responses",
+            "{better for better, _ in pairs} or {0}",
+            "{worse for _, worse in pairs} or {0}",
+        ),
+    },
+    the_draw={
+        "v' has the images of the first row": ("View.of", "list(others)", "list(images[0])"),
+    },
+)
+faults(
+    "base/views.py",
+    "tests/test_kto.py",
+    answers_move_on_by_one_within_a_batch={
+        "the first answer of a batch takes the last of the batch before": (
+            "fixed_mismatches",
+            "last if last > start else start - 1",
+            "start - 1",
+        ),
+    },
+)
+faults(
+    "base/collator.py",
+    "tests/test_equivalence.py",
+    evaluation_does_not_depend_on_its_batches={
+        "rows that fill up an evaluation count in SFT": (
+            "VLSFTDataCollatorWithPadding.__call__",
+            'row.get("repeated")',
+            "False",
+        ),
+    },
+)
+faults(
+    "base/collator.py",
+    "tests/test_preference_losses.py",
+    the_draw_depends_on_seed_epoch_and_row_alone={
+        "v' does not depend on --seed": (
+            "VLDPODataCollatorWithPadding._draw",
+            "stable_seed(self.seed, self.epoch, [(row['prompt'], row['responses']) for row in rows])",
+            "stable_seed(self.epoch, [(row['prompt'], row['responses']) for row in rows])",
+        ),
+        "noise on the pixels of v": (
+            "VLDPODataCollatorWithPadding._diffused",
+            "torch.cat([pixels[:first], noisy, pixels[last:]])",
+            "torch.cat([noisy, pixels[first:]])",
+        ),
+    },
+    negatives_are={
+        "POVID's policy speaks on the clean image": (
+            "VLDPODataCollatorWithPadding._probe",
+            "self.corruption == 'diffusion' and pixels is not None",
+            "False",
+        ),
+    },
+)
+faults(
+    "base/collator.py",
+    "tests/test_fast_paths.py",
+    batches_are_grouped_by_packed_length={
+        "lengths of rows leave prompts out": (
+            "VLDPODataCollatorWithPadding.length",
+            'batch["segment_ids"] >= 0',
+            'batch["segment_ids"] > 0',
+        ),
+    },
+    cached_reference_gives_the_same_losses={
+        "a row takes the cached log-probs of the row before": (
+            "VLDPODataCollatorWithPadding._reference",
+            "(row_of == b)[:, None]",
+            "(row_of == (b + 1) % len(features))[:, None]",
+        ),
+    },
+)
+faults(
+    "base/collator.py",
+    "tests/test_rm.py",
+    loss_is_the_mean_over_rows_of_the_mean_over_ordered_pairs={
+        "a row's margin is given once": (
+            "VLDPODataCollatorWithPadding._add_columns",
+            "[float(row[column]) for row, row_pairs in zip(features, pairs, strict=True) for _ in row_pairs]",
+            "[float(features[0][column]) for row, row_pairs in zip(features, pairs, strict=True) for _ in row_pairs]",
+        ),
+    },
+)
+faults(
+    "base/collator.py",
+    "tests/test_paths_scripts.py",
+    metrics_of_sources_and_rows_that_only_fill_up_a_batch={
+        "source of the row before": (
+            "VLRMDataCollatorWithPadding.__call__",
+            '[row.get("source") for row in features]',
+            '[features[b - 1].get("source") for b in range(len(features))]',
+        ),
+    },
+)
+faults(
+    "base/trainer.py",
+    "tests/test_equivalence.py",
+    evaluated_losses={
+        "the tokens of an evaluation's SFT part are pairs": (
+            "VLDPOTrainer._store_evaluated_losses",
+            "self.count_items(batch)[1]",
+            "self.count_items(batch)[0]",
+        ),
+    },
+    accumulated_micro_batches_are_one_large_batch={
+        "a mixture's chosen tokens are those of the micro batch": (
+            "VLDPOTrainer.compute_loss",
+            "chosen_tokens / pairs",
+            "self.count_items(batch)[1] / self.count_items(batch)[0]",
+        ),
+    },
+)
+faults(
+    "base/trainer.py",
+    "tests/test_kto.py",
+    losses_kl_and_metrics_are_trls={
+        "KTO's margin adds the two sides": (
+            "VLDPOTrainer._log_answers",
+            "sum_and_count(-rewards[~good])",
+            "sum_and_count(rewards[~good])",
+        ),
+        "KTO's log-probs of good answers are those of bad ones": (
+            "VLDPOTrainer._log_answers",
+            '{"logps/chosen": answers.policy[good], "logps/rejected": answers.policy[~good]}',
+            '{"logps/chosen": answers.policy[~good], "logps/rejected": answers.policy[good]}',
+        ),
+    },
+)
+faults(
+    "base/trainer.py",
+    "tests/test_paths_scripts.py",
+    goes_on_training={
+        "the reference of a loaded adapter is the bare base in DPO": (
+            "VLDPOTrainer.reference_context",
+            "REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None",
+            "None",
+        ),
+    },
+    sfts_loss={
+        "SFT's evaluated loss has the wrong sign": (
+            "VLSFTTrainer.compute_loss",
+            '{"loss": -outputs.logps}',
+            '{"loss": outputs.logps}',
+        ),
+    },
+)
+faults(
+    "base/vl_trainer.py",
+    "tests/test_equivalence.py",
+    sensitivity={
+        "the sensitivity to images is a sum over batches": (
+            "VLTrainer.image_sensitivity",
+            "torch.cat(changes).mean().item()",
+            "torch.cat(changes).sum().item()",
+        ),
+        "the sensitivity to images lets both signs cancel": (
+            "VLTrainer.image_sensitivity",
+            "(own - other).abs().float().cpu()",
+            "(own - other).float().cpu()",
+        ),
+        "images of an evaluation are exchanged for the row's own": (
+            "VLTrainer.image_sensitivity",
+            "batch_rows[1:] + batch_rows[:1]",
+            "batch_rows[0:1] + batch_rows[1:]",
+        ),
+    },
+    evaluation_does_not_depend_on_its_batches={
+        "the first row that fills up an evaluation counts twice": (
+            "FilledUp.__getitem__",
+            "index >= len(self.rows)",
+            "index > len(self.rows)",
+        ),
+        "the last rows of an evaluation are dropped": (
+            "VLTrainer.get_eval_dataloader",
+            "fill = self.args.world_size > 1 or self.args.dataloader_drop_last",
+            "fill = self.args.world_size > 1",
+        ),
+    },
+)
+faults(
+    "base/vl_trainer.py",
+    "tests/test_paths_dpo.py",
+    whatever_dropout={
+        "tokens of prompts are not counted in training": (
+            "VLTrainer.training_step",
+            'inputs["segment_ids"] >= 0',
+            'inputs["segment_ids"] > 0',
+        ),
+    },
+)
+faults(
+    "base/rm_trainer.py",
+    "tests/test_rm.py",
+    loss_is_the_mean_over_rows_of_the_mean_over_ordered_pairs={
+        "a row counts as often as it has pairs": (
+            "VLRMTrainer.ranking_loss",
+            'row_mean(per_pair, batch["rows"][batch["chosen"]])',
+            'row_mean(per_pair, batch["chosen"])',
+        ),
+        "margins of the data ignored": ("VLRMTrainer.ranking_loss", 'batch.get("margin")', "None"),
+        "--center_rewards_coefficient ignored": (
+            "VLRMTrainer.ranking_loss",
+            "self.args.center_rewards_coefficient",
+            "None",
+        ),
+    },
+    row_of_equals={
+        "rows without a pair are part of the mean": (
+            "VLRMTrainer.count_items",
+            'len(batch["rows"][batch["chosen"]].unique())',
+            'len(batch["rows"].unique())',
+        ),
+    },
+    learns_reports_and_reloads={
+        "margins of the evaluation before stay in the calibration": (
+            "VLRMTrainer.evaluate",
+            "self._margins.clear()",
+            "None",
+        ),
+    },
+)
+faults(
+    "base/rm_trainer.py",
+    "tests/test_paths_scripts.py",
+    metrics_of_sources={
+        "the mean reward leaves out the second of a pair": (
+            "VLRMTrainer.log_metrics",
+            'rewards[batch["counted"]]',
+            'rewards[batch["chosen"]]',
+        ),
+    },
+)
+faults(
+    "base/heads.py",
+    "tests/test_rm.py",
+    rewards_are_those_of_each_answer_alone={
+        "rewards lie on the grid of bf16": (
+            "ScalarHead.forward",
+            "torch.autocast(hidden.device.type, enabled=False)",
+            "torch.autocast(hidden.device.type, dtype=torch.bfloat16)",
+        ),
+    },
+    resume_continues_bit_for_bit={
+        "a resumed run has a fresh head": ("HeadModel.load_checkpoint", "self.head is not None", "False"),
+    },
+)
+faults(
+    "base/reference_cache.py",
+    "tests/test_paths_dpo.py",
+    keys_cover_by_hand={
+        "a row's key lacks earlier turns": (
+            "row_key",
+            'processor.render(row["prompt"], add_generation_prompt=True, images=images, videos=videos)',
+            'row["prompt"][-1]["content"]',
+        ),
+        "the cache's key lacks buffers": (
+            "weights_digest",
+            "[*model.named_parameters(), *model.named_buffers()]",
+            "[*model.named_parameters()]",
+        ),
+    },
+)
+faults(
+    "base/reference_cache.py",
+    "tests/test_fast_paths.py",
+    whatever_matters_changes_the_key={
+        "a row's key lacks its images": (
+            "row_key",
+            '[*row["images"], *films, *([row["image_rejected"]] if "image_rejected" in columns else [])]',
+            '[*films, *([row["image_rejected"]] if "image_rejected" in columns else [])]',
+        ),
+    },
+)
+faults(
+    "base/reference_cache.py",
+    "tests/test_videos.py",
+    the_reference_cache_sees_another_film={
+        "a row's key lacks its films": (
+            "row_key",
+            '[*row["images"], *films, *([row["image_rejected"]] if "image_rejected" in columns else [])]',
+            '[*row["images"], *([row["image_rejected"]] if "image_rejected" in columns else [])]',
+        ),
+    },
+)
+faults(
+    "base/reference_pass.py",
+    "tests/test_fast_paths.py",
+    whatever_matters_changes_the_key={
+        "the cache's key lacks the length limits": ("about_reference", "dataclasses.asdict(collator.limits)", "{}"),
+        "the cache's key lacks the processor": ("about_reference", "processor_digest(processor)", '""'),
+    },
+    cached_reference_gives_the_same_losses={
+        "a row's images may change unseen once the reference has read them": (
+            "ReferencePass.add_to",
+            "image_states(row)",
+            "[]",
+        ),
+    },
+    a_second_image_of_the_row_is_cached_too={
+        "log-probs of the further image are kept with those of the row before": (
+            "ReferencePass._compute",
+            "row_of == b",
+            "batch['rows'] == b",
+        ),
+    },
+)
+faults(
+    "base/reference_pass.py",
+    "tests/test_paths_dpo.py",
+    keys_cover_by_hand={
+        "the cache's key lacks the pairs of a second image": (
+            "about_reference",
+            "[collator.pairs, collator.score_margin] if second_image else None",
+            "None",
+        ),
+        "the cache's key lacks the configuration": (
+            "about_reference",
+            '{k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}',
+            "{}",
+        ),
+    },
+)
+faults(
+    "data/pairs.py",
+    "tests/test_data.py",
+    pairs_of_ranked_responses={
+        "a pair that is just far enough apart is left out": (
+            "ordered_pairs",
+            "gaps.get(pair, -1) >= least",
+            "gaps.get(pair, -1) > least",
+        ),
+        "a negative margin keeps the smallest gap": (
+            "ordered_pairs",
+            "max((g for g in gaps.values() if g > 0), default=0)",
+            "min((g for g in gaps.values() if g > 0), default=0)",
+        ),
+        "best against second best": ("ordered_pairs", "(levels[0][0], levels[-1][0])", "(levels[0][0], levels[1][0])"),
+        "a score of 0 is a missing one": (
+            "ordered_pairs",
+            "(better := scores[i]) is not None and (worse := scores[j]) is not None",
+            "(better := scores[i]) and (worse := scores[j])",
+        ),
+    },
+)
+faults(
+    "data/lengths.py",
+    "tests/test_data_lengths.py",
+    cut_and_prompts={
+        "a prompt that just fits is dropped": (
+            "fit",
+            "prompt_tokens > longest_prompt",
+            "prompt_tokens >= longest_prompt",
+        ),
+        "a prompt may fill --max_length whole": ("fit", "limits.max_length - 1", "limits.max_length"),
+        "answers are cut at their beginning": ("fit", "list(ids[:room])", "list(ids[-room:])"),
+        "--max_length bounds the answer alone": ("fit", "limits.max_length - prompt_tokens", "limits.max_length"),
+    },
+    counted={
+        "shortened rows are counted by their answers": ("fit_row", "any(lost)", "sum(n > 0 for n in lost)"),
+    },
+)
+faults(
+    "data/splits.py",
+    "tests/test_data.py",
+    held_out_rows_stay_when_rows_are_added={
+        "more than --eval_ratio is held out": ("held_out", '"right"', '"left"'),
+    },
+    evaluation_rows_are_never_training_rows_by_content={
+        "the split does not depend on the seed": ("held_out", "_shuffled(keys, seed)", "_shuffled(keys, 0)"),
+    },
+    data_ratio={
+        "--data_ratio takes the first rows": (
+            "kept",
+            "np.random.default_rng(seed).permutation(num_rows)",
+            "np.arange(num_rows)",
+        ),
+    },
+    interleaving={
+        "a set that repeats has one order in every repetition": (
+            "interleaved",
+            "np.concatenate([rng.permutation(size) for _ in range(-(-quota // size))] or [rows[:0]])[:quota]",
+            "np.concatenate([rng.permutation(size)] * -(-quota // size) or [rows[:0]])[:quota]",
+        ),
+    },
+    interleaving_follows_the_weights_and_is_even={
+        "sets follow each other": (
+            "interleaved",
+            "np.argsort(np.concatenate(place), kind='stable')",
+            "np.arange(total)",
+        ),
+        "all sets have equal shares": (
+            "_quotas",
+            "np.cumsum(weights) / np.sum(weights) * total",
+            "np.arange(1, len(weights) + 1) / len(weights) * total",
+        ),
+    },
+)
+faults(
+    "data/__init__.py",
+    "tests/test_data.py",
+    evaluation_rows_are_never_training_rows_by_content={
+        "--data_ratio ignored in training": ("load_train_eval", "~out & keep", "~out"),
+        "--data_ratio ignored in the held-out rows": ("load_train_eval", "out & keep", "out"),
+    },
+    eval_data_path_takes_its_rows_out_of_training={
+        "rows of --eval_data_path stay in training": (
+            "load_train_eval",
+            "np.isin(group, np.concatenate([part.group for part in eval_parts]))",
+            "np.isin(group, np.concatenate([part.content for part in eval_parts]))",
+        ),
+    },
+    pair_of_the_flags={
+        "--pairs does not say which rows hold a pair": (
+            "checked_rows",
+            "args.pairs if preference else None",
+            "'all' if preference else None",
+        ),
+    },
+)
+faults(
+    "data/__init__.py",
+    "tests/test_data_layouts.py",
+    labels_of_single={
+        "a prompt's row keeps its label": (
+            "_as_prompts",
+            "features_of(have, False).keys() - features.keys()",
+            "features_of('preference', False).keys() - features.keys()",
+        ),
+    },
+)
+faults(
+    "data/verify.py",
+    "tests/test_data.py",
+    keys_of_rows={
+        "rows that differ in their ranks are one row": ("_keys", 'row.get("ranks")', "None"),
+        "rows that differ in their label are one row": ("_keys", 'kind == "unpaired"', "False"),
+        "rows that differ in the key of their answer are one row": ("_keys", 'row.get("reference")', "None"),
+        "spaces make another question": (
+            "_keys",
+            '" ".join(first_user_text(messages).replace(IMAGE_MARK, " ").replace(VIDEO_MARK, " ").split())',
+            'first_user_text(messages).replace(IMAGE_MARK, " ").replace(VIDEO_MARK, " ")',
+        ),
+        "a margin of 0 needs no scores": ("_check_pairs", "score_margin >= 0", "score_margin > 0"),
+        "the picture of image_rejected does not tell a row": (
+            "verify_row",
+            "[*(found.signature for found in checked), *films, *others]",
+            "[*(found.signature for found in checked), *films]",
+        ),
+    },
+    images_are_looked_at_as_asked={
+        "--check_images sample looks at the first rows alone": ("verify_batch", "index % every == 0", "index < every"),
+    },
+)
+faults(
+    "data/hadpo.py",
+    "tests/test_data_layouts.py",
+    hadpo_descriptions_are_one_row_of_all_answers={
+        "HA-DPO's answers change places": (
+            "convert",
+            "[0] * len(good) + [1] * len(bad)",
+            "[1] * len(good) + [0] * len(bad)",
+        ),
+        "a question that was answered right is a pair": ("convert", 'record.get("correct")', "False"),
+    },
+    hadpo={
+        "every picture is described on the same request": (
+            "convert",
+            "DESCRIBE[int(str(number)) % len(DESCRIBE)]",
+            "DESCRIBE[0]",
+        ),
+    },
+)
+faults(
+    "data/plain_dpo.py",
+    "tests/test_data.py",
+    plain_dpo_takes_one_image_several_or_none={
+        "chosen and rejected swapped in plain_dpo": ("convert", "[0, 1]", "[1, 0]"),
+    },
+)
+faults(
+    "data/vlfeedback_paired.py",
+    "tests/test_data.py",
+    vlfeedback_parquet_with_ties_and_ratings_that_are_no_numbers={
+        "a response's score is the sum of its aspects": ("_score", "sum(ratings) / len(ratings)", "sum(ratings)"),
+        "a response's score is its first aspect's": ("_score", "sum(ratings) / len(ratings)", "ratings[0]"),
+    },
+)
+faults(
+    "data/conversational.py",
+    "tests/test_data_layouts.py",
+    layout_is_read_as_it_is_meant={
+        "chosen and rejected swapped in any other set": (
+            "_preference",
+            '[_answer(chosen, "chosen"), _answer(rejected, "rejected")]',
+            '[_answer(rejected, "rejected"), _answer(chosen, "chosen")]',
+        ),
+        "chosen and rejected swapped beside a conversation": (
+            "_with_rejected",
+            '[_answer(chosen, "messages"), _answer(rejected, name)]',
+            '[_answer(rejected, name), _answer(chosen, "messages")]',
+        ),
+        "an instruction's input is left out": (
+            "asked",
+            "f\"{value}\\n{text_of(record['input'], '`input`')}\".strip(\"\\n\")",
+            'f"{value}".strip("\\n")',
+        ),
+    },
+    layout_of_the_documentation={
+        "earlier turns follow the question": ("asked", "[*earlier, *messages]", "[*messages, *earlier]"),
+    },
+    labels_of_single_answers={
+        "labels are turned over": (
+            "_unpaired",
+            '{"prompt": messages[:-1], "responses": [messages[-1]["content"]], "label": label}',
+            '{"prompt": messages[:-1], "responses": [messages[-1]["content"]], "label": not label}',
+        ),
+    },
+)
+faults(
+    "data/conversational.py",
+    "tests/test_paths_data.py",
+    ranks_beside={
+        "scores go before ranks": (
+            "ranked",
+            "dense_ranks(scores) if ranks is None else numbers_of(ranks, '`ranks`', len(responses))",
+            "dense_ranks(scores) if scores is not None else numbers_of(ranks, '`ranks`', len(responses))",
+        ),
+    },
+)
+faults(
+    "data/rows.py",
+    "tests/test_data_layouts.py",
+    scores_written={
+        "scores under rating_chosen change places": (
+            "",
+            '("rating_chosen", "rating_rejected")',
+            '("rating_rejected", "rating_chosen")',
+        ),
+        "scores under chosen_rating change places": (
+            "",
+            '("chosen_rating", "rejected_rating")',
+            '("rejected_rating", "chosen_rating")',
+        ),
+        "scores under score_chosen change places": (
+            "",
+            '("score_chosen", "score_rejected")',
+            '("score_rejected", "score_chosen")',
+        ),
+    },
+    labels_of_single={
+        "undesirable answers are good ones": (
+            "",
+            (
+                '((True, ("true", "1", "yes", "good", "desirable", "chosen")), (False, ("false", "0", "no", "bad", '
+                '"undesirable", "rejected")))'
+            ),
+            (
+                '((True, ("true", "1", "yes", "good", "desirable", "chosen", "undesirable")), (False, ("false", "0", "no", '
+                '"bad", "rejected")))'
+            ),
+        ),
+    },
+)
+faults(
+    "data/rows.py",
+    "tests/test_data.py",
+    plain_dpo_takes_one_image_several_or_none={
+        "images without a mark stand behind the question": (
+            "_place_marks",
+            'mark * number + first["content"]',
+            'first["content"] + mark * number',
+        ),
+        "severity of the two answers changes places": (
+            "preference",
+            "row[name] = number_of(value, label) if of == 'row' else numbers_of(value, label, len(responses))",
+            "row[name] = number_of(value, label) if of == 'row' else numbers_of(value, label, len(responses))[::-1]",
+        ),
+    },
+    system_and_earlier={
+        "images without a mark stand in the last question": (
+            "_place_marks",
+            'next(message for message in messages if message["role"] == "user")',
+            '[message for message in messages if message["role"] == "user"][-1]',
+        ),
+    },
+    every_bad_row_is_refused_with_its_reason={
+        "responses that are equal but for spaces are two": ("_check_responses", "text.strip()", "text"),
+    },
+)
+faults(
+    "data/stream.py",
+    "tests/test_streaming.py",
+    evaluation_rows_are_never_training_rows={
+        "streamed rows may be evaluation rows": (
+            "StreamedRows._problem",
+            "verdict.group in self.held_out",
+            "verdict.content in self.held_out",
+        ),
+    },
+    conversations_and_pairs_serve_as_prompts={
+        "a streamed prompt holds its answer": ("RowStream.as_kind", "messages[:-1]", "messages"),
+    },
+    rows_are_drawn_from_a_buffer={
+        "a row that was drawn is drawn again": ("StreamedRows._drawn", "buffer[place] = row", "None"),
+    },
+    several_sets_get_their_shares={
+        "streams take turns whatever their weights": (
+            "StreamedRows._mixed",
+            "weight * (sum(taken) + 1) / sum(self.weights) - n",
+            "-n",
+        ),
+    },
+    drawn_set={
+        "--streaming reads rows of one micro batch": (
+            "streaming_of",
+            "training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size",
+            "training_args.train_batch_size * training_args.world_size",
+        ),
+    },
+)
+faults(
+    "base/processor.py",
+    "tests/test_processor.py",
+    labels_are_the_assistants_text_and_its_end_token={
+        "--train_on last trains the first answer": (
+            "VLProcessor._fill_in",
+            "not remaining",
+            "len(remaining) == len(answers) - 1",
+        ),
+    },
+    last_answer_begins={
+        "the last answer begins a token too late": ("answer_start", "i + 1", "i + 2"),
+    },
+)
+faults(
+    "base/processor.py",
+    "tests/test_models.py",
+    packed_rows_equal={
+        "a response's tokens have the kind of the last token of the prompt": (
+            "VLProcessor.follow_tokens",
+            "values[-1] if of_response is None else of_response",
+            "values[-1]",
+        ),
+    },
+)
+faults(
+    "base/processor.py",
+    "tests/test_ppo.py",
+    a_cut_answer_is_worth_the_same_to_adapter_and_model={
+        "answers that were cut off end": (
+            "VLProcessor.encode_responses",
+            "[self.encode_response(response, end) for response, end in zip(responses, ends, strict=True)]",
+            "[self.encode_response(response) for response, end in zip(responses, ends, strict=True)]",
+        ),
+    },
+)
+# (end)
+
 # --------------------------------------------------------------------------------------------------------------- FSDP
 
 faults(
