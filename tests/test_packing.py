@@ -2,7 +2,7 @@
 
 import torch
 
-from base.packing import offset_in_segment, pack_rows, packed_mask, packed_positions, scatter_to_responses
+from base.packing import offset_in_segment, pack_rows, packed_mask, packed_positions, same_span, scatter_to_responses
 
 
 def test_layout_of_two_rows_by_hand():
@@ -40,3 +40,9 @@ def test_scatter_keeps_gradients():
     assert grid.tolist() == [[1.0, 2.0], [3.0, 0.0]]
     grid[1, 0].backward()
     assert values.grad.tolist() == [0.0, 0.0, 1.0]
+
+
+def test_runs_of_tokens_see_themselves_and_no_other_run():
+    """Two images of two tokens and of one: each is seen from its own tokens alone."""
+    seen = same_span(torch.tensor([[True, True, False, True, False]]))[0, 0]
+    assert seen.nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [3, 3]]

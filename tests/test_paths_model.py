@@ -79,21 +79,25 @@ def test_gradients_of_divergences(capped, monkeypatch, trained: str):
     """Against autograd through all logits at once, the cap by hand; each token with a weight of its own, of either sign."""
     monkeypatch.setattr(logps, "TOKEN_CHUNK", 2)
     model = load_model(capped, dtype=torch.float32).eval()
-    weight = model.get_output_embeddings().weight.requires_grad_("head" in trained)
+    head = model.get_output_embeddings()
+    weight = head.weight.requires_grad_("head" in trained)
+    head.bias = bias = torch.nn.Parameter(torch.linspace(-1, 1, len(weight)), requires_grad="head" in trained)
     with torch.no_grad():
         states = model.last_hidden_state(input_ids=IDS)[0]
-        expected = (states.flip(0) @ weight.T).tanh().log_softmax(-1)
+        expected = (states.flip(0) @ weight.T + bias).tanh().log_softmax(-1)
     outer = torch.linspace(-1, 2, len(states))
     found = []
     for by_hand in (False, True):
         own = states.clone().requires_grad_("states" in trained)
         if by_hand:
-            kl = (expected.exp() * (expected - (own @ weight.T).tanh().log_softmax(-1))).sum(-1)
+            kl = (expected.exp() * (expected - (own @ weight.T + bias).tanh().log_softmax(-1))).sum(-1)
         else:
             kl = vocabulary_kl(model, states.flip(0), model, own)
-        inputs = [t for t in (own, weight) if t.requires_grad]
+        inputs = [t for t in (own, weight, bias) if t.requires_grad]
         found.append([kl.detach(), *torch.autograd.grad(kl, inputs, outer)])
-    assert len(found[0]) == 1 + len(trained.split(" and ")) and all(part.abs().max() > 1e-3 for part in found[1])
+    assert len(found[0]) == 1 + ("states" in trained) + 2 * ("head" in trained) and all(
+        part.abs().max() > 1e-3 for part in found[1]
+    )
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 

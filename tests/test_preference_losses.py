@@ -216,12 +216,14 @@ def test_every_number_stands_at_its_answer():
         "chosen_changed": mask[[0, 2]], "rejected_changed": mask[[1, 3]], "margin": torch.tensor([0.3, 0.7]),
     }  # fmt: skip
 
-    class Head:  # whose states are its logits
+    bias = torch.tensor([0.5, -1.0, 0.0])
+
+    class Head:  # whose states are its logits, but for the bias
         config = SimpleNamespace(get_text_config=lambda: SimpleNamespace())
 
         def get_output_embeddings(self) -> torch.nn.Linear:
             lm_head = torch.nn.Linear(3, 3)
-            lm_head.weight.data, lm_head.bias.data = torch.eye(3), torch.zeros(3)
+            lm_head.weight.data, lm_head.bias.data = torch.eye(3), bias
             return lm_head
 
     states = torch.randn(2, len(places), 3, generator=torch.Generator().manual_seed(0))
@@ -253,10 +255,11 @@ def test_every_number_stands_at_its_answer():
     assert margin.tolist() == pytest.approx([0.3, 0.7])
 
     first = [int(n) for n in torch.cat([torch.zeros(1), mask.sum(1).cumsum(0)])]  # place of an answer's first state
+    logits = states + bias
     for side, answers in (("chosen", (0, 2)), ("rejected", (1, 3))):
         kls, shifts = getattr(pairs, f"{side}_token_kl"), getattr(pairs.policy, f"{side}_logit_shift")
         for pair, r in enumerate(answers):
-            policy, reference = (of_model[first[r] : first[r + 1]].softmax(-1).tolist() for of_model in states)
+            policy, reference = (of_model[first[r] : first[r + 1]].softmax(-1).tolist() for of_model in logits)
             by_hand = sum(
                 q * math.log(q / p)
                 for ps, qs in zip(policy, reference, strict=True)
@@ -265,7 +268,7 @@ def test_every_number_stands_at_its_answer():
             assert kls[pair].item() == pytest.approx(by_hand, abs=1e-5)
             copy_of = int(batch["corrupted_of"][r])
             for t in range(int(mask[r].sum())):
-                seen, unseen = (states[0, first[k] + t, batch["completion_ids"][k, t]] for k in (r, copy_of))
+                seen, unseen = (logits[0, first[k] + t, batch["completion_ids"][k, t]] for k in (r, copy_of))
                 assert shifts[pair, t].item() == pytest.approx(float(seen - unseen), abs=1e-5)
 
 
