@@ -18,6 +18,7 @@ import train_ppo
 import train_sft
 from base.dynamic_sampling import Group, choose, groups_of, micro_batch_of
 from base.ppo_batches import BatchSizes, PromptBatches
+from base.rewards import FunctionReward
 from base.rollout import Prompts, Sampled, Scored
 from base.self_check import SelfCheck
 from base.value import VLModelWithValueHead
@@ -283,6 +284,9 @@ def test_what_is_known_of_an_answer_stands_at_it(share: str, llava, image_dir, t
 
     answers = [[[5, 6], [7]], [[8], [9, 10, 11]]]
     laid_out = trainer._lay_out(prompts([0, 1]), answers, [[[-t / 8 for t in a] for a in of] for of in answers])
+    told: list[list[int]] = []
+    FunctionReward("told", 1.0, lambda completion_ids, **_: told.extend(completion_ids) or [0.0] * 4).score([laid_out])
+    assert sorted(told) == [[5, 6], [7], [8], [9, 10, 11]]  # without padding
     first = laid_out.batch["completion_ids"][:, 0].float()
     scored = Scored(**vars(laid_out), parts={"half": first / 2}, scores=first)
     moved = micro_batch_of(groups_of(scored)[::-1], prompts, trainer._lay_out)

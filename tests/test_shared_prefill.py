@@ -5,8 +5,10 @@ import torch
 from transformers import LogitsProcessorList
 
 from base.features import join_image_inputs
+from base.loading import load_model
 from base.rollout_cache import rollout_cache
 from base.sampling import SeededSampling, cut_after_end
+from base.shared_prefill import answers_of_one_prefill
 from common.tensors import to_device
 from tests import zoo
 from tests.test_ppo import LORA, ppo_trainer, prompt_rows
@@ -81,3 +83,22 @@ def test_one_prefill_samples_what_k_prefills_sample(family: str, image_dir, tmp_
         assert core.decodes_packed == (family in PACKED) or family not in QUICK
     answers = [tuple(ids) for of_p in found for of_prompt in of_p for ids in of_prompt]
     assert len(set(answers)) > 8 and max(map(len, answers)) > 10
+
+
+@torch.no_grad()
+def test_nothing_but_padding_follows_the_end_of_an_answer(llava):
+    """Evaluation decodes the whole row: what came behind the end would be part of the answer."""
+    core = load_model(llava, dtype=torch.float32).eval()
+    vocabulary = core.config.text_config.vocab_size
+    ends = {*range(3, vocabulary, 3)}
+    torch.manual_seed(0)
+    out = core.generate(
+        input_ids=torch.tensor([[1, 7, 8], [1, 9, 10]]), custom_generate=answers_of_one_prefill, num_answers=4, do_sample=True,
+        temperature=3.0, top_k=0, max_new_tokens=8, eos_token_id=sorted(ends), pad_token_id=0,
+    )[:, 3:]  # fmt: skip
+    behind = 0
+    for row in out.tolist():
+        end = next((n for n, token in enumerate(row) if token in ends), len(row))
+        assert not any(row[end + 1 :])
+        behind += len(row[end + 1 :])
+    assert len(out) == 8 and behind > 8
