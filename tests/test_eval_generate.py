@@ -15,7 +15,7 @@ from base.loading import load_model
 from common.errors import InputError
 from eval import generate
 from eval.benchmark_files import read_task
-from eval.generate import Answerer, EncodedBatches, answer_rows, generation_settings, plan
+from eval.generate import Answerer, EncodedBatches, answer_rows, generation_settings, plan, processor_for
 from eval.results import meta_path
 from models.assemble import add_lora
 from tests import zoo
@@ -149,6 +149,8 @@ def test_plan_keeps_groups_together_and_rows_without_image_apart() -> None:
     rows = [row(0, "a"), row(1, "b"), row(2, "a"), row(3), *(row(4 + i, "c") for i in range(5)), row(9, "d")]
     runs = [[[r["id"] for r in batch] for batch in batches] for batches in plan(rows, 3)]
     assert runs == [[[0, 2, 1]], [[3]], [[4, 5, 6], [7, 8]], [[9]]]
+    embedded = [{"id": n, "images": [{"bytes": picture}]} for n, picture in enumerate((b"one", b"two", b"one"))]
+    assert [[r["id"] for r in batch] for batch in plan(embedded, 2)[0]] == [[0, 2]]  # equal bytes, not equal lengths
 
 
 def test_resumed_equals_uninterrupted(
@@ -314,6 +316,11 @@ def test_adapter_answers_as_an_adapter(questions: Path, tmp_path: Path, llava: s
         assert (meta["checkpoint"], meta["adapter"], meta["step"]) == (llava, adapter, 7)
     with pytest.raises(InputError, match="is an adapter already; pass its base there"):
         run(arguments(questions, tmp_path / "x.jsonl", adapter, adapter=adapter))
+    assert processor_for(llava, adapter).chat_template == processor_for(llava).chat_template  # the base's
+    own = processor_for(llava)
+    own.processor.chat_template += "{# its own #}"
+    own.save_pretrained(adapter)
+    assert processor_for(llava, adapter).chat_template == processor_for(llava).chat_template + "{# its own #}"
 
 
 def test_likelihood_is_the_mean_loss_of_each_choice(tmp_path: Path, llava: str) -> None:

@@ -49,6 +49,18 @@ def test_every_reply_is_asked_once_and_cached_by_content(server: FakeJudge, tmp_
     other = Judge(server.url, "judge-2", tmp_path / "cache.jsonl", pause=0.01)
     other.ask("a")  # another model is another judge
     assert len(server.requests) == 4 and server.requests[-1]["model"] == "judge-2"
+    for picture in ("one", "two", "one"):  # the same question about another picture is another question
+        judge.ask("a", pictures=[f"data:image/png;base64,{picture}"])
+    assert len(server.requests) == 6
+
+
+def test_grades_of_mmvet_stand_at_their_answers() -> None:
+    def ask(prompt: str, *, temperature: float = 0.0, sample: int = 0, **_: object) -> str:
+        return str({"first": 0.1, "second": 0.5, "third": 0.9}[prompt] + sample / 100)
+
+    rows = [{"question": "", "label": ""}] * 3
+    grades = judged.review_mmvet(rows, ["first", "second", "third"], ask, "{answer}", runs=2, workers=2)
+    assert grades == [pytest.approx(pair) for pair in ([0.1, 0.11], [0.5, 0.51], [0.9, 0.91])]
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,11 @@ def test_samples(server, llava, questions, tmp_path):
     rows = answers(questions, tmp_path / "a.jsonl", *more)
     assert all(row["answer"] == row["answers"][0] != row["answers"][1] for row in rows)
     assert sorted(body["seed"] for body in server.requests) == [5, 6, 7, 8]
+    decided = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}  # else a server takes the checkpoint's
+    assert all(body.items() >= decided.items() for body in server.requests)
+    server.requests[:] = []
+    answers(questions, tmp_path / "b.jsonl", *more, "--checkpoint_settings")
+    assert server.requests and not any(decided.keys() & body.keys() for body in server.requests)
 
 
 def test_a_run_goes_on_where_the_server_failed(server, impatient, llava, questions, tmp_path):

@@ -208,6 +208,9 @@ def test_any_data_set_is_scored_to_a_file(command, tmp_path, monkeypatch, capsys
         assert score_rows(model, processor, [as_row])[0] == pytest.approx(line["rewards"], abs=1e-4)
     accuracy = sum(line["rewards"][0] > line["rewards"][1] for line in lines) / 8
     assert f"accuracy {accuracy:.4f} over 8 pairs of 8 rows" in capsys.readouterr().out
+    monkeypatch.setattr("eval.score.score_rows", lambda model, processor, rows, size: [[1.0, 1.0]] * len(rows))
+    eval.reward.main()
+    assert "accuracy 0.0000 over 8 pairs" in capsys.readouterr().out  # a tie is wrong
 
 
 def test_calibration_table_by_hand(tmp_path):
