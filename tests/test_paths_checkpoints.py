@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +85,24 @@ def test_the_best_checkpoint_outlives_the_limit(command, tmp_path, monkeypatch, 
     )  # Trainer ends with the best alone
     final, best_weights = load_file(out / "model.safetensors"), load_file(best / "model.safetensors")
     assert all(torch.equal(final[name], weight) for name, weight in best_weights.items())
+
+
+@pytest.mark.parametrize(
+    "limit, best, left",
+    [(2, None, {8, 10}), (2, 2, {2, 10}), (3, None, {2, 8, 10}), (1, 12, {10, 12}), (None, None, None)],
+)
+def test_which_checkpoints_are_left_by_hand(tmp_path, limit: int | None, best: int | None, left: set | None):
+    """After step 10 of a run that went on from step 8: checkpoint-12 was passed over, and is none of the newest."""
+    steps = {2, 8, 10, 12}
+    for step in steps:
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (aside := tmp_path / ".incomplete").mkdir()
+    state = SimpleNamespace(
+        global_step=10, best_model_checkpoint=None if best is None else str(tmp_path / f"checkpoint-{best}")
+    )
+    flags = SimpleNamespace(output_dir=str(tmp_path), save_total_limit=limit)
+    SafeCheckpoints._move_old_checkpoints(SimpleNamespace(state=state, args=flags), aside)
+    assert {int(f.name.partition("-")[2]) for f in tmp_path.glob("checkpoint-*")} == (left or steps)
 
 
 def test_every_file_is_on_disk_before_it_gets_its_name(command, tmp_path, monkeypatch):

@@ -159,7 +159,10 @@ def test_learns_reports_and_reloads(llava, image_dir, tmp_path, flags: str):
     assert sum(b["pairs"] for b in json.loads((tmp_path / "calibration.json").read_text())) == 16
     assert frozen and all(torch.equal(p, frozen[n]) for n, p in trainer.model.named_parameters() if n in frozen)
 
+    stale = tmp_path / "model-00002-of-00002.safetensors"  # of an earlier run: it would be loaded, too
+    stale.write_bytes(b"old")
     trainer.save_model()
+    assert not stale.exists()
     scores = score_rows(trainer.model, trainer.processing_class, rows)
     again = VLRewardModel.from_pretrained(str(tmp_path))
     processor = core_mapper_for(str(tmp_path)).processor(str(tmp_path))
