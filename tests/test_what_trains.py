@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ import merge_lora
 import train_dpo
 import train_sft
 from base.checkpoints import SafeCheckpoints
+from base.heads import freeze_lm_head
+from base.learning_rates import split_by_rate
 from base.loading import load_model
 from common.errors import InputError
 from models.assemble import add_lora
@@ -221,3 +224,26 @@ def test_early_stopping_waits_as_long_as_it_says(command, tmp_path):
     state = json.loads((tmp_path / "sft" / "trainer_state.json").read_text())
     best = state["best_global_step"]
     assert losses[best - 1] == max(losses) and state["global_step"] == best + 2 < 12
+
+
+def test_groups_of_rates_by_hand():
+    """Each weight keeps the decay of its group; the rate of the flag everybody has comes first."""
+    one, two, three = (torch.nn.Parameter(torch.ones(1)) for _ in range(3))
+    optimizer = torch.optim.AdamW(
+        [{"params": [one, two], "weight_decay": 0.1}, {"params": [three], "weight_decay": 0.0}], lr=1.0
+    )
+    rates = {id(one): ("vision_lr", 1e-4), id(two): ("learning_rate", 1e-3), id(three): ("vision_lr", 1e-4)}
+    split_by_rate(optimizer, rates)
+    found = [(group["params"], group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    assert found == [([two], 1e-3, 0.1), ([one], 1e-4, 0.1), ([three], 1e-4, 0.0)]
+
+
+def test_a_head_that_is_tied_to_the_embeddings_trains_with_them():
+    """An lm_head that no loss reaches is frozen, but not the embeddings with it."""
+    for tied in (True, False):
+        embeddings, head = torch.nn.Embedding(3, 2), torch.nn.Linear(2, 3, bias=False)
+        head.weight = embeddings.weight if tied else head.weight
+        freeze_lm_head(
+            SimpleNamespace(get_output_embeddings=lambda h=head: h, get_input_embeddings=lambda e=embeddings: e)
+        )
+        assert embeddings.weight.requires_grad and head.weight.requires_grad is tied
