@@ -245,3 +245,41 @@ def test_documented_commands_use_flags_that_exist() -> None:
         assert task is None or task[1] in TASKS
         for flag in re.findall(r"--\w+", line):
             assert f'"{flag}"' in source, f"{module} {flag}"
+
+
+def test_what_a_model_is_asked_by_hand(tmp_path: Path) -> None:
+    """MMBench with its hint, MathVista with its unit, MMMU with all images, HallusionBench's 1 as Yes."""
+    table = "index\tquestion\thint\tA\tB\timage\n1\tWhich?\tLook up.\tone\ttwo\ta.png\n"
+    (tmp_path / "mmbench.tsv").write_text(table)
+    (row,) = read_task("mmbench", tmp_path / "mmbench.tsv")
+    assert row["question"] == "Hint: Look up.\nQuestion: Which?\nOptions:\nA. one\nB. two\n"
+
+    asked = {
+        "question_type": "free_form",
+        "answer_type": "integer",
+        "question": "How long?",
+        "unit": "cm",
+        "metadata": {},
+    }
+    (tmp_path / "mathvista.json").write_text(json.dumps({"1": asked | {"image": "a.png", "answer": "3"}}))
+    (row,) = read_task("mathvista", tmp_path / "mathvista.json")
+    assert (
+        row["question"].splitlines()[1:] == ["Question: How long? (Unit: cm)"]
+        and "an integer answer" in row["question"]
+    )
+
+    many = {
+        "id": "validation_Art_Theory_1",
+        "question": "<image 1> or <image 2>?",
+        "options": "['a', 'b']",
+        "answer": "A",
+    }
+    many |= {"question_type": "multiple-choice", "image_1": "1.png", "image_2": "2.png"}
+    (tmp_path / "mmmu.jsonl").write_text(json.dumps(many))
+    (row,) = read_task("mmmu", tmp_path / "mmmu.jsonl")
+    assert [Path(str(image)).name for image in row["images"]] == ["1.png", "2.png"] and row["subject"] == "Art_Theory"
+
+    key = dict.fromkeys("category subcategory visual_input set_id figure_id question_id".split(), "1")
+    lines = [key | {"question": "Q?", "gt_answer": answer, "filename": "a.png"} for answer in ("1", "0")]
+    (tmp_path / "HallusionBench.json").write_text(json.dumps([lines[0], lines[1] | {"question_id": "2"}]))
+    assert [row["label"] for row in read_task("hallusion", tmp_path / "HallusionBench.json")] == ["Yes", "No"]

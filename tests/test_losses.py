@@ -647,6 +647,12 @@ def test_flags_are_the_hyperparameters() -> None:
         assert all(loss.hyperparameters[name].help for loss in LOSSES.values() if name in loss.hyperparameters), name
 
 
+def test_a_hyperparameter_of_zero_is_zero():
+    assert losses.hyperparameters_of(["mpo"], {"mpo_wg": 0.0, "mpo_wp": None})["mpo"] == {
+        "beta": 0.1, "mpo_wp": 0.8, "mpo_wq": 0.2, "mpo_wg": 0.0,
+    }  # fmt: skip
+
+
 def test_each_loss_runs_with_its_own_default() -> None:
     both = ["sigmoid", "exo_pair", "sft"]
     assert losses.hyperparameters_of(both, {"label_smoothing": None, "beta": 0.3, "seed": 1}) == {

@@ -1,7 +1,10 @@
 """The packed row: layout, mask, positions, worked by hand."""
 
+from types import SimpleNamespace
+
 import torch
 
+from base.model import VLModelMixin
 from base.packing import offset_in_segment, pack_rows, packed_mask, packed_positions, same_span, scatter_to_responses
 
 
@@ -46,3 +49,12 @@ def test_runs_of_tokens_see_themselves_and_no_other_run():
     """Two images of two tokens and of one: each is seen from its own tokens alone."""
     seen = same_span(torch.tensor([[True, True, False, True, False]]))[0, 0]
     assert seen.nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [3, 3]]
+
+
+def test_a_window_of_two_shows_a_token_itself_and_the_one_before():
+    """Measured in positions: both answers stand behind the prompt's last token, whatever lies between. As transformers, q - k < window."""
+    segments = torch.tensor([[0, 0, 0, 1, 1, 2, 2]])
+    model = SimpleNamespace(_window=2, _by_kind=lambda mask, near: near[0, 0])
+    near = VLModelMixin.packed_attention_mask(model, segments, segments, {})
+    seen = [row.nonzero()[:, 0].tolist() for row in near]
+    assert seen == [[0], [0, 1], [1, 2], [2, 3], [3, 4], [2, 5], [5, 6]]

@@ -706,3 +706,6 @@ def test_defaults_of_estimators():
         flags = args.PPOConfig(output_dir="x", reward_fn=["exact_answer"], advantage_estimator=estimator)
         assert {name: getattr(flags, name) for name in names.split()} == dict(zip(names.split(), values, strict=True))
         assert (flags.gamma, flags.cliprange, flags.kl_in_loss, flags.loss_type) == (1.0, 0.2, 0.0, "dapo")
+    strategies = dict.fromkeys(("eval_strategy", "save_strategy"), "steps")
+    best = args.PPOConfig(output_dir="x", reward_fn=["exact_answer"], load_best_model_at_end=True, **strategies)
+    assert best.metric_for_best_model == "eval_objective/scores" and best.greater_is_better  # evaluation has no loss

@@ -220,6 +220,9 @@ def test_calibration_table_by_hand(tmp_path):
     table = draw_calibration([0.1, -0.1, 2.0, 2.0], str(tmp_path), num_bins=2)
     assert [b["accuracy"] for b in table] == [0.5, 1.0] and [b["margin"] for b in table] == [0.1, 2.0]
     assert table[1]["expected"] == pytest.approx(1 / (1 + math.exp(-2)))
+    ties, sure = draw_calibration([1.0, 0.0, 3.0, 0.0], str(tmp_path), num_bins=2)
+    assert ties["accuracy"] == 0 and sure["accuracy"] == 1  # a tie is wrong
+    assert sure["expected"] == pytest.approx((1 / (1 + math.exp(-1)) + 1 / (1 + math.exp(-3))) / 2)
 
 
 def test_wrong_folders_get_one_sentence(command, llava, tmp_path):

@@ -145,6 +145,7 @@ def dpo(chosen: float, margin: float = 1.0, steps: int = LAST) -> dict:
         (dpo(-5.1, steps=LAST - 1), 0.1, set()),
         (dpo(0, margin=20.5), 0.1, {"margin"}),
         ({"margin": points(*[21.0] * LAST)}, 1.0, {"margin"}),
+        ({"margin": points(*[50.0] * LAST, *[1.0] * LAST)}, 1.0, set()),  # what was there once and is no more
         ({"rewards/chosen": points(*[-99.0] * LAST)}, 1.0, set()),  # a reward model's scale is its own
         ({"eval_loss": points(0.7, 0.5, 0.6, 0.7)}, 1.0, {"held out"}),
         ({"eval_loss": points(0.7, 0.5, 0.51)}, 1.0, set()),

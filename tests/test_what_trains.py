@@ -18,7 +18,7 @@ from base.heads import freeze_lm_head
 from base.learning_rates import split_by_rate
 from base.loading import load_model
 from common.errors import InputError
-from models.assemble import add_lora
+from models.assemble import add_lora, choose_what_trains
 from tests import zoo
 from tests.processes import history
 from tests.test_dpo import dpo_trainer
@@ -247,3 +247,15 @@ def test_a_head_that_is_tied_to_the_embeddings_trains_with_them():
             SimpleNamespace(get_output_embeddings=lambda h=head: h, get_input_embeddings=lambda e=embeddings: e)
         )
         assert embeddings.weight.requires_grad and head.weight.requires_grad is tied
+
+
+def test_the_last_layers_of_a_frozen_tower_train():
+    layers = [torch.nn.Linear(1, 1) for _ in range(3)]
+    core = SimpleNamespace(
+        freeze_vision_tower=lambda: [layer.requires_grad_(False) for layer in layers], vision_layers=lambda: layers
+    )
+    plan = SimpleNamespace(
+        freeze_vision_tower=True, train_vision_layers=1, train_projector=None, freeze_language_model=False
+    )
+    choose_what_trains(core, plan)
+    assert [layer.weight.requires_grad for layer in layers] == [False, False, True]

@@ -148,6 +148,11 @@ def test_streak_by_hand():
     with pytest.raises(InputError, match="2 steps in a row, the last of them step 4"):
         steps.report()
     assert steps.skipped_since_last_call() == 3 and steps.skipped_since_last_call() == 0
+    losses = [steps.see_loss(torch.tensor(loss)).item() for loss in (math.nan, 1.0)]  # two micro batches of one step
+    weight.grad = torch.ones(2)
+    steps.decide(torch.tensor(1.0), 5, optimizer, torch.nn.ParameterList([weight]))
+    optimizer.step()
+    assert losses == [0, 1] and weight.tolist() == [-1.0, -1.0] and steps.skipped_since_last_call() == 1
 
 
 def test_json_is_valid(tmp_path):
