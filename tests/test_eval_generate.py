@@ -214,6 +214,8 @@ def test_other_settings_do_not_go_into_the_same_file(questions: Path, tmp_path: 
     assert (meta["limit"], meta["checkpoint"], meta["adapter"]) == (2, llava, None)
     with pytest.raises(InputError, match=r"generation .*'num_beams': 1.* now it is .*'num_beams': 2.*--overwrite"):
         run(arguments(questions, output, llava, limit=2, num_beams=2))
+    with pytest.raises(InputError, match=r"prompt .*'suffix': None.* now it is .*'suffix': 'In one word\.'"):
+        run(arguments(questions, output, llava, limit=2, suffix="In one word."))
     run(arguments(questions, output, llava, limit=2, num_beams=2, overwrite=True))
     assert json.loads(meta_path(output).read_text())["generation"]["num_beams"] == 2
 

@@ -2661,8 +2661,1014 @@ faults(
         ),
     },
 )
-# (end)
-
+faults(
+    "base/logps.py",
+    "tests/test_paths_model.py",
+    log_probs_are_those_of_the_native_logits={
+        "the entropy is that of temperature 1 in the plain path": (
+            "token_logps",
+            "torch.distributions.Categorical(logits=logits)",
+            "torch.distributions.Categorical(logits=logits * temperature)",
+        ),
+    },
+    gradients_of_divergences={
+        "the head's bias is left out of the divergences": (
+            "all_logits",
+            "nn.functional.linear(hidden, lm_head.weight, lm_head.bias)",
+            "nn.functional.linear(hidden, lm_head.weight)",
+        ),
+        "no gradient to the head's bias": (
+            "_VocabularyKL.backward",
+            "torch.autograd.grad(kl, [inputs[i] for i in needed], outer)",
+            (
+                "[g if i < 2 else torch.zeros_like(g) for i, g in zip(needed, torch.autograd.grad(kl, [inputs[i] for i in "
+                "needed], outer))]"
+            ),
+        ),
+    },
+)
+faults(
+    "base/logps.py",
+    "tests/test_preference_losses.py",
+    stands_at_its_answer={
+        "the head's bias is left out of the logits of tokens": (
+            "token_logits",
+            "logits if lm_head.bias is None else logits + lm_head.bias[token_ids]",
+            "logits",
+        ),
+    },
+)
+faults(
+    "base/packing.py",
+    "tests/test_fast_paths.py",
+    common_beginning_leaves_every_response_a_token={
+        "all of the shortest answer may be shared": (
+            "common_beginning",
+            "min(map(len, responses)) - 1",
+            "min(map(len, responses))",
+        ),
+    },
+)
+faults(
+    "base/packing.py",
+    "tests/test_packing.py",
+    every_response_restarts_behind_the_prompt={
+        "answers go on behind the prompt and the answers before": (
+            "packed_positions",
+            "offset_in_segment(segment_ids) + torch.where(segment_ids == 0, 0, shared_length)",
+            "torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)",
+        ),
+    },
+    a_response_sees_the_prompt_and_itself_only={
+        "answers see each other": ("packed_mask", "key == query", "key > 0"),
+    },
+    no_other_run={
+        "two images beside each other see each other": (
+            "same_span",
+            "number[:, :, None] == number[:, None, :]",
+            "inside[:, None, :]",
+        ),
+    },
+    layout_of_two_rows_by_hand={
+        "the first token of an answer is predicted one place too early": (
+            "pack_rows",
+            "torch.arange(P - 1, P + S)",
+            "torch.arange(P - 2, P + S - 1)",
+        ),
+    },
+)
+faults(
+    "base/corruption.py",
+    "tests/test_preference_losses.py",
+    corruptions_by_hand={
+        "noise without the schedule's root": ("diffuse", "(1 - kept).sqrt() * noise", "(1 - kept) * noise"),
+        "noise of another step": (
+            "diffuse",
+            "torch.cumprod(1 - betas, dim=0)[step]",
+            "torch.cumprod(1 - betas, dim=0)[step - 1]",
+        ),
+        "a crop of a fifth to all of the picture": (
+            "corrupt_picture",
+            "rng.uniform(0.01, 0.2)",
+            "rng.uniform(0.2, 1.0)",
+        ),
+        "patches cover a quarter": ("corrupt_picture", "rng.permutation(256)[:128]", "rng.permutation(256)[:64]"),
+    },
+    the_draw_depends_on_seed_epoch_and_row_alone={
+        "a row keeps its own picture": (
+            "swap_pictures",
+            "[*pictures[b + 1:], *pictures[:b]]",
+            "[*pictures[b:], *pictures[:b]]",
+        ),
+    },
+)
+faults(
+    "base/callbacks.py",
+    "tests/test_preference_losses.py",
+    running_delta_survives_a_resume={
+        "the running mean is forgotten in a checkpoint": (
+            "RunningDelta.state",
+            '{"mean": self.mean.item(), "count": int(self.count)}',
+            '{"mean": 0.0, "count": 0}',
+        ),
+    },
+    running_delta_is_the_mean_reward_of_training_batches={
+        "the running mean weighs every batch alike": (
+            "RunningDelta.with_rewards",
+            "mean_here.expand(count).cpu()",
+            "mean_here.cpu()",
+        ),
+    },
+)
+faults(
+    "base/online_dpo.py",
+    "tests/test_online_dpo.py",
+    flags_by_hand={
+        "every step of online DPO samples with the same numbers": (
+            "OnlineDPO.answered",
+            'stable_seed(args.seed, "rollout", self.state.global_step)',
+            'stable_seed(args.seed, "rollout")',
+        ),
+        "the margin of scores has the wrong sign": (
+            "OnlineDPO.rollout_metrics",
+            "r.scores[chosen] - r.scores[rejected]",
+            "r.scores[rejected] - r.scores[chosen]",
+        ),
+        "online DPO ignores --score_margin": (
+            "OnlineDPO.preferences",
+            "scored_pairs(values, self.pairs, self.score_margin)",
+            "scored_pairs(values, self.pairs, None)",
+        ),
+        "online DPO ignores --pairs": (
+            "OnlineDPO.preferences",
+            "scored_pairs(values, self.pairs, self.score_margin)",
+            'scored_pairs(values, "all", self.score_margin)',
+        ),
+        "prompts that fill up an evaluation count in online DPO": (
+            "OnlineDPO.rollout_metrics",
+            "counts & ~values.isnan()",
+            "~values.isnan()",
+        ),
+        "prompts that fill up an evaluation give pairs in online DPO": (
+            "OnlineDPO.preferences",
+            "not row.get('repeated')",
+            "True",
+        ),
+        "losses of online DPO in evaluation mode": ("OnlineDPO.answered", "self.model.train()", "None"),
+    },
+    evaluation_samples_the_same_answers={
+        "evaluation of online DPO samples anew every time": (
+            "OnlineDPO.prediction_step",
+            'stable_seed(self.args.seed, "eval")',
+            'stable_seed(self.args.seed, "eval", self.state.global_step)',
+        ),
+        "prompts of an evaluation share their random numbers": (
+            "OnlineDPO.prediction_step",
+            'stable_seed(row.get("where"), row["prompt"])',
+            "0",
+        ),
+    },
+)
+faults(
+    "train_dpo.py",
+    "tests/test_online_dpo.py",
+    flags_by_hand={
+        "train_dpo --online hands no pairs on": ("build", "answers |= pairs", "pass"),
+    },
+)
+faults(
+    "base/server_rollouts.py",
+    "tests/test_server_rollouts.py",
+    asked_and_taken={
+        "prompts of different micro batches share a seed on the server": (
+            "ServerRollouts._body",
+            "stable_seed(seed, prompts.places[b])",
+            "stable_seed(seed, b)",
+        ),
+        "a server samples at temperature 1": ("ServerRollouts._body", "args.temperature or 1.0", "1.0"),
+        "a server samples without --top_p": ("ServerRollouts._body", "args.top_p", "1.0"),
+        "a server may sample placeholders of images": (
+            "ServerRollouts._body",
+            "{str(token): -100 for token in self.never}",
+            "{}",
+        ),
+        "a server stops at the first end token alone": ("ServerRollouts._body", "self.end_ids", "self.end_ids[:1]"),
+        "a server keeps the checkpoint's top-k": ("ServerRollouts._body", "-1", "50"),
+        "a server's log-probs are those of the last tokens": (
+            "ServerRollouts._logps",
+            "(answer.logps or [])[:tokens]",
+            "(answer.logps or [])[-tokens:]",
+        ),
+        "a server's answers may be longer than --response_length": (
+            "ServerRollouts._ids",
+            "cut_after_end(ids, self.end_ids)[: self.args.response_length]",
+            "cut_after_end(ids, self.end_ids)",
+        ),
+    },
+)
+faults(
+    "base/shared_prefill.py",
+    "tests/test_shared_prefill.py",
+    nothing_but_padding={
+        "an answer goes on behind its end": (
+            "answers_of_one_prefill",
+            "torch.where(going_on, tokens, padding)",
+            "tokens",
+        ),
+    },
+)
+faults(
+    "base/rollout_cache.py",
+    "tests/test_shared_prefill.py",
+    one_prefill_samples_what_k_prefills_sample={
+        "families with windows get a static cache": ("rollout_cache", "core.static_rollout_cache", "True"),
+    },
+)
+faults(
+    "base/rollout_cache.py",
+    "tests/test_rollout_cache.py",
+    cache_is_16_bit_under_autocast={
+        "the cache is in the type of the weights": (
+            "_InTypeOfAttention.update",
+            "torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value_states.dtype",
+            "value_states.dtype",
+        ),
+    },
+)
+faults(
+    "base/reward_calls.py",
+    "tests/faults/test_reward_calls.py",
+    answers_of_another_update_are_not_taken={
+        "answers are taken for other places": (
+            "UnscoredAnswers.get",
+            "json.dumps([*zip(places, prompts, strict=True)])",
+            "next(iter(self._kept), '')",
+        ),
+    },
+    failed_update_goes_on_with_its_answers={
+        "the answers of an update stay for the next": (
+            "UnscoredAnswers.forget",
+            "self.path.unlink(missing_ok=True)",
+            "None",
+        ),
+    },
+)
+faults(
+    "base/rewards.py",
+    "tests/test_rl.py",
+    functions_get_the_columns_in_both_signatures={
+        "a function sees the first prompt of every micro batch": (
+            "FunctionReward.score",
+            "r.rows[r.prompt_of[i]]",
+            "r.rows[0]",
+        ),
+    },
+    stands_at_it={
+        "tokens of an answer hold its padding": (
+            "FunctionReward.score",
+            'r.batch["completion_ids"][i][r.mask[i]].tolist()',
+            'r.batch["completion_ids"][i].tolist()',
+        ),
+    },
+    a_reward_may_say_that_it_does_not_apply={
+        "None of a reward function is 0": (
+            "FunctionReward.score_texts",
+            "math.nan if v is None else _number(v)",
+            "0.0 if v is None else _number(v)",
+        ),
+    },
+)
+faults(
+    "base/rewards.py",
+    "tests/test_ppo.py",
+    a_cut_answer_is_worth_the_same_to_adapter_and_model={
+        "scores of reward models stay prompt by prompt": (
+            "ModelReward.score",
+            "[scores[b][k] for b, k in sampled.order]",
+            "[s for of_prompt in scores for s in of_prompt]",
+        ),
+    },
+    rewards_are_summed_with_weights_penalty_and_clip={
+        "a reward has the weight of the one before": (
+            "rewards_of.add",
+            "args.reward_weights[n]",
+            "args.reward_weights[n - 1]",
+        ),
+    },
+)
+faults(
+    "base/reward_functions.py",
+    "tests/test_reward_functions.py",
+    keys={
+        "the tolerance is absolute": ("number", "allowed * abs(right) + 1e-9", "allowed + 1e-9"),
+        "of several numbers the first counts": ("_last_number", "found[-1]", "found[0]"),
+        "of several answers the first counts": ("final_answer", "tagged[-1]", "tagged[0]"),
+        "an answer that says neither is right where the key says neither": (
+            "yes_no",
+            "_yes(final_answer(r)) == _yes(final_answer(s)) is not None",
+            "_yes(final_answer(r)) == _yes(final_answer(s))",
+        ),
+    },
+)
+faults(
+    "eval/generate.py",
+    "tests/test_eval_generate.py",
+    flags_come_before_the_family_before_greedy_search={
+        "sampled answers are of the 50 likeliest tokens": (
+            "generation_settings",
+            '{"temperature": 1.0, "top_p": 1.0, "top_k": 0}',
+            '{"temperature": 1.0, "top_p": 1.0}',
+        ),
+    },
+    other_settings_do_not_go_into_the_same_file={
+        "the checkpoint's settings go before flags": (
+            "generation_settings",
+            "settings |= given",
+            "settings = given | settings",
+        ),
+    },
+    flags_come_before={
+        "--seed is not recorded": ("generation_settings", 'recorded["seed"] = args.seed', "None"),
+    },
+    a_checkpoints_settings_reach_generation_when_asked_for={
+        "a checkpoint's repetition penalty stays in evaluation": (
+            "take_settings",
+            "GenerationConfig(**{name: getattr(config, name) for name in tokens})",
+            "config",
+        ),
+    },
+    likelihood_is_the_mean_loss_of_each_choice={
+        "a choice's loss is a sum": ("choice_losses", "-logps.sum(1) / mask.sum(1)", "-logps.sum(1)"),
+        "choices are asked with the question and its options": ("choice_losses", 'r["bare_question"]', 'r["question"]'),
+    },
+    plan_keeps={
+        "pictures of equal length are one": (
+            "image_key",
+            'hashlib.sha1(i["bytes"]).hexdigest()',
+            'str(len(i["bytes"]))',
+        ),
+    },
+    shared_features_give_the_answers_of_a_plain_batch={
+        "pictures of one size are one": (
+            "EncodedBatches.encode_messages",
+            "digest.update(value.contiguous().view(torch.uint8).numpy())",
+            "None",
+        ),
+    },
+    other_settings={
+        "another suffix goes on in the same file": ("describe", '{"suffix": getattr(args, "suffix", None)}', "{}"),
+    },
+    adapter_answers={
+        "an adapter's own processor is not read": ("processor_for", "processor_path(adapter) == adapter", "False"),
+    },
+)
+faults(
+    "eval/score.py",
+    "tests/test_eval_reward.py",
+    implicit_reward_is_beta_times_the_log_ratio={
+        "the implicit reward has the wrong sign": ("implicit_reward.score", "logps - ref_logps", "ref_logps - logps"),
+        "the reference of the implicit reward is the policy": (
+            "implicit_reward.score",
+            "adapter_active(policy.model, None)",
+            "adapter_active(policy.model, 'default')",
+        ),
+        "--beta of the implicit reward ignored": (
+            "implicit_reward.score",
+            "args.beta * (logps - ref_logps)",
+            "0.1 * (logps - ref_logps)",
+        ),
+    },
+)
+faults(
+    "eval/score.py",
+    "tests/test_rm.py",
+    any_data_set={
+        "equal rewards are right in the accuracy of a data set": (
+            "score_data_set",
+            "rewards[better] > rewards[worse]",
+            "rewards[better] >= rewards[worse]",
+        ),
+    },
+)
+faults(
+    "eval/judge.py",
+    "tests/test_eval_judge.py",
+    every_reply_is_asked_once_and_cached_by_content={
+        "repeated questions have one reply": ("Judge.ask", "[body, sample]", "[body]"),
+    },
+    asked_once={
+        "pictures have no part in the cache": ("Judge.ask", "[body, sample]", "[body | {'messages': prompt}, sample]"),
+    },
+)
+faults(
+    "eval/judged.py",
+    "tests/test_eval_scorers.py",
+    refomb_counts_wins_and_half_ties={
+        "the model is A in RefoMB": (
+            "score_refomb",
+            '{"A": 0.0, "B": 1.0, "C": 0.5}',
+            '{"A": 1.0, "B": 0.0, "C": 0.5}',
+        ),
+    },
+    mmhal_is_official={
+        "types of MMHal are blocks of 12": ("score_mmhal", "ratings[t::8]", "ratings[12 * t : 12 * t + 12]"),
+    },
+    hallusionbench_judged_uses_the_same_aggregation={
+        "incorrect is correct": (
+            "hallusion_verdict",
+            '0 if "incorrect" in text else 1 if "correct" in text else 2',
+            '1 if "correct" in text else 0 if "incorrect" in text else 2',
+        ),
+    },
+)
+faults(
+    "eval/judged.py",
+    "tests/test_eval_judge.py",
+    grades_of_mmvet={
+        "grades of MM-Vet's runs are mixed among rows": (
+            "review_mmvet",
+            "grades[i * runs:(i + 1) * runs]",
+            "grades[i :: len(rows)]",
+        ),
+    },
+)
+faults(
+    "eval/yesno.py",
+    "tests/test_eval_scorers.py",
+    pope_is_official={
+        "POPE reads the whole answer": ("pope_parse", 'answer.split(".")[0]', "answer"),
+    },
+    hallusionbench_json_gives_both_aggregations={
+        "hard and easy questions change places": (
+            "_hallusion_repository",
+            'r["visual_input"] == "2"',
+            'r["visual_input"] == "1"',
+        ),
+    },
+    mme_is_official={
+        "acc+ takes one right question": (
+            "score_mme",
+            "sum(map(all, images.values()))",
+            "sum(map(any, images.values()))",
+        ),
+    },
+)
+faults(
+    "eval/choice.py",
+    "tests/test_eval_scorers.py",
+    mmbench_circular_is_official={
+        "one right rotation is enough": (
+            "score_mmbench",
+            "all(right for _, right in members)",
+            "any(right for _, right in members)",
+        ),
+        "the text of an option goes before its letter": (
+            "infer_letter",
+            "_by_letter(answer, choices) or _by_text(answer, choices)",
+            "_by_text(answer, choices) or _by_letter(answer, choices)",
+        ),
+    },
+    seed_likelihood_is_official={
+        "the largest loss is chosen": (
+            "score_seed_likelihood",
+            "min(range(4), key=lambda i, x=row_losses: (math.isnan(x[i]), x[i]))",
+            "max(range(4), key=lambda i, x=row_losses: (not math.isnan(x[i]), x[i]))",
+        ),
+    },
+)
+faults(
+    "eval/reward_benchmarks.py",
+    "tests/test_eval_scorers.py",
+    vl_rewardbench_is_official={
+        "VL-RewardBench counts ties": (
+            "score_vlrewardbench",
+            "p[int(r['better'])] > p[1 - int(r['better'])]",
+            "p[int(r['better'])] >= p[1 - int(r['better'])]",
+        ),
+        "macro is the mean over questions": (
+            "_vlrewardbench",
+            "sum(shares.values()) / 3",
+            "sum(pooled) / max(1, len(pooled))",
+        ),
+        "a swapped pair is read as shown": ("vlrewardbench_vote", "better if swapped else 1 - better", "1 - better"),
+    },
+)
+faults(
+    "eval/served.py",
+    "tests/test_eval_served.py",
+    samples={
+        "rows share the seed on a server": ("_fields", 'settings["seed"] + n', 'settings["seed"]'),
+    },
+    test_samples={
+        "a server takes the checkpoint's own settings": (
+            "_fields",
+            'not settings["checkpoint_settings"]',
+            'settings["checkpoint_settings"]',
+        ),
+    },
+)
+faults(
+    "eval/ledger.py",
+    "tests/test_eval_generate.py",
+    ranks_share_the_rows_and_any_number_of_them_can_go_on={
+        "answers are merged as they were written": ("Ledger.finish", "(found[i] for i in self.ids)", "found.values()"),
+    },
+)
+faults(
+    "train_sft.py",
+    "tests/test_paths_scripts.py",
+    prompts_that_are_too_long_are_left_out_of_both_splits={
+        "train_sft evaluates rows that are too long": (
+            "build",
+            "collator.drop_overlong(data.eval, data_args.dataset_num_proc)",
+            "(data.eval, {})",
+        ),
+    },
+)
+faults(
+    "train_rm.py",
+    "tests/test_paths_scripts.py",
+    prompts_that_are_too_long_are_left_out_of_both_splits={
+        "train_rm evaluates rows that are too long": (
+            "build",
+            "collator.drop_overlong(data.eval, data_args.dataset_num_proc)",
+            "(data.eval, {})",
+        ),
+    },
+)
+faults(
+    "train_dpo.py",
+    "tests/test_paths_scripts.py",
+    prompts_that_are_too_long_are_left_out_of_both_splits={
+        "train_dpo evaluates rows that are too long": (
+            "build",
+            "collator.drop_overlong(data.eval, data_args.dataset_num_proc)",
+            "(data.eval, {})",
+        ),
+    },
+)
+faults(
+    "train_ppo.py",
+    "tests/test_paths_scripts.py",
+    prompts_that_are_too_long_are_left_out_of_both_splits={
+        "train_ppo evaluates rows that are too long": (
+            "build",
+            "collator.drop_overlong(data.eval, data_args.dataset_num_proc)",
+            "(data.eval, {})",
+        ),
+    },
+)
+faults(
+    "base/ppo_metrics.py",
+    "tests/test_paths_ppo.py",
+    metrics_of_answers_by_hand={
+        "an answer without a score hides rlhf_reward": (
+            "rollout_metrics",
+            "(scores - kl_coef * penalty)[scored]",
+            "scores - kl_coef * penalty",
+        ),
+    },
+)
+faults(
+    "base/checkpoints.py",
+    "tests/test_what_trains.py",
+    a_resumed_run_has_the_rates_of_its_flags={
+        "a resumed run keeps the weight decay that was saved": (
+            "SafeCheckpoints._load_optimizer_and_scheduler",
+            "group.update(option | {'lr': rate})",
+            "group.update({'lr': rate})",
+        ),
+    },
+    resumed_run_has_the_rates={
+        "a resumed run begins its schedule again": (
+            "SafeCheckpoints._load_optimizer_and_scheduler",
+            "rate(schedule.last_epoch)",
+            "rate(0)",
+        ),
+    },
+)
+faults(
+    "base/checkpoints.py",
+    "tests/test_resume.py",
+    killed_after_the_last_checkpoint={
+        "a finished run that is resumed takes a step": (
+            "SafeCheckpoints._run_epoch",
+            "self.state.global_step >= self.state.max_steps",
+            "self.state.global_step > self.state.max_steps",
+        ),
+    },
+)
+faults(
+    "base/checkpoints.py",
+    "tests/test_paths_checkpoints.py",
+    left_by_hand={
+        "a checkpoint of a later step counts as the newest": (
+            "SafeCheckpoints._move_old_checkpoints",
+            "(step <= now, step)",
+            "step",
+        ),
+    },
+)
+faults(
+    "base/checkpoints.py",
+    "tests/test_rm.py",
+    learns_reports={
+        "weights of an earlier run stay beside the new ones": ("SafeCheckpoints.save_model", "stale.unlink()", "None"),
+    },
+)
+faults(
+    "base/resume.py",
+    "tests/faults/test_run_folder.py",
+    damage_is_named={
+        "a checkpoint whose bytes changed is whole": ("_other_than_written", "digest != found", "False"),
+    },
+    missing_state_is_seen={
+        "a checkpoint without random state can be resumed": (
+            "_missing_state",
+            'not [*checkpoint.glob("rng_state*.pth")]',
+            "False",
+        ),
+    },
+)
+faults(
+    "base/resume.py",
+    "tests/test_resume.py",
+    halves_are_passed_over={
+        "a checkpoint without optimizer can be resumed": (
+            "_missing_state",
+            'not (checkpoint / "optimizer.pt").is_file()',
+            "False",
+        ),
+    },
+)
+faults(
+    "base/videos.py",
+    "tests/test_videos.py",
+    frames_by_hand={
+        "--video_fps ignored where the checkpoint says a number of frames": (
+            "set_sampling",
+            "frames is not None or fps is not None",
+            "frames is not None",
+        ),
+        "a film that nobody decodes has another length": ("blank_clip", "len(indices)", "header.frames"),
+    },
+    packed_logps_are_those_of_the_familys_own_processor_and_model={
+        "the length of a film is counted in frames": ("_metadata", "header.frames / header.fps", "header.frames"),
+    },
+)
+faults(
+    "base/lora_start.py",
+    "tests/test_lora_variants.py",
+    numbers_and_files_are_those_of_peft={
+        "rsLoRA's scale is saved as LoRA's": (
+            "LoraOnChangedBase.save_pretrained",
+            "math.sqrt(2) if config.use_rslora else 2",
+            "2",
+        ),
+    },
+    a_dpo_run_its_reference_resumption_and_merge={
+        "a resumed run reads the start with the wrong sign": (
+            "split_start",
+            "start[name] = -minus",
+            "start[name] = minus",
+        ),
+    },
+    eva_is_that_of_peft={
+        "EVA reads prompts as well": (
+            "start_from_inputs.answers",
+            'batch["segment_ids"] > 0 if "segment_ids" in batch else batch["labels"] != -100',
+            'batch["segment_ids"] >= 0 if "segment_ids" in batch else batch["labels"] >= -100',
+        ),
+    },
+    the_reference_is_the_base_as_it_was={
+        "the reference of PiSSA is a fresh adapter": (
+            "keep_start",
+            'set_peft_model_state_dict(model, {k: w for k, w in weights.items() if ".lora_" in k}, adapter_name=START)',
+            "None",
+        ),
+    },
+    loftq_makes_up_for_the_largest_part_of_the_rounding={
+        "LoftQ takes the smallest components": ("start_as_rounding_error", "S[: len(A)]", "S[-len(A):]"),
+    },
+)
+faults(
+    "base/heads.py",
+    "tests/test_what_trains.py",
+    tied_to_the_embeddings={
+        "a tied head of a reward model is frozen with the embeddings": (
+            "freeze_lm_head",
+            "lm_head is not None and lm_head.weight is not core.get_input_embeddings().weight",
+            "lm_head is not None",
+        ),
+    },
+)
+faults(
+    "base/other_heads.py",
+    "tests/test_other_heads.py",
+    vl_rlhf={
+        "a head's bias is read as its weight": ("other_head", 'name.rpartition(".")[2]', '"weight"'),
+    },
+)
+faults(
+    "base/learning_rates.py",
+    "tests/test_what_trains.py",
+    rates_of_tower_and_projector={
+        "the projector has the tower's rate": (
+            "learning_rates",
+            '{"vision_lr": core.get_vision_tower().parameters(), "projector_lr": core.projector_parameters()}',
+            (
+                '{"projector_lr": core.projector_parameters(), "vision_lr": [*core.get_vision_tower().parameters(), '
+                "*core.projector_parameters()]}"
+            ),
+        ),
+    },
+    groups_of_rates_by_hand={
+        "weight decay falls on what has none": (
+            "split_by_rate",
+            '{**group, "params": those, "lr": rate}',
+            '{**optimizer.param_groups[0], "params": those, "lr": rate}',
+        ),
+    },
+)
+faults(
+    "base/bad_steps.py",
+    "tests/faults/test_not_finite.py",
+    bad_steps_that_alternate_go_on={
+        "bad steps count though good ones lie between": (
+            "BadSteps.decide",
+            "torch.where(bad, self._streak + 1, 0)",
+            "self._streak + bad",
+        ),
+    },
+    streak_by_hand={
+        "of several micro batches the last one is looked at": (
+            "BadSteps.see_loss",
+            "bad if self._bad is None else self._bad | bad",
+            "bad",
+        ),
+    },
+    one_bad_step_is_skipped={
+        "a step that is skipped decays the weights": (
+            "_skip",
+            "optimizer.found_inf = bad.float()",
+            "model.zero_grad()",
+        ),
+    },
+)
+faults(
+    "base/calibration.py",
+    "tests/test_rm.py",
+    calibration_table={
+        "a tie is right in the calibration": ("draw_calibration", "m > 0", "m >= 0"),
+        "the expected accuracy is that of the mean margin": (
+            "draw_calibration",
+            "sum(1 / (1 + math.exp(-abs(m))) for m in chunk) / len(chunk)",
+            "1 / (1 + math.exp(-sum(map(abs, chunk)) / len(chunk)))",
+        ),
+    },
+)
+faults(
+    "base/run_warnings.py",
+    "tests/test_kto.py",
+    weights_that_the_paper_does_not_take_are_said={
+        "weights of KTO's answers divide": (
+            "unbalanced",
+            "desirable_weight * good / (undesirable_weight * bad)",
+            "undesirable_weight * good / (desirable_weight * bad)",
+        ),
+    },
+)
+faults(
+    "base/run_warnings.py",
+    "tests/test_run_page.py",
+    signs_of_a_run_that_goes_wrong={
+        "lost nats are counted in rewards": (
+            "run_warnings",
+            "_mean(found['rewards/chosen'][-LAST:]) / beta",
+            "_mean(found['rewards/chosen'][-LAST:])",
+        ),
+    },
+    signs_of_a_run={
+        "warnings look at the first steps": (
+            "run_warnings",
+            "(margin := _mean(found[name][-LAST:])) > SATURATED",
+            "(margin := _mean(found[name][:LAST])) > SATURATED",
+        ),
+    },
+)
+faults(
+    "data/sample.py",
+    "tests/test_sample.py",
+    ranks_of_scores={
+        "an answer that some scorer leaves out has no score": (
+            "ranked",
+            "all(v is None for v in values)",
+            "any(v is None for v in values)",
+        ),
+        "texts keep the order of sampling beside sorted scores": (
+            "ranked",
+            '[row["responses"][k] for k in order]',
+            'row["responses"]',
+        ),
+        "scores of a scorer keep the order of sampling": ("ranked", "[values[k] for k in order]", "values"),
+    },
+)
+faults(
+    "eval/answer_scores.py",
+    "tests/test_sample.py",
+    claims_cost_a_point_for_every_no={
+        "claims raise the score": (
+            "Claims.score",
+            "-float(sum(denied[q] for q in of_answer))",
+            "float(sum(denied[q] for q in of_answer))",
+        ),
+        "claims that are affirmed cost a point": ("Claims.score", "denied[q]", "not denied[q]"),
+    },
+    ratings={
+        "the first rating of a reply counts": ("rating", "found[-1]", "found[0]"),
+    },
+)
+faults(
+    "eval/benchmark_files.py",
+    "tests/test_eval_data.py",
+    public_formats_are_read={
+        "SEED's videos are asked as images": ("_seed", 'video or r.get("data_type", "image") == "image"', "True"),
+        "POPE's ids are those of all splits": ("_pope", "f\"{split}/{r['question_id']}\"", 'str(r["question_id"])'),
+    },
+    asked_by_hand={
+        "HallusionBench's answers are turned over": (
+            "_hallusion",
+            '{"1": "Yes", "0": "No"}',
+            '{"0": "Yes", "1": "No"}',
+        ),
+        "MMBench is asked without its hint": ("_mmbench", "_available(r.get('hint'))", "False"),
+        "MMMU's images in the order of the row from the second on": ("_mmmu", "range(1, 8)", "range(2, 8)"),
+        "MathVista is asked without its unit": ("mathvista_query", "problem.get('unit')", "None"),
+    },
+)
+faults(
+    "models/qwen2_vl/__init__.py",
+    "tests/test_models.py",
+    packed_rows_equal_single_rows={
+        "an answer's positions go on behind the prompt's tokens": (
+            "MRopeMixin.packed_position_ids",
+            "positions.amax(dim=(0, 2))[:, None] + 1",
+            "prompt.sum(1, keepdim=True)",
+        ),
+        "an answer begins at the prompt's last position": (
+            "MRopeMixin.packed_position_ids",
+            "positions.amax(dim=(0, 2))[:, None] + 1",
+            "positions.amax(dim=(0, 2))[:, None]",
+        ),
+    },
+)
+faults(
+    "models/gemma3/__init__.py",
+    "tests/test_models.py",
+    packed_rows_equal_single_rows={
+        "the images of Gemma 3 see forward alone": ("Gemma3ForRL.packed_attention_mask", "mask | same_image", "mask"),
+    },
+)
+faults(
+    "models/paligemma/__init__.py",
+    "tests/test_models.py",
+    packed_rows_equal_single_rows={
+        "PaliGemma's prompt is causal": (
+            "PaliGemmaForRL.packed_attention_mask",
+            "packing.packed_mask(segment_ids) | (prompt[:, :, None] & prompt[:, None, :])[:, None]",
+            "packing.packed_mask(segment_ids)",
+        ),
+    },
+)
+faults(
+    "models/paligemma/__init__.py",
+    "tests/test_fast_paths.py",
+    edited_answers_on_every_family={
+        "shared beginnings of answers see both ways": (
+            "PaliGemmaForRL.packed_attention_mask",
+            '(segment_ids == 0) & (img_inputs["token_type_ids"] == 0)',
+            "segment_ids == 0",
+        ),
+    },
+)
+faults(
+    "models/mllama/__init__.py",
+    "tests/test_models.py",
+    sft_batch_with_padding={
+        "Mllama's rows without image see others'": (
+            "MllamaForRL.encode_images",
+            "states.masked_fill(text_only.view(-1, 1, 1, 1, 1), 0)",
+            "states",
+        ),
+        "Mllama's tokens before the image see absent images": (
+            "MllamaForRL.hide_absent_images",
+            "mask.masked_fill(absent, torch.finfo(mask.dtype).min)",
+            "mask",
+        ),
+    },
+)
+faults(
+    "base/model.py",
+    "tests/test_packing.py",
+    window_of_two={
+        "the sliding window is one token too wide": (
+            "VLModelMixin.packed_attention_mask",
+            "position[:, :, None] - position[:, None, :] < window",
+            "position[:, :, None] - position[:, None, :] <= window",
+        ),
+    },
+)
+faults(
+    "base/model.py",
+    "tests/test_what_trains.py",
+    what_is_named_trains_and_nothing_else={
+        "layers behind the one that is read train": ("VLModelMixin.vision_layers", "blocks[:max(numbers)]", "blocks"),
+    },
+)
+faults(
+    "models/assemble.py",
+    "tests/test_what_trains.py",
+    frozen_tower_train={
+        "the first layers of the tower train": (
+            "choose_what_trains",
+            "layers[-plan.train_vision_layers:]",
+            "layers[:plan.train_vision_layers]",
+        ),
+    },
+)
+faults(
+    "models/assemble.py",
+    "tests/test_lora_variants.py",
+    numbers_and_files_are_those_of_peft={
+        "--lora_alpha ignored": ("add_lora", "lora_args.lora_alpha", "16"),
+        "--use_rslora ignored": ("add_lora", "lora_args.use_rslora", "False"),
+    },
+)
+faults(
+    "models/assemble.py",
+    "tests/test_paths_scripts.py",
+    share_prefix={
+        "--bits without --q_lora quantises": (
+            "LoadPlan.of",
+            "model_args.bits if model_args.q_lora else None",
+            "model_args.bits",
+        ),
+    },
+)
+faults(
+    "args/training.py",
+    "tests/test_rl.py",
+    defaults_of_estimators={
+        "the best checkpoint is the one of the lowest loss whatever the algorithm": (
+            "VLConfig._fill_in_metric",
+            "self.default_metric",
+            '"loss"',
+        ),
+    },
+)
+faults(
+    "losses/registry.py",
+    "tests/test_losses.py",
+    hyperparameter_of_zero={
+        "a hyper-parameter of 0 is the loss's default": (
+            "hyperparameters_of",
+            "own.default if given.get(key) is None else given[key]",
+            "given.get(key) or own.default",
+        ),
+    },
+    combine={
+        "without weights losses are a mean": ("combine", "[1.0] * len(losses)", "[1.0 / len(losses)] * len(losses)"),
+    },
+)
+faults(
+    "losses/registry.py",
+    "tests/test_preference_losses.py",
+    hyperparameters_are_attributes_with_the_losss_own_defaults={
+        "a mixture's beta is the first loss's": ("common_hyperparameters", "len(found) == 1", "found"),
+    },
+)
+faults(
+    "losses/batch.py",
+    "tests/test_losses.py",
+    test_trl={
+        "f-divergences leave out the reference": (
+            "PreferenceBatch.log_ratio",
+            "f(getattr(self.policy, item.name) - getattr(self.ref, item.name))",
+            "f(getattr(self.policy, item.name)) - getattr(self.ref, item.name)",
+        ),
+    },
+)
+faults(
+    "losses/reductions.py",
+    "tests/test_losses.py",
+    row_mean={
+        "a row's pairs are summed": (
+            "row_mean",
+            "per_pair.new_zeros(len(rows)).index_add(0, index, per_pair) / counts",
+            "per_pair.new_zeros(len(rows)).index_add(0, index, per_pair)",
+        ),
+    },
+)
 # --------------------------------------------------------------------------------------------------------------- FSDP
 
 faults(
