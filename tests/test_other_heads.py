@@ -13,6 +13,7 @@ import trl
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from base.other_heads import other_head
 from base.reward import VLRewardModel, score_rows
 from base.value import VLModelWithValueHead
 from common.errors import InputError
@@ -229,3 +230,10 @@ def test_a_pickled_head_runs_no_code(llava, tmp_path):
     with pytest.raises(InputError, match=r"rm_head\.bin .*not read"):
         VLRewardModel.from_pretrained(str(tmp_path / "rm"))
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_value_head_goes_before_what_the_weights_hold(tmp_path):
+    save_file({"score.weight": torch.zeros(1, 4)}, tmp_path / "model.safetensors")
+    assert other_head(str(tmp_path)).tensors["weight"].tolist() == [[0, 0, 0, 0]]
+    save_file({"v_head.summary.weight": torch.ones(1, 4)}, tmp_path / "value_head.safetensors")
+    assert other_head(str(tmp_path)).tensors["weight"].tolist() == [[1, 1, 1, 1]]

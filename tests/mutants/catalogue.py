@@ -3669,6 +3669,14 @@ faults(
         ),
     },
 )
+faults(
+    "base/other_heads.py",
+    "tests/test_other_heads.py",
+    goes_before={
+        "the model's own head goes before a value head": ("_files", "[*beside, *weights]", "[*weights, *beside]"),
+    },
+)
+
 # --------------------------------------------------------------------------------------------------------------- FSDP
 
 faults(
