@@ -1,8 +1,9 @@
 """Attention of packed rows without their L x L mask: less than half the work, and kernels that know causality.
 
 A mask of K responses hides most of the square: responses from each other, and the future. `scaled_dot_product_attention` computes it all the
-same. Segment 0 attends causally to itself, and each response to segment 0 and itself; put together that is exactly the masked attention, on
-the pairs that the mask lets through (but half of each response's own small square).
+same. Segment 0 and the first response are an ordinary causal row; each other response attends to segment 0 and itself, for which their keys
+are copied side by side. Put together that is exactly the masked attention, on the pairs that the mask lets through (but half of each other
+response's own small square).
 
 Rows of a batch lie end to end, one (1, N) row without padding, as long as a pass goes through the model (`VLModelMixin.packed_inputs`); each
 still attends to itself alone.
@@ -36,7 +37,7 @@ from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from base.segments import Layout
+from base.segments import Layout, causal_first
 
 logger = logging.getLogger(__name__)
 
@@ -177,18 +178,19 @@ def _by_segments(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, rows: list[list[int]], kernel: Callable[..., Tensor]
 ) -> Tensor:
     """These rows of the layout, which lie end to end in (1, H, S, D), maybe with padding behind them; the same shape."""
-    rows = [row if len(row) > 2 else [sum(row)] for row in rows]  # with one response it is an ordinary causal row
-    sizes = [*chain(*rows)]
+    sizes = [*chain(*map(causal_first, rows))]
     sizes.append(query.shape[2] - sum(sizes))
     # split, not slices: its gradient is one concatenation
     segments = zip(*(t.split(sizes, dim=2) for t in (query, key, value)), strict=True)
     parts = []
-    for _, *own in rows:
-        q, shared_k, shared_v = next(segments)
-        parts.append(kernel(q, shared_k, shared_v, is_causal=True))
-        for _ in own:
+    for shared, *own in rows:
+        q, first_k, first_v = next(segments)
+        parts.append(kernel(q, first_k, first_v, is_causal=True))
+        if len(own) > 1:
+            shared_k, shared_v = first_k[:, :, :shared], first_v[:, :, :shared]
+        for _ in own[1:]:
             q, k, v = next(segments)
-            mask = layout.response_mask(shared_k.shape[2], q.shape[2], q.device)
+            mask = layout.response_mask(shared, q.shape[2], q.device)
             keys, values = torch.cat([shared_k, k], dim=2), torch.cat([shared_v, v], dim=2)
             parts.append(kernel(q, keys, values, attn_mask=mask))
     padding, _, _ = next(segments)

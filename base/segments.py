@@ -26,6 +26,11 @@ class Sequences(NamedTuple):
     longest_keys: int
 
 
+def causal_first(row: list[int]) -> list[int]:
+    """Lengths of a row's sequences: what is shared and the first response, one causal sequence, and every other response."""
+    return [sum(row[:2]), *row[2:]]
+
+
 class Layout:
     """The segments of B packed rows (base/packing.py), and what every pass over them needs and would make anew.
 
@@ -92,18 +97,18 @@ class Layout:
         return self.keep(("response mask", shared, own, device), make)
 
     def sequences(self, device: torch.device) -> Sequences:
-        """The segments of the end-to-end row; a row with one response is one causal sequence."""
+        """The sequences of the end-to-end row, as `causal_first` joins its segments."""
 
         def make() -> Sequences:
             sizes, keys, start = [], [], 0
             for row in self.rows:
-                shared, *own = row if len(row) > 2 else [sum(row)]
-                sizes += [shared, *own]
-                first = range(start, start + shared)
-                keys.append([*first])
-                start += shared
-                for n in own:
-                    keys.append([*first, *range(start, start + n)])
+                first, *others = causal_first(row)
+                sizes += [first, *others]
+                shared = range(start, start + row[0])
+                keys.append([*range(start, start + first)])
+                start += first
+                for n in others:
+                    keys.append([*shared, *range(start, start + n)])
                     start += n
             of_keys = [len(places) for places in keys]
             starts, key_starts = (torch.tensor([0, *accumulate(n)], dtype=torch.int32) for n in (sizes, of_keys))

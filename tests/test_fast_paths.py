@@ -407,9 +407,9 @@ def test_layout_of_segments_by_hand():
     ]
     assert layout.places(torch.tensor([0, 8, 10])).tolist() == [0, 8, 9]
     starts, key_starts, keys, longest, longest_keys = layout.sequences(torch.device("cpu"))
-    assert starts.tolist() == [0, 2, 3, 5, 9, 10]  # what is shared, two responses, two ordinary rows
-    assert key_starts.tolist() == [0, 2, 5, 9, 13, 14]
-    assert keys.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4, 5, 6, 7, 8, 9]
+    assert starts.tolist() == [0, 3, 5, 9, 10]  # what is shared and a response, another response, two ordinary rows
+    assert key_starts.tolist() == [0, 3, 7, 11, 12]
+    assert keys.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 6, 7, 8, 9]
     assert (longest, longest_keys) == (4, 4)
 
 
