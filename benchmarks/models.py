@@ -260,6 +260,8 @@ PICTURES = {
     "smolvlm": (1024, 1024),
     "smolvlm_256m": (1024, 1024),
 }
+# At size tiny; Qwen2.5-VL's is its smallest, to which every trainer would otherwise enlarge a picture in a way of its own
+TINY_PICTURES = dict.fromkeys(PICTURES, (28, 28)) | {"qwen2_5_vl": (56, 56)}
 
 
 def build(family: str, size: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -316,7 +318,7 @@ def rows(
     found = []
     for i in range(count):
         path = folder / f"picture{i}.png"
-        picture((pixels or PICTURES[family]) if size != "tiny" else (28, 28), i).save(path)
+        picture(TINY_PICTURES[family] if size == "tiny" else pixels or PICTURES[family], i).save(path)
         begin = answer(tokenizer, int(tokens * common), 1000 + i) if common else ""
         found.append(
             {

@@ -55,6 +55,7 @@ CASES = [
     Case("dpo, four answers", "dpo", "llava", batch=1, answers=4),
     Case("dpo, half of 7B's width", "dpo", "llava_wide"),
     Case("rm, equal rows", "rm", "llava", rivals=("swift", "factory")),
+    Case("rm, Qwen2.5-VL, equal rows", "rm", "qwen2_5_vl", rivals=("swift", "factory")),
     Case("rm, ragged rows", "rm", "llava", batch=4, ragged=True, rivals=("swift", "factory")),
     Case("sft, packed", "sft", "llava", batch=4, ragged=True, rivals=("trl",)),
 ]

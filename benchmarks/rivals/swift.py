@@ -12,6 +12,18 @@ from benchmarks.rivals.watch import Job, pairs_of, run_jobs
 TYPES = {"llava": "llava1_5_hf", "llava_wide": "llava1_5_hf", "qwen2_5_vl": "qwen2_5_vl"}
 
 
+IMAGE_IDS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
+
+
+def with_our_ids(template: type) -> type:
+    """Qwen's template holds the ids of the published vocabulary: without ours it would leave a single token of a picture, without an error."""
+    ids = {name: token for name, token in IMAGE_IDS.items() if hasattr(template, name)}
+    ours = {
+        n: property(lambda self, token=token: self.tokenizer.convert_tokens_to_ids(token)) for n, token in ids.items()
+    }
+    return type(template.__name__, (template,), ours)
+
+
 def register_templates() -> None:
     """Our chat template for every family."""
     for kind in {*TYPES.values()}:
@@ -22,7 +34,7 @@ def register_templates() -> None:
                 prompt=["<|im_start|>user\n{{QUERY}}<|im_end|><|im_start|>assistant\n"],
                 chat_sep=["<|im_end|>"],
                 suffix=["<|im_end|>"],
-                template_cls=swift.template.TEMPLATE_MAPPING[kind].template_cls,
+                template_cls=with_our_ids(swift.template.TEMPLATE_MAPPING[kind].template_cls),
             )
         )
 
